@@ -1,0 +1,69 @@
+"""The connection to Ray: an embedded local cluster, or one that runs already."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+# What travels to the workers of a running cluster, and what must not.
+_EXCLUDES = [".git", ".venv", "runs", "wandb", "**/__pycache__", ".*_cache", "*.egg-info"]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Resources of the cluster that this process is connected to."""
+
+    address: str
+    cpus: int
+    gpus: int
+    nodes: int
+    embedded: bool
+
+
+def target(address: str | None) -> str:
+    """Where `connect(address)` goes: "local" or an address; RAY_ADDRESS is honoured."""
+    return address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+@contextmanager
+def connect(address: str | None = None) -> Iterator[Cluster]:
+    """Connects to Ray for the time of the block; an embedded cluster ends with it.
+
+    address: None (RAY_ADDRESS if set, else embedded), "local" (embedded), "auto", or HOST:PORT.
+    Raises ConnectionError if there is no cluster at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # Ray 2.60 warns about this default in every worker; the new behaviour is what we want.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    import ray
+
+    where = target(address)
+    embedded = where == "local"
+    if embedded:
+        # Not RAY_ADDRESS: with it set, a plain init would join that cluster instead.
+        ray.init(address="local", dashboard_host="127.0.0.1", logging_level=logging.INFO)
+    else:
+        inside_job = "RAY_JOB_ID" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        root = Path(__file__).resolve().parent.parent
+        environment = None if inside_job else {"working_dir": str(root), "excludes": _EXCLUDES}
+        try:
+            ray.init(address=where, runtime_env=environment, logging_level=logging.INFO)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"no Ray cluster at {where}; start one with `ray start --head`, or leave "
+                "--address out for an embedded one"
+            ) from error
+    try:
+        total = ray.cluster_resources()
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        yield Cluster(
+            where, int(total.get("CPU", 0)), int(total.get("GPU", 0)), len(alive), embedded
+        )
+    finally:
+        ray.shutdown()

@@ -1,0 +1,70 @@
+"""The spec sections that say where work runs: storage and resources."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Auto = Literal["auto"]
+# The bound stands on the number alone: one on the whole field would be compared with "auto" too.
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the spec: unknown keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class WorkerResources(Section):
+    """Ray Train workers of one stage."""
+
+    workers: Auto | Count = Field(
+        "auto",
+        description="Number of workers. auto: one per GPU of the cluster, "
+        "or two on a cluster without GPUs (one where it has a single CPU).",
+    )
+    gpus_per_worker: Auto | Annotated[int, Field(ge=0)] = Field(
+        "auto", description="GPUs per worker. auto: 1 where the cluster has GPUs, else 0."
+    )
+    cpus_per_worker: Auto | Count = Field(
+        "auto",
+        description="CPUs, and torch threads, per worker. auto: all CPUs shared by the workers.",
+    )
+
+
+class CaptureResources(WorkerResources):
+    """Ray Train workers that run the teacher."""
+
+    batch_tokens: int = Field(
+        16384, ge=1, description="Tokens of one teacher forward pass on one worker."
+    )
+
+
+class CellResources(Section):
+    """One Ray task per cell of the sweep."""
+
+    gpus_per_cell: Auto | Annotated[float, Field(ge=0)] = Field(
+        "auto", description="GPUs per cell. auto: 1 where the cluster has GPUs, else 0."
+    )
+    cpus_per_cell: Auto | Count = Field(
+        "auto", description="CPUs, and torch threads, per cell. auto: 1."
+    )
+
+
+class ResourcesSpec(Section):
+    """What each stage may take of the cluster. In no fingerprint: may change between runs."""
+
+    capture: CaptureResources = Field(
+        default_factory=CaptureResources, description="Workers of the capture stage."
+    )
+    distill: WorkerResources = Field(
+        default_factory=WorkerResources, description="Workers of the distill stage."
+    )
+    sweep: CellResources = Field(
+        default_factory=CellResources, description="Resources of one sweep cell."
+    )
+    max_failures: int = Field(
+        3, ge=0, description="How often a lost worker or task is replaced before the run fails."
+    )

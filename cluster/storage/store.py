@@ -1,0 +1,235 @@
+"""The one door to shared files: a folder on any fsspec URL, whose objects are published whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cluster.storage import fetched, strict_json
+from cluster.storage.local import LocalFolder, walk
+from cluster.storage.names import HIDDEN, join, matches, split_pattern
+from cluster.storage.remote import RemoteObjects
+
+TRANSFERS = 8  # objects of a folder that travel at once
+Names = list[str]  # spelled before the class, where `list` is a method
+ONE_SLASH = re.compile(r"^(s3a?|gs|gcs|abfss?|az|memory|file|local|https?|ftp|sftp|hdfs):(?!//)")
+
+
+class Store:
+    """A folder that all machines share; paths given to it are relative, "" is the folder itself.
+
+    A reader sees an object whole or not at all, and always the newest listing. Picklable: it
+    holds the URL and the storage options, and opens the filesystem at first use.
+    """
+
+    def __init__(self, backend: LocalFolder | RemoteObjects, prefix: str = "") -> None:
+        self._backend = backend
+        self._prefix = prefix
+
+    @property
+    def url(self) -> str:
+        """The full URL, or the absolute path of a local folder, without a trailing slash."""
+        return self._backend.full(self._prefix)
+
+    @property
+    def name(self) -> str:
+        """The last component of the URL."""
+        return self.url.rpartition("/")[2]
+
+    def __repr__(self) -> str:  # without the options: they may hold credentials
+        return f"Store({self.url!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Store) and self.url == other.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+    def sub(self, *parts: str) -> Store:
+        """The store of a folder in this one. Raises ValueError for a path that leaves it."""
+        return Store(self._backend, self._key(*parts))
+
+    def path(self, *parts: str) -> str:
+        """The full URL of an object in this store."""
+        return self.sub(*parts).url
+
+    def exists(self, p: str = "") -> bool:
+        """Whether an object, or a folder with objects in it, is there."""
+        return self._backend.exists(self._key(p))
+
+    def size(self, p: str) -> int:
+        """Bytes of an object. Raises FileNotFoundError with the full URL."""
+        return self._backend.size(self._key(p))
+
+    def list(self, p: str = "") -> Names:
+        """Sorted names of the objects and folders in a folder; [] if there is none."""
+        return self._backend.list(self._key(p))
+
+    def glob(self, pattern: str) -> Names:
+        """Sorted relative paths of the objects that match, such as `cells/*/result.json`.
+
+        `*`, `?` and `[..]` stay within one component, `**` spans any number; never folders.
+        """
+        folder, rest = split_pattern(pattern)
+        depth = None if "**" in rest else len(rest)
+        found = self._backend.find(self._key(folder), depth)
+        names = [name for name in found if matches(name.split("/"), rest)]
+        return sorted(join(folder, name) for name in names)
+
+    def read_bytes(self, p: str) -> bytes:
+        """The whole object. Raises FileNotFoundError with the full URL."""
+        return self._backend.read(self._key(p))
+
+    def read_text(self, p: str) -> str:
+        """The whole object as UTF-8."""
+        return self.read_bytes(p).decode("utf-8")
+
+    def read_json(self, p: str) -> Any:
+        """The object parsed as JSON. Raises ValueError, with the URL, if it is not."""
+        try:
+            return json.loads(self.read_bytes(p))
+        except ValueError as error:
+            raise ValueError(f"{self.path(p)} is not valid JSON: {error}") from error
+
+    def write_bytes(self, p: str, data: bytes) -> None:
+        """Publish an object, replacing an older one, in one step."""
+        self._backend.write(self._key(p), bytes(data))
+
+    def write_text(self, p: str, text: str) -> None:
+        """Publish a text as UTF-8."""
+        self.write_bytes(p, text.encode("utf-8"))
+
+    def write_json(self, p: str, value: Any) -> None:
+        """Publish a value as strict, indented JSON: NaN is written as null, see `strict_json`."""
+        self.write_bytes(p, strict_json.encode(value, indent=2) + b"\n")
+
+    def create(self, p: str, data: bytes) -> bool:
+        """Publish an object only if there is none: of many writers one gets True.
+
+        Raises ValueError on a filesystem that cannot decide this, naming it.
+        """
+        return self._backend.create(self._key(p), bytes(data))
+
+    def delete(self, p: str, recursive: bool = False) -> None:
+        """Delete an object, or with recursive a folder. Raises FileNotFoundError if missing."""
+        self._backend.delete(self._key(p), recursive)
+
+    def upload_folder(self, local_dir: str | os.PathLike[str], p: str) -> None:
+        """Publish every file of a local folder under p; each is whole, the set is not one step.
+
+        Links are followed, empty folders are left out, and other objects under p stay.
+        """
+        source = Path(local_dir)
+        if not source.is_dir():
+            raise FileNotFoundError(f"{source} is not a folder")
+        keys = {name: self._key(p, name) for name, _ in walk(source)}
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            list(pool.map(lambda item: self._backend.put(source / item[0], item[1]), keys.items()))
+
+    def download_folder(self, p: str, local_dir: str | os.PathLike[str]) -> None:
+        """Copy every object under p to a local folder, each whole; other files there stay.
+
+        Raises FileNotFoundError, with the full URL, if there is no object under p.
+        """
+        found = self._backend.find(self._key(p))
+        if not found:
+            raise FileNotFoundError(f"no objects under {self.path(p)}")
+        target = Path(local_dir)
+
+        def get(item: tuple[str, int]) -> None:
+            name, size = item
+            self._get(self._key(p, name), target / name, size)
+
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            list(pool.map(get, found.items()))
+
+    def local(self, p: str = "") -> Path | None:
+        """The real path when the store is a local folder, else None."""
+        backend = self._backend
+        return backend.file(self._key(p)) if isinstance(backend, LocalFolder) else None
+
+    def fetch(self, p: str) -> Path:
+        """A local file to read or memory-map: the object itself when local, else a cached copy.
+
+        A replaced object is downloaded anew. The cache (see STILLHOUSE_CACHE) only grows.
+        """
+        backend, key = self._backend, self._key(p)
+        if isinstance(backend, LocalFolder):
+            backend.size(key)  # raises when missing
+            return backend.file(key)
+        info = backend.info(key)
+        wanted = fetched.version(info)
+
+        def download(to: Path) -> None:
+            self._get(key, to, int(info["size"]))
+            if fetched.version(backend.info(key)) != wanted:
+                raise OSError(f"{self.path(p)} was replaced while it was fetched; fetch it again")
+
+        return fetched.fetched(self.path(p), wanted, download)
+
+    def fetch_folder(self, p: str) -> Path:
+        """A local folder with every object under p: itself when local, else a cached copy."""
+        backend, key = self._backend, self._key(p)
+        if isinstance(backend, LocalFolder):
+            if not backend.file(key).is_dir():
+                raise FileNotFoundError(f"no folder at {self.path(p)}")
+            return backend.file(key)
+        infos = backend.find_info(key)
+        identity = repr([(name, fetched.version(info)) for name, info in infos.items()])
+        return fetched.fetched(self.path(p), identity, lambda to: self.download_folder(p, to))
+
+    def check_writable(self) -> None:
+        """Raise ValueError, in one line that says why and how to mend it, if writing fails here.
+
+        Probes with an exclusive create, which attempts need, and leaves nothing behind.
+        """
+        backend = self._backend
+        if isinstance(backend, LocalFolder):
+            LocalFolder(self.url).check_writable()
+        else:
+            RemoteObjects(self.url, backend.options).check_writable()
+
+    def _key(self, *parts: str) -> str:
+        return join(self._prefix, *parts)
+
+    def _get(self, key: str, target: Path, size: int) -> None:
+        """Download whole: through a hidden file beside the target, of the expected size."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{HIDDEN}{os.getpid()}-{target.name}")
+        try:
+            self._backend.get(key, temporary)
+            if temporary.stat().st_size != size:
+                raise OSError(
+                    f"{self._backend.full(key)} changed while it was read: "
+                    f"{temporary.stat().st_size} bytes came, {size} were announced"
+                )
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def open_store(url: str | os.PathLike[str], **options: Any) -> Store:
+    """Open a folder on any fsspec URL or local path: `./runs`, `s3://bucket/prefix`, `gs://..`.
+
+    Nothing is touched yet. A relative path is made absolute here, because workers start in other
+    folders. Options go to the filesystem (`endpoint_url` of s3); S3 also reads AWS_ENDPOINT_URL.
+    Raises ValueError for an empty or misspelled URL.
+    """
+    text = os.fspath(url)
+    if not text.strip():
+        raise ValueError("storage: the URL is empty; give a folder or a URL such as s3://bucket/x")
+    if ONE_SLASH.match(text):
+        protocol, _, rest = text.partition(":")
+        raise ValueError(f"storage: {text} is no URL; write {protocol}://{rest.lstrip('/')}")
+    protocol, mark, rest = text.partition("://")
+    if not mark or protocol in ("file", "local"):
+        folder = os.path.abspath(os.path.expanduser(rest if mark else text))
+        return Store(LocalFolder(folder))
+    parts = [part for part in rest.split("/") if part]
+    if not parts and protocol != "memory":
+        raise ValueError(f"storage: {text} names no bucket; write {protocol}://bucket/prefix")
+    return Store(RemoteObjects(f"{protocol}://{'/'.join(parts)}", options))

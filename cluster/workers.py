@@ -1,0 +1,126 @@
+"""A group of distributed workers: Ray Train V2 starts them, watches them, replaces lost ones."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.session import Cluster
+from cluster.spec import WorkerResources
+
+# Placing the group or a collective may hang for ever; this ends it with an error.
+COLLECTIVE_TIMEOUT_MINUTES = 30.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """How many workers, and what each one has."""
+
+    workers: int
+    cpus: int
+    gpus: int
+
+
+class NotEnough(ValueError):
+    """The cluster can never hold what was asked for."""
+
+
+def fit_group(key: str, asked: WorkerResources, cluster: Cluster) -> Group:
+    """The worker group for `asked` on this cluster, `auto` resolved.
+
+    Raises NotEnough, with the numbers, when the cluster is too small: Ray would wait for ever.
+    """
+    gpus = (1 if cluster.gpus else 0) if asked.gpus_per_worker == "auto" else asked.gpus_per_worker
+    if asked.workers != "auto":
+        workers = asked.workers
+    elif gpus:
+        workers = max(1, cluster.gpus // gpus)
+    else:
+        workers = min(2, max(1, cluster.cpus))
+    if asked.cpus_per_worker != "auto":
+        cpus = asked.cpus_per_worker
+    else:
+        cpus = max(1, cluster.cpus // workers) if not gpus else 1
+    for name, need, there in (
+        ("CPUs", workers * cpus, cluster.cpus),
+        ("GPUs", workers * gpus, cluster.gpus),
+    ):
+        if need > there:
+            raise NotEnough(
+                f"resources.{key}: {workers} workers need {need} {name}, the cluster has {there}; "
+                f"set resources.{key}.workers or the {name} per worker lower"
+            )
+    return Group(workers, cpus, gpus)
+
+
+class Launch:
+    """A worker group at work, in the background of this process."""
+
+    def __init__(
+        self,
+        function: Callable[[dict[str, Any]], None],
+        config: dict[str, Any],
+        group: Group,
+        name: str,
+        max_failures: int,
+    ) -> None:
+        """Starts `function(config)` on every worker, with torch.distributed set up.
+
+        A lost worker restarts the whole group, at most `max_failures` times; the function has to
+        find its way back by itself. `name` is for Ray's own files.
+        """
+        self._error: BaseException | None = None
+        self._scratch = tempfile.TemporaryDirectory(prefix="stillhouse-ray-train-")
+        self._thread = threading.Thread(
+            target=self._fit, args=(function, config, group, name, max_failures), daemon=True
+        )
+        self._thread.start()
+
+    def _fit(
+        self,
+        function: Callable[[dict[str, Any]], None],
+        config: dict[str, Any],
+        group: Group,
+        name: str,
+        max_failures: int,
+    ) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        try:
+            TorchTrainer(
+                function,
+                train_loop_config=config,
+                scaling_config=ScalingConfig(
+                    num_workers=group.workers,
+                    use_gpu=group.gpus > 0,
+                    resources_per_worker={"CPU": group.cpus, "GPU": group.gpus}
+                    if group.gpus
+                    else {"CPU": group.cpus},
+                ),
+                torch_config=TorchConfig(
+                    backend="nccl" if group.gpus else "gloo",
+                    timeout_s=int(COLLECTIVE_TIMEOUT_MINUTES * 60),
+                ),
+                run_config=RunConfig(
+                    name=name,
+                    # Ray Train's own book-keeping; the state of the job is on the run's storage.
+                    storage_path=self._scratch.name,
+                    failure_config=FailureConfig(max_failures=max_failures),
+                ),
+            ).fit()
+        except BaseException as error:  # handed to the waiting thread
+            self._error = error
+
+    def wait(self, seconds: float) -> bool:
+        """Waits at most so long; returns whether the group has ended."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def error(self) -> BaseException | None:
+        """Why the group failed, None if it ended well; call it after the end."""
+        self._scratch.cleanup()
+        return self._error

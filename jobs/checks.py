@@ -1,0 +1,121 @@
+"""Faults that only the world can tell: files, models, storage. Looked for before Ray starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cluster.storage import open_store
+from jobs.inputs import Identities, identities
+from jobs.spec import JobSpec
+from trainer.models import max_length, meta_model, new_config, read_config
+
+
+def storage_faults(spec: JobSpec) -> list[str]:
+    """Faults of the storage: unknown protocol, not writable."""
+    return _faults(lambda: open_store(spec.storage).check_writable(), "storage")
+
+
+def spec_faults(spec: JobSpec, stages: list[str]) -> list[str]:
+    """One line per fault of what the spec names, as far as the `stages` to run need it."""
+    found = identities(spec)
+    faults = _faults(lambda: found.teacher_folder) + _faults(lambda: found.student_folder)
+    if faults:
+        return faults  # what follows would only repeat them
+    checks: list[Callable[[], Any]] = []
+    if "prepare" in stages:
+        checks.append(lambda: _vocabularies(found))
+        checks.append(lambda: _corpus(spec, found))
+    if {"capture", "distill", "sweep"} & set(stages):
+        checks.append(lambda: _lengths(spec, found))
+    if "sweep" in stages:
+        checks.append(lambda: _group_sizes(spec, found))
+    return [fault for check in checks for fault in _faults(check)]
+
+
+def _faults(check: Callable[[], Any], key: str = "") -> list[str]:
+    try:
+        check()
+    except ValueError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        prefix = f"{key}: " if key and not lines[0].startswith(key) else ""
+        return [prefix + " ".join(lines)]
+    return []
+
+
+def _vocabularies(found: Identities) -> None:
+    """Teacher and student must give every token the same id."""
+    from trainer.corpus.tokenizer import check_same_vocabulary
+
+    if found.teacher_folder is not None and found.student_folder is not None:
+        check_same_vocabulary(found.teacher_folder, found.student_folder)
+
+
+def _corpus(spec: JobSpec, found: Identities) -> None:
+    """Sources are there, have their columns, and suffice for the parts."""
+    from trainer.corpus.size import check_size
+    from trainer.corpus.tokenizer import load_tokenizer
+
+    assert spec.data is not None
+    folder = found.tokenizer_folder
+    check_size(spec.data, spec.tokenizer if folder is None else load_tokenizer(folder))
+
+
+class _Tokens:
+    """Stands for a tokenizer that is not trained yet: its size is known, its ids are not."""
+
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def student_config(spec: JobSpec, found: Identities) -> Any:
+    """The student's transformers config, as it will be built."""
+    assert spec.data is not None
+    if spec.student.config is None:
+        assert found.student_folder is not None
+        return read_config(found.student_folder)
+    if spec.tokenizer is not None:
+        tokenizer: Any = _Tokens(spec.tokenizer.train)
+    else:
+        from trainer.corpus.tokenizer import load_tokenizer
+
+        assert found.tokenizer_folder is not None
+        tokenizer = load_tokenizer(found.tokenizer_folder)
+    length = spec.data.sequence_length
+    return new_config("student.config", spec.student.config, tokenizer, length)
+
+
+def _lengths(spec: JobSpec, found: Identities) -> None:
+    """Sequences must fit the positions of both models; configs must build a model."""
+    assert spec.data is not None
+    configs = {"student": student_config(spec, found)}
+    if found.teacher_folder is not None:
+        configs["teacher"] = read_config(found.teacher_folder)
+    for role, config in configs.items():
+        longest = max_length(config)
+        if longest is not None and spec.data.sequence_length > longest:
+            raise ValueError(
+                f"data.sequence_length: {spec.data.sequence_length} is over the {role}'s maximum; "
+                f"may be at most {longest}"
+            )
+    try:
+        meta_model(configs["student"])
+    except Exception as error:  # transformers raises many kinds for sizes that do not fit
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"student.config: no model can be built from it ({reason})") from None
+
+
+def _group_sizes(spec: JobSpec, found: Identities) -> None:
+    """Every group size must divide every layer."""
+    from quant.quantize import check_group_size
+
+    assert spec.sweep is not None
+    try:
+        check_group_size(student_config(spec, found), spec.sweep.group_size)
+    except ValueError as error:
+        raise ValueError(f"sweep.group_size: {error}") from None

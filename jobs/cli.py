@@ -1,0 +1,278 @@
+"""The command line, ``stillhouse``.
+
+Only typer is imported here: each command imports what it needs, so that help answers at once.
+Exit codes: 0 done; 2 the spec or the arguments are wrong; 3 the run failed; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs.errors import Interrupted, SpecErrors, StageFailed
+
+if TYPE_CHECKING:
+    from cluster.storage import Store
+
+EXAMPLE = "\b\nExample:\n  "  # \b keeps the command on a line of its own
+DONE, WRONG, FAILED, INTERRUPTED = 0, 2, 3, 130
+_HOST_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
+
+
+class Stage(StrEnum):
+    """The stages of a run, in their order."""
+
+    prepare = "prepare"
+    capture = "capture"
+    distill = "distill"
+    sweep = "sweep"
+    summarize = "summarize"
+
+
+app = typer.Typer(
+    name="stillhouse",
+    help="Distils a big language model into a small one and quantizes it, on a Ray cluster.",
+    epilog=EXAMPLE + "stillhouse run demo",
+    add_completion=False,
+    rich_markup_mode=None,  # rich alone would double the time of --help
+)
+
+
+@app.command(epilog=EXAMPLE + "stillhouse init --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-0.6B")
+def init(
+    teacher: Annotated[
+        str, typer.Option(metavar="MODEL", help="Hub id, local folder or URL of the teacher.")
+    ],
+    student: Annotated[
+        str, typer.Option(metavar="MODEL", help="Hub id, local folder or URL of the student.")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="Hub data set, glob of files (txt, json, jsonl, parquet), or the prose that ships "
+            "with Python.",
+        ),
+    ] = "builtin:python-docs",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where to write it. Default: the run's name + .yaml."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> int:
+    """Write a commented spec with sensible values."""
+    from jobs.init import render, run_name
+
+    empty = [
+        f"--{name}: is empty; may be {what}"
+        for name, value, what in (
+            ("teacher", teacher, "a model"),
+            ("student", student, "a model"),
+            ("data", data, "a data set or files"),
+        )
+        if not value.strip()
+    ]
+    if empty:
+        raise SpecErrors(empty)
+    file = out or Path(f"{run_name(teacher, student)}.yaml")
+    text = render(teacher, student, data, str(file))
+    try:
+        with file.open("w" if force else "x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError:
+        raise SpecErrors([f"{file}: exists; give --force to overwrite it, or --out FILE"]) from None
+    except OSError as error:
+        raise SpecErrors([f"{file}: cannot be written: {error.strerror}"]) from None
+    typer.echo(f"wrote {file}; next: stillhouse run {file}")
+    return DONE
+
+
+@app.command(epilog=EXAMPLE + "stillhouse run demo distill.steps=50 'sweep.bits=[8,4]'")
+def run(
+    spec: Annotated[
+        str, typer.Argument(metavar="SPEC", help="A YAML file, or the name of a bundled recipe.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Dotted keys with YAML values.", show_default=False
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|local|HOST:PORT",
+            help="The Ray cluster. Default: RAY_ADDRESS, else local: one inside this process.",
+        ),
+    ] = None,
+    until: Annotated[Stage | None, typer.Option(help="Stop after this stage.")] = None,
+    only: Annotated[Stage | None, typer.Option(help="Run this stage alone.")] = None,
+    redo: Annotated[
+        Stage | None, typer.Option(help="Run this stage and those after it again.")
+    ] = None,
+) -> int:
+    """Run the pipeline of SPEC; again continues where it stopped."""
+    faults = []
+    if until and only:
+        faults.append("--until and --only: may not be given together; see stillhouse run --help")
+    if address not in (None, "auto", "local") and not _HOST_PORT.fullmatch(str(address)):
+        faults.append(
+            f'--address: got "{address}"; may be auto, local or HOST:PORT; '
+            "see stillhouse run --help"
+        )
+    from jobs.load import load_spec
+
+    try:
+        job = load_spec(spec, overrides or [])
+    except SpecErrors as error:
+        raise SpecErrors([*faults, *error.faults]) from None
+    if faults:
+        raise SpecErrors(faults)
+    from jobs.pipeline import run_pipeline
+
+    return run_pipeline(
+        job,
+        address=address,
+        until=until.value if until else None,
+        only=only.value if only else None,
+        redo=redo.value if redo else None,
+    )
+
+
+@app.command(epilog=EXAMPLE + "stillhouse report qwen3-8b-to-0.6b s3://bucket/runs/another")
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Names, paths or URLs.")],
+    storage: Annotated[
+        str, typer.Option(metavar="URL", help="Where runs given by name are.")
+    ] = "./runs",
+) -> int:
+    """Rebuild the report of each RUN and compare them."""
+    stores, faults = [], []
+    for name in dict.fromkeys(runs):
+        try:
+            stores.append(find_run(name, storage))
+        except SpecErrors as error:
+            faults += error.faults
+    if faults:
+        raise SpecErrors(faults)
+    from rich.console import Console
+
+    from jobs.report import build_report, load_run, terminal
+    from jobs.report.figures import cost_line
+    from jobs.report.rows import cost
+
+    rows = [row for store in stores for row in build_report(store)]
+    spent = cost_line(cost(load_run(stores[0]))) if len(stores) == 1 else ""
+    console = Console()
+    width = console.width if console.is_terminal else max(console.width, 160)
+    console.print(terminal(rows, width, spent), width=width)
+    for store in stores:
+        typer.echo(f"report: {store.path('report', 'index.html')}")
+    return DONE
+
+
+@app.command(epilog=EXAMPLE + "stillhouse schema > stillhouse.schema.json")
+def schema() -> int:
+    """Print the JSON Schema of a spec.
+
+    It has every key, its meaning and its bounds; editors complete and check specs with it.
+    """
+    import json
+
+    from jobs.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    return DONE
+
+
+def find_run(run: str, storage: str) -> Store:
+    """The run directory of `run`: a URL, a path, or a name below `storage`.
+
+    Raises:
+        SpecErrors: no run is there; the line names those below `storage`, the likeliest first.
+    """
+    import difflib
+
+    from cluster.storage import open_store
+
+    try:
+        root = open_store(storage)
+        if "://" in run:
+            places = [open_store(run)]
+        else:
+            places = [open_store(run)] if Path(run).is_dir() else []
+            places += (
+                [root.sub(run)] if "/" not in run.strip("/") and run not in (".", "..") else []
+            )
+        for place in places:
+            if _holds_run(place):
+                return place
+        known = [
+            name for name in root.list() if name[:1] not in "_." and _holds_run(root.sub(name))
+        ]
+    except ValueError as error:
+        raise SpecErrors(str(error).splitlines()) from None
+    close = difflib.get_close_matches(run, known, n=3, cutoff=0.5)
+    named = [*close, *(name for name in known if name not in close)][:8]
+    there = f"the runs in {storage} are {', '.join(named)}" if named else f"{storage} holds no runs"
+    raise SpecErrors([f"{run}: no such run; {there}; see stillhouse report --help"])
+
+
+def _holds_run(place: Store) -> bool:
+    return place.exists("spec.yaml") or place.exists("events")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code; the user's mistakes become lines on stderr."""
+    command = typer.main.get_command(app)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        code = command.main(
+            args=arguments or ["--help"], prog_name="stillhouse", standalone_mode=False
+        )
+        return code if isinstance(code, int) else DONE
+    except SpecErrors as error:
+        return _say(WRONG, error.faults)
+    except StageFailed as error:
+        lines = [f"{error.stage} failed: {' '.join(error.why.split())}"]
+        code = _say(FAILED, lines)
+        print(f"log: {error.log}\ncontinue with: {error.resume_command}", file=sys.stderr)
+        return code
+    except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
+        return _say(INTERRUPTED, [f"interrupted: {error}" if str(error) else "interrupted"])
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "stillhouse"
+        message = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
+        return _say(WRONG, [f"{message}; see {path} --help"])
+    except ValueError as error:
+        # What the other floors raise for a user's mistake is one line; anything else is a bug.
+        if "\n" in str(error).strip() or not str(error).strip():
+            return _defect()
+        return _say(WRONG, [str(error).strip()])
+    except OSError as error:
+        what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        return _say(FAILED, [what])
+    except Exception:
+        traceback.print_exc()
+        return _say(
+            FAILED, ["this is a defect of stillhouse; the trace above belongs in its report"]
+        )
+
+
+def _say(code: int, faults: Sequence[str]) -> int:
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    return code
+
+
+def _defect() -> int:
+    traceback.print_exc()
+    return _say(FAILED, ["this is a defect of stillhouse; please report it with the trace above"])

@@ -1,0 +1,97 @@
+"""A first spec for a teacher and a student: `stillhouse init` writes what `render` returns."""
+
+from __future__ import annotations
+
+import re
+
+from jobs.load import as_yaml
+
+DEFAULT_DATA = "builtin:python-docs"
+
+_TEMPLATE = """\
+# Distils {teacher} into {student}, then quantizes the student.
+#   check and run it here:  stillhouse run {file}
+#   change a value once:    stillhouse run {file} distill.steps=50
+#   every key there is:     stillhouse schema
+# Relative paths are relative to the directory in which the command is run.
+
+name: {name}
+seed: 17
+storage: ./runs            # a folder or URL (s3://bucket/prefix) that all machines see
+
+teacher:                   # null: plain training, with losses: {{ce: 1.0}}
+  model: {teacher}         # hub id, folder or URL
+  dtype: bfloat16
+  sharding: auto           # zero3 shards the teacher over the workers where it does not fit one
+
+student:
+  model: {student}         # must have the teacher's vocabulary
+  init: pretrained         # random: the same architecture with fresh weights
+
+data:
+  train:                   # several sources are mixed by weight
+    - source: {data}       # hub data set, glob of files, or builtin:python-docs
+      format: text         # files may be txt, json, jsonl or parquet
+      column: text         # the column that holds the documents
+      weight: 1.0
+  select_sequences: 256    # held out: choices are made on these
+  report_sequences: 256    # held out: results are reported on these, nothing is chosen on them
+  sequence_length: 2048
+  packing: documents       # no attention across documents
+
+cache:
+  method: topk
+  k: 64                    # ids kept of each distribution, beside the mass of the rest
+  temperatures: [1.0]      # distill.temperature must be among them
+
+distill:                   # null: quantize student.model as it is
+  losses: {{forward_kl: 1.0}}
+  temperature: 1.0
+  steps: 2000
+  tokens_per_step: 262144  # 128 sequences
+  learning_rate: auto      # 2e-5 from pretrained weights; see stillhouse schema
+  zero_stage: 2            # 3 also shards the weights, for students that do not fit one GPU
+  activation_checkpointing: false
+  checkpoint_minutes: 20
+  control: false           # true: train once more without the teacher, to measure its gain
+
+sweep:                     # null: stop after training
+  bits: [8, 4, 3, 2]
+  group_size: [64, 128]
+  methods: [hqq]
+
+resources:
+  max_failures: 3          # lost workers and tasks that are replaced before the run fails
+
+tracking:
+  mode: auto               # Weights & Biases: auto, online, offline or disabled
+  project: stillhouse
+"""
+
+
+def render(teacher: str, student: str, data: str = DEFAULT_DATA, file: str = "SPEC") -> str:
+    """A commented spec, as YAML that loads without faults.
+
+    Args:
+        teacher: hub id, local folder or URL of the teacher.
+        student: the same of the student, which starts from its weights.
+        data: a hub data set, a glob of local files, or builtin:python-docs.
+        file: how the comments call the spec.
+    """
+    return _TEMPLATE.format(
+        name=as_yaml(run_name(teacher, student)),
+        teacher=as_yaml(teacher),
+        student=as_yaml(student),
+        data=as_yaml(data),
+        file=file,
+    )
+
+
+def run_name(teacher: str, student: str) -> str:
+    """A valid run name made of the last parts of two model ids, e.g. qwen3-8b-to-qwen3-0.6b."""
+    return f"{_slug(teacher)}-to-{_slug(student)}"
+
+
+def _slug(model: str) -> str:
+    last = model.rstrip("/").rpartition("/")[2].lower()
+    return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-._")[:29].rstrip("-._") or "model"

@@ -1,0 +1,271 @@
+"""The pipeline: which stages a run needs, which are done, and running the others in order."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from cluster.session import connect
+from cluster.storage import EventTail, EventWriter, Fenced, open_store
+from jobs import checks
+from jobs.errors import Interrupted, SpecErrors, StageFailed
+from jobs.inputs import Inputs, Outputs, StageInputs
+from jobs.load import dump_spec
+from jobs.progress import Reporter
+from jobs.resolve import resolve
+from jobs.rundir import RunDir, differences
+from jobs.spec import JobSpec
+from jobs.terminal import chatter_to, log_file
+
+
+def stages_of(spec: JobSpec) -> list[str]:
+    """The stages that a spec asks for, in order."""
+    wanted = {
+        "prepare": spec.data is not None,
+        "capture": spec.teacher is not None,
+        "distill": spec.distill is not None,
+        "sweep": spec.sweep is not None,
+        "summarize": True,
+    }
+    return [stage for stage, is_wanted in wanted.items() if is_wanted]
+
+
+def run_pipeline(
+    spec: JobSpec,
+    *,
+    address: str | None = None,
+    until: str | None = None,
+    only: str | None = None,
+    redo: str | None = None,
+) -> int:
+    """Runs what is left of a job; returns 0.
+
+    Raises SpecErrors (wrong input; before Ray starts wherever that can be known), StageFailed, or
+    Interrupted after a clean stop.
+    """
+    faults = checks.storage_faults(spec)
+    if faults:
+        raise SpecErrors(faults)
+    try:
+        spec = resolve(spec)
+        run = RunDir(open_store(spec.storage).sub(spec.name))
+        inputs = Inputs(spec)
+        plan = Plan(spec, run, inputs, until, only, redo)
+    except ValueError as error:
+        raise error if isinstance(error, SpecErrors) else SpecErrors([str(error)]) from error
+    faults = checks.spec_faults(spec, plan.todo)
+    if faults:
+        raise SpecErrors(faults)
+    if not plan.todo:
+        console = Console(highlight=False)
+        for stage in plan.skipped:
+            console.print(f"{stage}: done before, skipped", markup=False)
+        show_result(console, run)
+        return 0
+    return _run(spec, run, inputs, plan, address)
+
+
+class Plan:
+    """Which stages are skipped and which run, decided from what is on storage."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        run: RunDir,
+        inputs: Inputs,
+        until: str | None,
+        only: str | None,
+        redo: str | None,
+    ) -> None:
+        """Raises SpecErrors when a finished stage was made from other inputs than these."""
+        stages = stages_of(spec)
+        for option, stage in (("--until", until), ("--only", only), ("--redo", redo)):
+            if stage is not None and stage not in stages:
+                raise SpecErrors([f"{option} {stage}: this spec has {', '.join(stages)}"])
+        self.skipped: list[str] = []
+        self.todo: list[str] = []
+        self.outputs: Outputs = {}
+        stale = False  # an earlier stage runs again: what follows may change
+        for stage in stages:
+            record = run.record(stage)
+            if only is not None and stage == only and redo is None and record is None:
+                self.todo.append(stage)
+                break
+            if not stale and record is not None and stage != redo:
+                verdict = self._compare(stage, record.inputs, inputs.of(stage, self.outputs))
+                if verdict == "same":
+                    self.skipped.append(stage)
+                    self.outputs[stage] = record.outputs
+                else:
+                    stale = True
+            else:
+                stale = True
+            if stale:
+                if only is not None and stage != only:
+                    raise SpecErrors(
+                        [f"--only {only}: the stage {stage} before it is not done; "
+                         f"run with --until {only}"]
+                    )  # fmt: skip
+                self.todo.append(stage)
+            if stage in (until, only):
+                break
+
+    def _compare(self, stage: str, old: dict[str, Any], new: StageInputs) -> str:
+        changed = differences(old.get("fixed", {}), new.fixed)
+        if changed:
+            raise SpecErrors(
+                [
+                    f"{change} (an input of the stage {stage}, which is done; run with --redo "
+                    f"{stage}, or give the run another name)"
+                    for change in changed
+                ]
+            )
+        return "same" if old.get("growing", {}) == new.growing else "grown"
+
+
+def _run(spec: JobSpec, run: RunDir, inputs: Inputs, plan: Plan, address: str | None) -> int:
+    attempt = run.claim()
+    log = log_file(run.store, attempt.number)
+    began = time.time()
+    with chatter_to(log) as console, EventWriter(run.store, attempt.number) as events:
+        run.current().write_bytes("spec.yaml", dump_spec(spec).encode())
+        values = spec.model_dump(mode="json")
+        events.emit("run_start", name=spec.name, spec=values)
+        status = "failed"
+        try:
+            with _interruptible() as stop, Reporter(console) as reporter:
+                reporter.say(f"run {run.store.url}, attempt {attempt.number}, log {log}")
+                for stage in plan.skipped:
+                    events.emit("stage_skip", stage=stage)
+                    reporter.say(f"{stage}: done before, skipped")
+                with connect(address) as cluster:
+                    from jobs.stages.base import Context
+
+                    tail = EventTail(run.store)
+                    tail.poll()  # what earlier attempts said is not news
+                    context = Context(
+                        spec, run, inputs, dict(plan.outputs), events, tail, reporter, cluster, stop
+                    )
+                    for stage in plan.todo:
+                        _run_stage(stage, context, log)
+            status = "done"
+        except Interrupted:
+            status = "interrupted"
+            raise
+        finally:
+            with contextlib.suppress(Exception):  # never hide the error that ended the run
+                events.emit("run_end", status=status, seconds=time.time() - began)
+                events.flush()
+            _track(spec, run, console)
+        if "summarize" in plan.todo:
+            show_result(console, run)
+        console.print(f"log: {log}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _run_stage(stage: str, context: Any, log: Path) -> None:
+    """One stage, from its start to its record; errors become the user's."""
+    from importlib import import_module
+
+    began = time.time()
+    context.emit("stage_start", stage=stage)
+    if context.stop.is_set():
+        raise Interrupted(f"stopped before {stage}")
+    try:
+        module = import_module(f"jobs.stages.{stage}")
+        inputs = context.inputs.of(stage, context.outputs)
+        outputs = module.run(context)
+    except (Interrupted, SpecErrors):
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        why = " ".join(str(error).split()) or type(error).__name__
+        context.events.emit("stage_failed", stage=stage, error=why)
+        if isinstance(error, Fenced):
+            command = "nothing: the newer attempt goes on"
+        else:
+            command = _command(context.spec)
+        raise StageFailed(stage, why, str(log), command) from error
+    finally:
+        context.reporter.end_stage(stage)
+    seconds = time.time() - began
+    context.outputs[stage] = outputs
+    context.run.finish(stage, {"fixed": inputs.fixed, "growing": inputs.growing}, outputs, seconds)
+    context.emit("stage_done", stage=stage, seconds=seconds, metrics=outputs.get("metrics", {}))
+    context.reporter.say(f"{stage}: done in {seconds:.0f} s{_remark(stage, outputs)}")
+
+
+def _remark(stage: str, outputs: dict[str, Any]) -> str:
+    """What a stage has to say at its end."""
+    metrics = outputs.get("metrics", {})
+    if stage == "prepare":
+        sizes = outputs["sequences"]
+        return ", sequences: " + ", ".join(f"{count} {part}" for part, count in sizes.items())
+    if stage == "capture":
+        return f", {metrics.get('sequences', 0)} sequences added"
+    if stage == "distill":
+        parts = [
+            f"{name} {metrics[name]['select_perplexity']:.2f}"
+            for name in ("distill", "control")
+            if name in metrics
+        ]
+        return ", perplexity on select: " + ", ".join(parts)
+    if stage == "sweep":
+        return f", {metrics['cells']} cells, {metrics['failed']} failed"
+    return ""
+
+
+def _command(spec: JobSpec) -> str:
+    """The command that continues: the one that was given."""
+    return " ".join(["stillhouse", *sys.argv[1:]]) if sys.argv[1:] else f"run of {spec.name}"
+
+
+def show_result(console: Console, run: RunDir) -> None:
+    """The headline table, as far as there is one, and where the page is."""
+    from jobs.report import load_run, terminal
+    from jobs.report.figures import cost_line
+    from jobs.report.rows import cost, rows_of
+
+    data = load_run(run.store)
+    rows = rows_of(data)
+    if rows:
+        width = console.width if console.is_terminal else max(console.width, 160)
+        console.print(terminal(rows, width, cost_line(cost(data))), width=width)
+    console.print(f"report: {run.store.path('report', 'index.html')}", markup=False, soft_wrap=True)
+
+
+def _track(spec: JobSpec, run: RunDir, console: Console) -> None:
+    """Weights & Biases, as a projection of what is on storage; its faults are one line."""
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event that is yielded; a second one ends the process at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

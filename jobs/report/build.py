@@ -1,0 +1,23 @@
+"""Builds and publishes a run's report: index.html, table.md, results.json."""
+
+from __future__ import annotations
+
+from cluster.storage import Attempt, Store
+from jobs.report import figures, html, table
+from jobs.report.rows import Row, cost, rows_of
+from jobs.report.source import load_run
+
+
+def build_report(run: Store | Attempt) -> list[Row]:
+    """Publish `report/` of a run and return its rows (see `jobs.report.rows.collect`).
+
+    Given an Attempt, it writes through it, so that an attempt that was superseded cannot publish.
+    The same run directory gives the same bytes. Raises ValueError where the folder holds no run.
+    """
+    data = load_run(run.store if isinstance(run, Attempt) else run)
+    rows = rows_of(data)
+    spent = figures.cost_line(cost(data))
+    run.write_json("report/results.json", {"format": 1, "rows": rows})
+    run.write_bytes("report/table.md", table.markdown(rows, spent).encode())
+    run.write_bytes("report/index.html", html.page(data).encode())
+    return rows

@@ -1,0 +1,155 @@
+"""One row per model of a run: what `report/results.json` holds and every table is drawn from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.storage import Store
+from jobs.report.source import ROLES, RunData, load_run, number
+
+Row = dict[str, Any]
+
+NUMBERS = (
+    "bits",
+    "group_size",
+    "bits_per_weight",
+    "parameters",
+    "bytes",
+    "accuracy",
+    "retention",
+    "perplexity",
+    "kl_to_student",
+    "kl_to_teacher",
+    "top1_agreement",
+    "decode_tokens_per_s",
+    "prefill_tokens_per_s",
+    "speedup",
+    "quantize_s",
+    "eval_s",
+    "tokens",
+)
+
+
+def collect(run: Store) -> list[Row]:
+    """The rows of one run: teacher, student, control, then the cells by falling bits.
+
+    Every row has the same keys (see `NUMBERS` for the figures; what is not known is None):
+    sizes in bytes, accuracies as fractions, retention in percent, KL in nats per token, speeds
+    in tokens per second. A failed cell is a row with status "failed" and its error.
+    Raises ValueError where the folder holds no run.
+    """
+    return rows_of(load_run(run))
+
+
+def compare(runs: list[Store]) -> list[Row]:
+    """The rows of several runs one after the other; their `run` key tells them apart."""
+    return [row for run in runs for row in collect(run)]
+
+
+def rows_of(data: RunData) -> list[Row]:
+    """`collect` for a run that was read already."""
+    rows = [_model_row(data, role) for role in ROLES if role in data.evaluations]
+    cells = [_cell_row(data, key) for key in data.cells]
+    cells.sort(key=lambda row: (-(row["bits"] or 0), row["group_size"] or 0, row["key"]))
+    return rows + cells
+
+
+def _model_row(data: RunData, role: str) -> Row:
+    found = data.evaluations[role]
+    row = _row(data, role, found)
+    row["model"] = row["name"] = str(found.get("name") or _model_name(data, role))
+    row["technique"] = technique(data.spec, role)
+    row["key"] = role
+    if row["bits_per_weight"] is None and row["bytes"] and row["parameters"]:
+        row["bits_per_weight"] = 8 * row["bytes"] / row["parameters"]
+    if row["bits"] is None and row["bits_per_weight"] is not None:
+        row["bits"] = min((16, 32), key=lambda width: abs(width - row["bits_per_weight"]))
+    if role == "student" and row["speedup"] is None and row["decode_tokens_per_s"]:
+        row["speedup"] = 1.0  # the cells' speed-ups are against this model
+    return row
+
+
+def _cell_row(data: RunData, key: str) -> Row:
+    found = data.cells[key]
+    row = _row(data, "cell", {**(found.get("spec") or {}), **found})
+    student = data.evaluations.get("student") or {}
+    row["key"] = row["name"] = key
+    row["model"] = str(student.get("name") or _model_name(data, "student"))
+    row["technique"] = technique(data.spec, "cell", row)
+    return row
+
+
+def _row(data: RunData, role: str, found: dict[str, Any]) -> Row:
+    row: Row = {"run": data.name, "role": role, "key": "", "name": "", "model": "", "technique": ""}
+    row["status"] = str(found.get("status") or "done")
+    row["error"] = str(found["error"]) if found.get("error") else None
+    for name in NUMBERS:
+        value = found.get(name)
+        row[name] = value if number(value) is not None else None
+    row.update({key: value for key, value in found.items() if key not in row})
+    row["role"] = role
+    return row
+
+
+def _model_name(data: RunData, role: str) -> str:
+    section = data.spec.get("teacher" if role == "teacher" else "student") or {}
+    if section.get("model"):
+        return str(section["model"])
+    config = section.get("config")
+    kind = config.get("model_type") if isinstance(config, dict) else config
+    return str(kind or role)
+
+
+def technique(spec: dict[str, Any], role: str, cell: Row | None = None) -> str:
+    """How a model came to be, in words, e.g. "distilled (forward_kl 0.9 + ce 0.1)"."""
+    if role == "teacher":
+        return "teacher"
+    if role == "control":
+        return "cross-entropy only (control)"
+    if cell is not None:
+        bits, size = cell.get("bits"), cell.get("group_size")
+        words = [str(cell.get("method") or "quantized")]
+        words += [f"{bits}-bit"] if bits is not None else []
+        words += [f"g{size}"] if size is not None else []
+        return " ".join(words)
+    distill = spec.get("distill")
+    if not distill:
+        return "as given (not trained here)"
+    losses = {name: w for name, w in (distill.get("losses") or {}).items() if w}
+    if set(losses) <= {"ce"}:
+        return "cross-entropy"
+    return "distilled (" + " + ".join(f"{name} {w:g}" for name, w in losses.items()) + ")"
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage took: `seconds` of wall time, `hours` of devices, and of which kind."""
+
+    stage: str
+    seconds: float
+    hours: float | None
+    device: str  # gpu | cpu
+
+
+def cost(data: RunData) -> list[StageCost]:
+    """Cost of every stage in the order they first ended, summed over attempts and redos.
+
+    From stage_done events: `seconds`, `metrics.device_hours` (GPU hours or CPU core hours) and
+    `metrics.device` ("gpu" or "cpu"; cpu where it is not given). A skipped stage costs nothing.
+    """
+    stages: dict[str, StageCost] = {}
+    for event in data.of_kind("stage_done", "stage_failed"):
+        metrics = event.get("metrics") or {}
+        name = str(event.get("stage"))
+        before = stages.get(name, StageCost(name, 0.0, None, "cpu"))
+        seconds = before.seconds + (number(event.get("seconds")) or 0.0)
+        hours = number(metrics.get("device_hours"))
+        device = before.device
+        if hours is not None:
+            device = (
+                "gpu" if str(metrics.get("device", "cpu")).startswith(("gpu", "cuda")) else "cpu"
+            )
+            hours += before.hours or 0.0
+        stages[name] = StageCost(name, seconds, before.hours if hours is None else hours, device)
+    return list(stages.values())

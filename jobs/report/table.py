@@ -1,0 +1,175 @@
+"""The headline table: as markdown for `report/table.md`, and as rich text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from jobs.report import figures as f
+from jobs.report.rows import Row
+
+FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its heading, how a row's entry is written, and whether it is a figure."""
+
+    title: str
+    show: Callable[[Row], str]
+    figure: bool = True
+    short: str = ""  # heading where space is scarce
+
+
+COLUMNS = (
+    Column("Model", lambda row: row["model"], figure=False),
+    Column("Technique", lambda row: row["technique"], figure=False),
+    Column("Bits", lambda row: f.whole(row["bits"])),
+    Column("True bpw", lambda row: f.fixed(row["bits_per_weight"]), short="bpw"),
+    Column("Size", lambda row: f.size(row["bytes"])),
+    Column("Accuracy", lambda row: f.share(row["accuracy"])),
+    Column("Retention", lambda row: f.percent(row["retention"])),
+    Column("Perplexity", lambda row: f.plain(row["perplexity"]), short="PPL"),
+    Column("Decode speed", lambda row: f.speed(row["decode_tokens_per_s"])),
+    Column("Speed-up", lambda row: f.factor(row["speedup"])),
+)
+RUN = Column("Run", lambda row: row["run"], figure=False)
+NOTES = (
+    "Retention: accuracy as a share of the reference's, cells against the unquantized student, "
+    "student and control against the teacher. Speed-up: decoding against the 16-bit student."
+)
+
+
+def columns(rows: list[Row]) -> list[Column]:
+    """The columns of these rows: with a Run column where there are several runs."""
+    return [RUN, *COLUMNS] if len({row["run"] for row in rows}) > 1 else list(COLUMNS)
+
+
+def entry(column: Column, row: Row) -> str:
+    """What stands in a column for a row; a failed cell says so where its accuracy would be."""
+    if row["status"] == FAILED and column.title == "Accuracy":
+        return FAILED
+    return column.show(row)
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """One line per failed cell: its key and the first line of its error."""
+    several = len({row["run"] for row in rows}) > 1
+    return [
+        f"{row['run'] + ' ' if several else ''}{row['key']} failed: {f.first_line(row['error'])}"
+        for row in rows
+        if row["status"] == FAILED
+    ]
+
+
+def markdown(rows: list[Row], cost: str = "") -> str:
+    """The headline table as GitHub markdown, then notes, failures and the cost line."""
+    shown = columns(rows)
+    lines = [
+        "| " + " | ".join(column.title for column in shown) + " |",
+        "| " + " | ".join("---:" if column.figure else "---" for column in shown) + " |",
+    ]
+    for row in rows:
+        lines.append("| " + " | ".join(_escape(entry(column, row)) for column in shown) + " |")
+    lines += ["", NOTES, *(f"\n{_escape(line)}" for line in failures(rows))]
+    if cost:
+        lines += ["", cost]
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+
+
+def terminal(rows: list[Row], width: int, cost: str = "") -> Group:
+    """The headline table for a terminal `width` columns wide.
+
+    Figures are never cut: where they do not fit, headings get short, then the two name columns
+    become one, then whole columns are left out, those first that others imply.
+    """
+    for layout in _layouts(rows):
+        figures = sum(_needs(column, rows) for column in layout if column.figure) + 2 * len(layout)
+        names = [column for column in layout if not column.figure]
+        room = width - figures
+        wanted = [_needs(column, rows) for column in names]
+        if sum(wanted) <= room:
+            break
+        if room >= sum(
+            min(want, floor) for want, floor in zip(wanted, _floors(names), strict=True)
+        ):
+            wanted = _shrink(wanted, _floors(names), room)
+            break
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    widths = dict(zip([column.title for column in names], wanted, strict=True))
+    for column in layout:
+        table.add_column(
+            column.title,
+            justify="right" if column.figure else "left",
+            no_wrap=column.figure,
+            overflow="fold",
+            width=_needs(column, rows) if column.figure else max(1, widths[column.title]),
+        )
+    for row in rows:
+        table.add_row(*(_styled(column, row) for column in layout))
+    lines = [Text(line, style="red") for line in failures(rows)]
+    lines += [Text(cost)] if cost else []
+    return Group(table, *lines)
+
+
+def _styled(column: Column, row: Row) -> Text:
+    text = entry(column, row)
+    if row["status"] == FAILED:
+        return Text(text, style="red" if text == FAILED else "dim")
+    return Text(text, style="bold" if row["role"] == "student" else "")
+
+
+def _layouts(rows: list[Row]) -> list[list[Column]]:
+    full = columns(rows)
+    run = full[:1] if full[0].title == "Run" else []
+    short = [_shortened(column) for column in full]
+    one_name = Column("Model", lambda row: _one_name(row), figure=False)
+    compact = [*run, one_name, *(column for column in short if column.figure)]
+    layouts = [full, short, compact]
+    for drop in ("Bits", "PPL", "bpw", "tok/s", "Speed-up", "Retention", "Run"):
+        layouts.append([column for column in layouts[-1] if column.title != drop])
+    return layouts
+
+
+def _shortened(column: Column) -> Column:
+    show = column.show
+    if column.title == "Decode speed":
+        return Column("tok/s", lambda row: show(row).removesuffix(" tok/s"))
+    if column.title == "Model":
+        return Column("Model", lambda row: show(row).rpartition("/")[2], figure=False)
+    return Column(column.short or column.title, show, column.figure)
+
+
+def _one_name(row: Row) -> str:
+    return row["key"] if row["role"] == "cell" else row["role"]
+
+
+def _floors(names: list[Column]) -> list[int]:
+    return [{"Model": 12, "Technique": 14, "Run": 10}[column.title] for column in names]
+
+
+def _shrink(wanted: list[int], floors: list[int], room: int) -> list[int]:
+    """Take from the widest column, never below its floor, until they fit into `room`."""
+    widths = list(wanted)
+    while sum(widths) > room:
+        spare = [
+            width - min(floor, want)
+            for width, floor, want in zip(widths, floors, wanted, strict=True)
+        ]
+        widths[spare.index(max(spare))] -= 1
+    return widths
+
+
+def _needs(column: Column, rows: list[Row]) -> int:
+    return max(cell_len(text) for text in [column.title, *(entry(column, row) for row in rows)])

@@ -1,0 +1,73 @@
+"""The run directory: which stages are done with which inputs, attempts, stop requests, events."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.storage import Attempt, Store
+
+STAGES = ("prepare", "capture", "distill", "sweep", "summarize")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One text per key that differs: ``distill.steps: 400 -> 500``."""
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(set(old) | set(new))
+        if old.get(key) != new.get(key)
+    ]
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A finished stage: what it was made from, and what it gave."""
+
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    attempt: int
+
+
+class RunDir:
+    """One run's directory, with the attempt that this process holds."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.attempt: Attempt | None = None
+
+    def claim(self) -> Attempt:
+        """Starts a new attempt; older ones can no longer publish."""
+        self.attempt = Attempt.claim(self.store)
+        return self.attempt
+
+    def current(self) -> Attempt:
+        """This process's attempt."""
+        if self.attempt is None:
+            raise RuntimeError("no attempt claimed")
+        return self.attempt
+
+    def record(self, stage: str) -> StageRecord | None:
+        """The newest record of a finished stage."""
+        names = [n for n in self.store.list("state") if n.startswith(f"{stage}-")]
+        if not names:
+            return None
+        data = self.store.read_json(f"state/{max(names)}")
+        return StageRecord(data["inputs"], data["outputs"], data["attempt"])
+
+    def finish(
+        self, stage: str, inputs: dict[str, Any], outputs: dict[str, Any], seconds: float
+    ) -> None:
+        """Records that a stage is done; from now on it is skipped."""
+        attempt = self.current()
+        attempt.write_json(
+            f"state/{stage}-{attempt.number:04d}.json",
+            {
+                "stage": stage,
+                "attempt": attempt.number,
+                "inputs": inputs,
+                "outputs": outputs,
+                "seconds": seconds,
+                "finished": time.time(),
+            },
+        )

@@ -1,0 +1,281 @@
+"""What a spec may hold: its JSON Schema, and one line for each thing that does not fit it."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from jobs.errors import SpecErrors
+from jobs.spec import JobSpec, rule_faults
+
+Node = dict[str, Any]
+KeyPath = tuple[str | int, ...]
+
+
+def json_schema() -> Node:
+    """JSON Schema (draft 2020-12) of a spec, for editors and other tools."""
+    schema = JobSpec.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def quote(value: Any) -> str:
+    """`value` as it would stand in YAML, on one line, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def may_be(path: KeyPath) -> str:
+    """What may stand at `path`, in words: ``auto or a whole number from 1``."""
+    return _words(node_at(path))
+
+
+def node_at(path: KeyPath) -> Node:
+    """The part of the schema that describes `path`; {} (anything) where the schema is silent."""
+    node = _root()
+    for step in path:
+        if isinstance(step, int):
+            array = _variant(node, "array")
+            items = array.get("prefixItems")
+            node = items[step] if items and step < len(items) else array.get("items", {})
+        else:
+            section = _object(node)
+            extra = section.get("additionalProperties")
+            node = section.get("properties", {}).get(step) or (
+                extra if isinstance(extra, dict) else {}
+            )
+        node = _resolve(node)
+    return node
+
+
+def keys_of(path: KeyPath) -> list[str]:
+    """The keys that the section at `path` knows; [] where it takes any, or is no section."""
+    section = _object(node_at(path))
+    return list(section.get("properties", section.get("propertyNames", {}).get("enum", [])))
+
+
+def nearest(path: KeyPath) -> str:
+    """``did you mean ...?`` for the unknown key at `path`, or the keys that may stand there."""
+    section, key = path[:-1], str(path[-1])
+    known = keys_of(section)
+    prefix = ".".join(map(str, section)) + "." if section else ""
+    found = [prefix + name for name in difflib.get_close_matches(key, known, n=1, cutoff=0.7)]
+    # Right key, wrong section: the most common slip after a misspelling.
+    found += [dotted for dotted, name in _all_keys() if name == key and dotted not in found]
+    if not found:
+        names = sorted({name for _, name in _all_keys()})
+        close = difflib.get_close_matches(key, names, n=2, cutoff=0.8)
+        found = [dotted for name in close for dotted, last in _all_keys() if last == name]
+    if found:
+        return f"did you mean {' or '.join(found[:3])}?"
+    return f"may be {_listed(known)}"
+
+
+@cache
+def _root() -> Node:
+    return JobSpec.model_json_schema()
+
+
+@cache
+def _all_keys() -> tuple[tuple[str, str], ...]:
+    """(dotted key, its last part) of every key; entries of lists are written as index 0."""
+
+    def walk(node: Node, prefix: str) -> Iterator[tuple[str, str]]:
+        for name, child in _object(node).get("properties", {}).items():
+            yield prefix + name, name
+            child = _resolve(child)
+            yield from walk(child, f"{prefix}{name}.")
+            items = _variant(child, "array").get("items")
+            if items:
+                yield from walk(_resolve(items), f"{prefix}{name}.0.")
+
+    return tuple(walk(_root(), ""))
+
+
+def _resolve(node: Node) -> Node:
+    """`node` with its reference followed."""
+    while "$ref" in node:
+        node = _root()["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return node
+
+
+def _variants(node: Node) -> list[Node]:
+    """The alternatives of `node`, references followed."""
+    return [_resolve(option) for option in node.get("anyOf", [node])]
+
+
+def _variant(node: Node, kind: str) -> Node:
+    return next((option for option in _variants(node) if option.get("type") == kind), {})
+
+
+def _object(node: Node) -> Node:
+    return _variant(node, "object")
+
+
+def _words(node: Node) -> str:
+    options = _variants(node)
+    if len(options) == 3 and options[-1].get("type") == "null":
+        return f"{_option(options[0])}, {_option(options[1])} or null"
+    return " or ".join(_option(option) for option in options)
+
+
+def _option(node: Node) -> str:
+    if "const" in node:
+        return _plain(node["const"])
+    if "enum" in node:
+        return _listed([_plain(value) for value in node["enum"]])
+    kind = node.get("type")
+    if kind in ("integer", "number"):
+        return ("a whole number" if kind == "integer" else "a number") + _bounds(node)
+    if kind == "array":
+        items = node.get("prefixItems")
+        if items:
+            return f"a list of {len(items)}, each {_words(_resolve(items[0]))}"
+        size = "not empty, " if node.get("minItems") else ""
+        return f"a list, {size}each {_words(_resolve(node.get('items', {})))}"
+    if kind == "object":
+        known = list(node.get("properties", node.get("propertyNames", {}).get("enum", [])))
+        shown = known if len(known) <= 5 else [*known[:4], "..."]
+        return f"a section ({', '.join(shown)})" if known else "a section"
+    if kind == "string":
+        return "text, not empty" if node.get("minLength") else "text"
+    return {"boolean": "true or false", "null": "null"}.get(str(kind), "any value")
+
+
+def _bounds(node: Node) -> str:
+    low, above = node.get("minimum"), node.get("exclusiveMinimum")
+    high, below = node.get("maximum"), node.get("exclusiveMaximum")
+    text = ""
+    if low is not None:
+        text += f" from {low}"
+    if above is not None:
+        text += f" above {above}"
+    if high is not None:
+        text += f" to {high}"
+    if below is not None:
+        text += f"{' to' if text else ''} below {below}"
+    return text
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else quote(value)
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def spec_of(data: dict[Any, Any]) -> JobSpec:
+    """Validate plain data (what YAML gives).
+
+    Raises:
+        SpecErrors: with one line for each fault, all at once.
+    """
+    lines = {path: _expected(path, True) for path in _truths(data, ())}
+    try:
+        spec = JobSpec.model_validate(data)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        if details[0]["type"] == "rules":
+            raise SpecErrors([*_in_order(lines), *details[0]["ctx"]["text"].split("\n")]) from None
+        for detail in details:
+            path = _path(data, detail["loc"], detail["type"]) or detail["loc"]
+            lines.setdefault(path, _line(path, detail, _value(data, path)))
+        raise SpecErrors([*_in_order(lines), *_rules_beside(data, list(lines))]) from None
+    if lines:
+        raise SpecErrors(_in_order(lines))
+    return spec
+
+
+def _in_order(lines: dict[KeyPath, str]) -> list[str]:
+    """The lines by section, in the order of the schema; keys of no section come last."""
+    place = {name: index for index, name in enumerate(JobSpec.model_fields)}
+    return [lines[path] for path in sorted(lines, key=lambda path: place.get(str(path[0]), 99))]
+
+
+def _truths(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+    """Paths where true or false stands for a number (which Python would take for 1 or 0)."""
+    if isinstance(value, bool):
+        kinds = {option.get("type") for option in _variants(node_at(path))}
+        if kinds & {"integer", "number"} and "boolean" not in kinds:
+            yield path
+        return
+    if isinstance(value, (dict, list)):
+        for step, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _truths(item, (*path, step))
+
+
+def _path(data: Any, location: Sequence[str | int], kind: str) -> KeyPath:
+    """pydantic's location without what is no key (the tags of unions)."""
+    path: list[str | int] = []
+    for step in location:
+        known: Any = data if isinstance(data, dict) else ()
+        if isinstance(data, list):
+            known = range(len(data))
+        if step in known:
+            data = data[int(step) if isinstance(data, list) else step]
+        elif not (isinstance(data, dict) and kind == "missing"):
+            break
+        path.append(step)
+    return tuple(path)
+
+
+def _value(data: Any, path: KeyPath) -> Any:
+    for step in path:
+        data = data.get(step) if isinstance(data, dict) else data[int(step)]
+    return data
+
+
+def _line(path: KeyPath, detail: Any, got: Any) -> str:
+    """The one line for an error of pydantic."""
+    kind, location = detail["type"], detail["loc"]
+    key = ".".join(map(str, path))
+    if kind in ("extra_forbidden", "invalid_key") or location[-1:] == ("[key]",):
+        return f"{key}: unknown key; {nearest(path)}"
+    if kind == "missing" and path == location:
+        return f"{key}: missing; may be {may_be(path)}"
+    if kind == "value_error":
+        why = detail["ctx"]["error"]
+        return f"{key}: {why}" if isinstance(got, dict) else f"{key}: got {quote(got)}; {why}"
+    return _expected(path, got)
+
+
+def _expected(path: KeyPath, got: Any) -> str:
+    words = may_be(path)
+    if "text" in words and isinstance(got, (bool, int, float)):
+        words += " (put it in quotes)"
+    return f"{'.'.join(map(str, path))}: got {quote(got)}; may be {words}"
+
+
+def _rules_beside(data: dict[Any, Any], at_fault: Sequence[KeyPath]) -> list[str]:
+    """Faults against the rules across sections, judged on the sections that are sound.
+
+    Keys at fault are dropped for it; a section that does not hold without them is at fault
+    as a whole.
+    """
+    rest = copy.deepcopy(data)
+    for path in at_fault:
+        while path and isinstance(path[-1], int):
+            path = path[:-1]
+        parent: Any = rest
+        for step in path[:-1]:
+            parent = parent.get(step, {}) if isinstance(parent, dict) else parent[step]
+        if path and isinstance(parent, dict):
+            parent.pop(path[-1], None)
+    bad = {".".join(map(str, path)) for path in at_fault}
+    sections: dict[str, Any] = {}
+    for name, field in JobSpec.model_fields.items():
+        annotation: Any = field.annotation
+        try:
+            if name in rest:
+                sections[name] = TypeAdapter[Any](annotation).validate_python(rest[name])
+        except ValidationError:
+            bad.add(name)
+    return rule_faults(JobSpec.model_construct(None, **sections), bad)

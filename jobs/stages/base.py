@@ -1,0 +1,66 @@
+"""What every stage gets to work with, and how it waits for work on the cluster."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.session import Cluster
+from cluster.storage import Attempt, EventTail, EventWriter, Store, open_store
+from jobs.inputs import Inputs, Outputs
+from jobs.progress import Reporter
+from jobs.rundir import RunDir
+from jobs.spec import JobSpec
+
+STOP_FOLDER = "state"
+
+
+def stop_path(attempt: int) -> str:
+    """The object whose existence asks all processes of an attempt for a clean stop."""
+    return f"{STOP_FOLDER}/stop-{attempt:04d}.json"
+
+
+@dataclass
+class Context:
+    """One attempt of one run, while its stages run."""
+
+    spec: JobSpec
+    run: RunDir
+    inputs: Inputs
+    outputs: Outputs
+    events: EventWriter
+    tail: EventTail
+    reporter: Reporter
+    cluster: Cluster
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def attempt(self) -> Attempt:
+        return self.run.current()
+
+    @property
+    def shared(self) -> Store:
+        """Where corpora and caches of all runs are."""
+        return open_store(self.spec.storage)
+
+    @property
+    def corpus(self) -> Store:
+        return self.shared.sub("_corpora", self.outputs["prepare"]["corpus"])
+
+    @property
+    def cache(self) -> Store | None:
+        if "capture" not in self.outputs:
+            return None
+        return self.shared.sub("_logits", self.outputs["capture"]["cache"])
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Records an event of the driver, and shows it."""
+        self.events.emit(event, **fields)
+        self.reporter.event({"event": event, **fields})
+
+    def pump(self) -> None:
+        """Shows what the workers have recorded since the last call."""
+        for event in self.tail.poll():
+            if event.get("worker"):
+                self.reporter.event(event)

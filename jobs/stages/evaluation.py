@@ -1,0 +1,165 @@
+"""What the sweep's tasks do on their machines: quantize, evaluate, measure. Run by Ray.
+
+This is where the wings meet: the corpus and the teacher's records are `trainer`'s, the models'
+quality is `quant`'s.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.storage import Attempt, Store
+from quant.spec import QuantSpec, SweepSpec
+from trainer.corpus.corpus import Batch, open_corpus
+from trainer.logits.store import CacheReader
+from trainer.models import find_model
+from trainer.spec import TeacherSpec
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all tasks of one sweep share; picklable."""
+
+    sweep: SweepSpec
+    corpus: Store
+    cache: Store | None
+    attempt: Attempt
+    threads: int
+    speed_threads: int
+    gpus: float
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+    def batches(self) -> Iterator[Batch]:
+        """The report part in batches of fixed size."""
+        part = open_corpus(self.corpus).part("report")
+        size = self.sweep.batch_sequences
+        for start in range(0, len(part), size):
+            yield part.batch(np.arange(start, min(start + size, len(part))))
+
+    def records(self) -> Iterator[TeacherBatch] | None:
+        """The teacher's records of the same batches, None without a teacher."""
+        if self.cache is None:
+            return None
+        reader = CacheReader(self.cache, "eval")
+        return (teacher_batch(reader, batch) for batch in self.batches())
+
+
+@dataclass(frozen=True)
+class TeacherBatch:
+    """The teacher's records of a batch: [batch, seq, k] and [batch, seq]; tail is a probability."""
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    tail: np.ndarray
+    entropy: np.ndarray
+    true_logprob: np.ndarray
+
+
+def teacher_batch(reader: CacheReader, batch: Batch) -> TeacherBatch:
+    """The cached records of a batch, stacked; the tail at temperature 1."""
+    records = [reader.read(key.tobytes()) for key in batch.keys]
+    tails = np.stack([item.log_tails[:, 0] for item in records])
+    return TeacherBatch(
+        np.stack([item.ids for item in records]),
+        np.stack([item.log_probs for item in records]),
+        np.exp(tails),
+        np.stack([item.entropy for item in records if item.entropy is not None]),
+        np.stack([item.true_log_prob for item in records if item.true_log_prob is not None]),
+    )
+
+
+def folder_of(model: Store | str, revision: str = "main") -> str:
+    """A local folder of a model of the run, or of one by name."""
+    if isinstance(model, Store):
+        return str(model.fetch_folder(""))
+    return str(find_model("student.model", model, revision))
+
+
+def model_task(
+    material: Material, role: str, name: str, model: Store | str, revision: str
+) -> dict[str, Any]:
+    """Evaluates an unquantized model and publishes evaluations/<role>.json."""
+    from quant.cell import evaluate_model
+
+    result = evaluate_model(
+        folder_of(model, revision),
+        material.batches(),
+        material.records(),
+        role,  # type: ignore[arg-type]
+        name=name,
+        threads=material.threads,
+        device=material.device,
+    )
+    material.attempt.write_json(f"evaluations/{role}.json", result)
+    return result
+
+
+def teacher_task(material: Material, teacher: TeacherSpec) -> dict[str, Any]:
+    """Evaluates the teacher from its records alone and publishes evaluations/teacher.json."""
+    from quant.cell import evaluate_model
+
+    result = evaluate_model(
+        str(find_model("teacher.model", teacher.model, teacher.revision)),
+        material.batches(),
+        material.records(),
+        "teacher",
+        name=teacher.model,
+        threads=material.threads,
+    )
+    material.attempt.write_json("evaluations/teacher.json", result)
+    return result
+
+
+def cell_task(
+    material: Material, spec: QuantSpec, fingerprint: str, model: Store | str, revision: str
+) -> dict[str, Any]:
+    """One cell: quantizes, evaluates, publishes the model and then its result.json."""
+    from quant.cell import run_cell
+
+    source = Path(folder_of(model, revision))
+    with tempfile.TemporaryDirectory(prefix="stillhouse-cell-") as temporary:
+        result = run_cell(
+            spec,
+            str(source),
+            material.batches(),
+            material.records(),
+            temporary,
+            threads=material.threads,
+            device=material.device,
+        )
+        for pattern in ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab.*", "merges.*"):
+            for path in source.glob(pattern):
+                (Path(temporary) / path.name).write_bytes(path.read_bytes())
+        material.attempt.upload_folder(temporary, f"cells/{spec.key}/model")
+    result["fingerprint"] = fingerprint
+    material.attempt.write_json(f"cells/{spec.key}/result.json", result)
+    return result
+
+
+def speed_task(
+    material: Material, spec: QuantSpec, model: Store | str, revision: str
+) -> dict[str, Any]:
+    """The speed of a finished cell beside the 16-bit model; adds it to the cell's result.json."""
+    from quant.cell import measure_cell
+
+    store = material.attempt.store
+    speeds = measure_cell(
+        str(store.fetch_folder(f"cells/{spec.key}/model")),
+        folder_of(model, revision),
+        material.sweep.speed_prompt_tokens,
+        material.sweep.speed_decode_tokens,
+        threads=material.speed_threads,
+        device=material.device,
+    )
+    path = f"cells/{spec.key}/result.json"
+    material.attempt.write_json(path, {**store.read_json(path), **speeds})
+    return speeds

@@ -1,0 +1,294 @@
+"""Which W&B runs a run directory amounts to, and what each holds: pure data, no wandb."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from jobs.report import figures
+from jobs.report.rows import Row, rows_of, technique
+from jobs.report.source import (
+    TRAININGS,
+    RunData,
+    curve,
+    number,
+    seconds_since_epoch,
+    training_metrics,
+)
+
+History = list[tuple[int, dict[str, float]]]
+
+RESULTS = (
+    "bits_per_weight",
+    "parameters",
+    "bytes",
+    "accuracy",
+    "retention",
+    "perplexity",
+    "kl_to_student",
+    "kl_to_teacher",
+    "top1_agreement",
+    "decode_tokens_per_s",
+    "prefill_tokens_per_s",
+    "speedup",
+    "quantize_s",
+    "eval_s",
+    "tokens",
+)
+ROLE_OF = {"capture": "teacher", "distill": "student", "control": "control"}
+TABLE = {  # heading -> key of the row, and what it is divided by
+    "Bits": ("bits", 1),
+    "True bpw": ("bits_per_weight", 1),
+    "Size (MB)": ("bytes", 1e6),
+    "Accuracy (%)": ("accuracy", 0.01),
+    "Retention (%)": ("retention", 1),
+    "Perplexity": ("perplexity", 1),
+    "Decode speed (tok/s)": ("decode_tokens_per_s", 1),
+    "Speed-up": ("speedup", 1),
+    "KL to student": ("kl_to_student", 1),
+    "KL to teacher": ("kl_to_teacher", 1),
+}
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """One W&B run: `history` are (step, numbers) by rising step, `summary` its results.
+
+    `complete` is False while its stage is still at work. `table` (headings and lines) and `html`
+    are the report run's.
+    """
+
+    id: str
+    key: str
+    name: str
+    group: str
+    job_type: str
+    config: dict[str, Any]
+    history: History = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    failed: bool = False
+    complete: bool = True
+    table: tuple[list[str], list[list[Any]]] | None = None
+    html: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever anything in it does."""
+        return _hash(json.dumps(self.__dict__, sort_keys=True, default=str), 32)
+
+
+def run_id(url: str, name: str, key: str) -> str:
+    """A W&B run id in [a-z0-9] that every projection of this stage or cell comes to."""
+    return _hash("\n".join((url, name, key)), 16)
+
+
+def _hash(text: str, length: int) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=length // 2).hexdigest()
+
+
+def plan(data: RunData, html: str | None = None) -> list[Tracked]:
+    """The W&B runs: one per training stage that was at work, one per cell, one report.
+
+    `html` is the report page, where there is one.
+    """
+    rows = rows_of(data)
+    found = [_training(data, rows, stage) for stage in ("capture", *TRAININGS)]
+    found += [_cell(data, rows, row) for row in rows if row["role"] == "cell"]
+    if rows:
+        found.append(_report(data, rows, html))
+    return [tracked for tracked in found if tracked is not None]
+
+
+def _config(data: RunData, rows: list[Row], key: str, cell: Row | None = None) -> dict[str, Any]:
+    """Flat, and the same keys for every W&B run, so that W&B can filter and group by them."""
+    spec = data.spec
+    teacher, student = _section(spec, "teacher"), _section(spec, "student")
+    train, cache = _section(spec, "distill"), _section(spec, "cache")
+    if key == "control":
+        train = {**train, "losses": {"ce": 1.0}, "temperature": None}
+    how = cell["technique"] if cell else technique(spec, ROLE_OF[key]) if key in ROLE_OF else None
+    named = {row["role"]: row for row in rows if row["role"] != "cell"}
+    losses = train.get("losses") or {}
+    return {
+        "run": data.name,
+        "key": key,
+        "teacher": named["teacher"]["name"] if "teacher" in named else teacher.get("model"),
+        "teacher_params": named["teacher"]["parameters"] if "teacher" in named else None,
+        "student": named["student"]["name"] if "student" in named else student.get("model"),
+        "student_params": named["student"]["parameters"] if "student" in named else None,
+        "technique": how,
+        "method": cell.get("method") if cell else None,
+        "bits": cell["bits"] if cell else None,
+        "group_size": cell["group_size"] if cell else None,
+        "kernel": cell.get("kernel") if cell else None,
+        "seed": spec.get("seed"),
+        "sequence_length": _section(spec, "data").get("sequence_length"),
+        "cache_method": cache.get("method"),
+        "cache_k": cache.get("k"),
+        "losses": " + ".join(f"{name} {weight:g}" for name, weight in losses.items()) or None,
+        "temperature": train.get("temperature"),
+        "steps": train.get("steps"),
+        "tokens_per_step": train.get("tokens_per_step"),
+        "learning_rate": train.get("learning_rate"),
+        "zero_stage": train.get("zero_stage"),
+        "dtype": train.get("dtype"),
+    }
+
+
+def _section(spec: dict[str, Any], name: str) -> dict[str, Any]:
+    section = spec.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _training(data: RunData, rows: list[Row], stage: str) -> Tracked | None:
+    history = _steps(data, stage)
+    if not history and stage == "capture":
+        history = _progress(data, stage)
+    metrics = _capture_metrics(data) if stage == "capture" else training_metrics(data, stage)
+    if not history and not metrics:
+        return None
+    row = next((row for row in rows if row["role"] == ROLE_OF[stage]), None)
+    # What a model is: a cell's numbers without those that training counts under the same name.
+    results = _results(row) if row else {}
+    summary = {**_flat(metrics), **{k: v for k, v in results.items() if k != "tokens"}}
+    failed = not metrics and (_last_failed(data, stage) or _ended(data))
+    return Tracked(
+        id=run_id(data.url, data.name, stage),
+        key=stage,
+        name=f"{data.name}/{stage}",
+        group=data.name,
+        job_type=stage,
+        config=_config(data, rows, stage),
+        history=history,
+        summary=summary,
+        failed=failed,
+        complete=failed or (bool(metrics) and not _redone(data, stage)),
+    )
+
+
+def _steps(data: RunData, stage: str) -> History:
+    rows: dict[int, dict[str, float]] = {}
+    for event in curve(data, stage):
+        numbers = {
+            key: value
+            for key, value in event.items()
+            if key not in ("t", "attempt", "step", "steps") and number(value) is not None
+        }
+        rows[int(event["step"])] = {**numbers, **_timestamp(event)}
+    return sorted(rows.items())
+
+
+def _progress(data: RunData, stage: str) -> History:
+    """Progress as history: the step is what is done, with the throughput since the last one."""
+    rows: dict[int, dict[str, float]] = {}
+    before: tuple[float, float] | None = None
+    for event in data.of_kind("progress"):
+        done, when = number(event.get("done")), seconds_since_epoch(event)
+        if event.get("stage") != stage or done is None:
+            continue
+        row = {"done": done, **_timestamp(event)}
+        if (total := number(event.get("total"))) is not None:
+            row["total"] = total
+        if before and when is not None and when > before[1] and done > before[0]:
+            row[f"{event.get('unit') or 'items'}_per_s"] = (done - before[0]) / (when - before[1])
+        before = (done, when) if when is not None else None
+        rows[int(done)] = row
+    return sorted(rows.items())
+
+
+def _timestamp(event: dict[str, Any]) -> dict[str, float]:
+    """W&B's own key for when a row was logged: when it happened, not when it was projected."""
+    when = seconds_since_epoch(event)
+    return {} if when is None else {"_timestamp": when}
+
+
+def _capture_metrics(data: RunData) -> dict[str, Any]:
+    done = data.of_kind("capture_done")
+    return dict(done[-1].get("metrics") or {"done": True}) if done else {}
+
+
+def _redone(data: RunData, stage: str) -> bool:
+    """Whether training went on after the closing numbers: an earlier attempt's, then."""
+    kinds = [
+        event["event"]
+        for event in data.of_kind("step", "training_done")
+        if event.get("stage") == stage
+    ]
+    return bool(kinds) and kinds[-1] == "step" and "training_done" in kinds
+
+
+def _last_failed(data: RunData, stage: str) -> bool:
+    stage = "capture" if stage == "capture" else "distill"  # which trains the control too
+    ends = [e for e in data.of_kind("stage_done", "stage_failed") if e.get("stage") == stage]
+    return bool(ends) and ends[-1]["event"] == "stage_failed"
+
+
+def _ended(data: RunData) -> bool:
+    """Whether the newest attempt is over."""
+    newest = max((event.get("attempt") or 0 for event in data.events), default=0)
+    return any((event.get("attempt") or 0) == newest for event in data.of_kind("run_end"))
+
+
+def _cell(data: RunData, rows: list[Row], row: Row) -> Tracked:
+    failed = row["status"] == "failed"
+    summary = {"status": row["status"], **_results(row)}
+    if row["error"]:
+        summary["error"] = figures.first_line(row["error"])
+    return Tracked(
+        id=run_id(data.url, data.name, row["key"]),
+        key=row["key"],
+        name=f"{data.name}/{row['key']}",
+        group=data.name,
+        job_type="cell",
+        config=_config(data, rows, row["key"], row),
+        summary=summary,
+        failed=failed,
+    )
+
+
+def _results(row: Row) -> dict[str, Any]:
+    found = {key: row[key] for key in RESULTS if row[key] is not None}
+    for name, version in _flat(row.get("versions") or {}).items():
+        found[f"version_{name}"] = version
+    return found
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested numbers and texts under joined names; what is None is left out."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found.update(_flat(value, f"{prefix}{key}_"))
+        elif isinstance(value, str | bool) or number(value) is not None:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _report(data: RunData, rows: list[Row], html: str | None) -> Tracked:
+    lines = []
+    for row in rows:
+        line = [row["model"], row["technique"], row["status"]]
+        for key, unit in TABLE.values():
+            value = number(row[key])
+            line.append(None if value is None else value / unit)
+        lines.append(line)
+    cells = [row for row in rows if row["role"] == "cell"]
+    failed = sum(row["status"] == "failed" for row in cells)
+    return Tracked(
+        id=run_id(data.url, data.name, "report"),
+        key="report",
+        name=f"{data.name}/report",
+        group=data.name,
+        job_type="report",
+        config=_config(data, rows, "report"),
+        summary={
+            "headline_sentence": figures.headline(rows),
+            "cells": len(cells),
+            "failed_cells": failed,
+        },
+        complete=_ended(data),
+        table=(["Model", "Technique", "Status", *TABLE], lines),
+        html=html,
+    )

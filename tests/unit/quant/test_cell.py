@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from quant.artifact import load_quantized
+from quant.bytes import parameter_count, true_bytes
+from quant.cell import evaluate_model, load_model, measure_cell, run_cell
+from quant.evaluate import evaluate, teacher_metrics
+from quant.spec import QuantSpec
+from quant.speed import measure_speed
+
+RESULT_KEYS = {
+    "spec",
+    "status",
+    "error",
+    "bits_per_weight",
+    "bytes",
+    "parameters",
+    "perplexity",
+    "kl_to_student",
+    "kl_to_teacher",
+    "top1_agreement",
+    "accuracy",
+    "retention",
+    "decode_tokens_per_s",
+    "prefill_tokens_per_s",
+    "speedup",
+    "kernel",
+    "quantize_s",
+    "eval_s",
+    "versions",
+    "fingerprint",
+    "tokens",
+}
+EVALUATION_KEYS = {
+    "role",
+    "name",
+    "parameters",
+    "bytes",
+    "accuracy",
+    "perplexity",
+    "kl_to_teacher",
+    "retention",
+    "top1_agreement",
+    "decode_tokens_per_s",
+    "prefill_tokens_per_s",
+    "versions",
+}
+SPEC = QuantSpec(4, 32)
+
+
+@pytest.fixture
+def student(make_llama, tmp_path, batches, foretell):
+    """A saved float32 student which gets a good part of the tokens right."""
+    model = make_llama(tied=True)
+    foretell(model, batches)
+    folder = str(tmp_path / "student")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_cell_is_quantized_saved_and_evaluated(
+    student, tmp_path, make_llama, batches, make_records
+):
+    out, teacher = str(tmp_path / "cell"), make_llama(seed=9)
+    records = make_records(teacher, batches, 16)
+    result = run_cell(SPEC, student, iter(batches), iter(records), out)
+    assert result.keys() >= RESULT_KEYS
+    json.dumps(result, allow_nan=False)
+    assert result["status"] == "done" and result["spec"] == SPEC.to_dict()
+    assert {result[key] for key in ("decode_tokens_per_s", "prefill_tokens_per_s")} == {None}
+    assert result["kernel"] == "dequantize+matmul"
+    saved, original = load_quantized(out), load_model(student)
+    assert original.dtype == torch.float32  # the dtype it was saved in
+    assert result["bytes"] == true_bytes(saved)
+    assert result["parameters"] == parameter_count(original)
+    assert result["bits_per_weight"] == 8 * true_bytes(saved) / parameter_count(original)
+    again = evaluate(saved, batches, original, records)
+    assert result["perplexity"] == again["perplexity"]
+    assert result["kl_to_student"] == again["kl_to_reference"] > 0
+    assert result["kl_to_teacher"] == again["kl_to_teacher"] > 0.1
+    whole = evaluate(original, batches)["accuracy"]
+    assert result["retention"] == pytest.approx(100 * result["accuracy"] / whole)
+    assert whole > 0.2
+    half = run_cell(SPEC, student, batches, student_accuracy=2 * whole)
+    assert half["retention"] == pytest.approx(result["retention"] / 2)
+    assert half["kl_to_teacher"] is None
+
+
+def test_an_impossible_cell_raises_for_the_caller_to_record(student, batches):
+    with pytest.raises(ValueError, match="group_size 48"):
+        run_cell(QuantSpec(4, 48), student, batches)
+
+
+def test_speed_is_measured_beside_the_16_bit_model(student, tmp_path, batches):
+    out = str(tmp_path / "cell")
+    run_cell(SPEC, student, batches, out_folder=out)
+    found = measure_cell(out, student, prompt_tokens=8, decode_tokens=4, repeats=2)
+    assert found["kernel"] == "dequantize+matmul"
+    assert found["speedup"] == found["decode_tokens_per_s"] / found["baseline_decode_tokens_per_s"]
+    assert found["prefill_tokens_per_s"] > 0 and found["baseline_prefill_tokens_per_s"] > 0
+    with pytest.raises(ValueError, match="exceeds the model's 128 positions"):
+        measure_cell(out, student, prompt_tokens=128, decode_tokens=4)
+
+
+def test_speed_counts_the_tokens_it_ran_in_turns(make_llama):
+    """Each model sees the prompt once per round, then single tokens with a growing cache."""
+    calls: list[tuple[str, int]] = []
+
+    def watched(name: str):
+        model = make_llama()
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append((name, kwargs["input_ids"].shape[1])),
+            with_kwargs=True,
+        )
+        return model
+
+    measure_speed(watched("A"), watched("B"), prompt_tokens=5, decode_tokens=3, repeats=2)
+    warm_up = [(name, n) for name in "AB" for n in (5, 1, 1)]
+    rounds = [(name, n) for name in "AB" for n in (5, 1, 1, 1)]
+    assert calls == warm_up + 2 * rounds
+
+
+def test_unquantized_models(student, tmp_path, make_llama, batches, make_records):
+    teacher = make_llama(seed=9, num_hidden_layers=3)
+    records = make_records(teacher, batches, 16)
+    teacher.config.save_pretrained(tmp_path / "teacher")  # its weights are never needed
+    top = evaluate_model(str(tmp_path / "teacher"), iter(batches), iter(records), "teacher")
+    numbers = teacher_metrics(batches, records)
+    assert top.keys() >= EVALUATION_KEYS
+    assert (top["role"], top["name"]) == ("teacher", "teacher")
+    assert top["parameters"] == parameter_count(teacher) and top["bytes"] == 2 * top["parameters"]
+    assert top["accuracy"] == numbers["accuracy"] and top["perplexity"] == numbers["perplexity"]
+    assert top["kl_to_teacher"] is top["retention"] is top["top1_agreement"] is None
+
+    low = evaluate_model(student, iter(batches), iter(records), "student", name="small")
+    found = evaluate(load_model(student), batches, None, records)
+    assert low.keys() >= EVALUATION_KEYS and low["name"] == "small"
+    assert low["kl_to_teacher"] == found["kl_to_teacher"] > 0.1
+    assert low["top1_agreement"] == found["teacher_top1_agreement"]
+    expected = None if not numbers["accuracy"] else 100 * low["accuracy"] / numbers["accuracy"]
+    assert low["retention"] == expected
+    json.dumps([top, low], allow_nan=False)
+    with pytest.raises(ValueError, match="from its records"):
+        evaluate_model(student, batches, None, "teacher")

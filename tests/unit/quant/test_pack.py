@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from quant.pack import pack, packed_width, unpack
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_round_trip_takes_exactly_b_bits(bits):
+    codes = torch.randint(1 << bits, (3, 5, 48), dtype=torch.uint8)
+    codes[0, 0] = (1 << bits) - 1
+    packed = pack(codes, bits)
+    assert packed.shape == (3, 5, 48 * bits // 8)
+    assert packed.numel() * 8 == codes.numel() * bits
+    assert torch.equal(unpack(packed, bits), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_layout_is_numpys_little_endian_bit_stream(bits):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, 40, dtype=np.uint8)
+    stream = np.unpackbits(codes[:, None], axis=1, bitorder="little")[:, :bits].ravel()
+    expected = np.packbits(stream, bitorder="little")
+    assert np.array_equal(pack(torch.from_numpy(codes), bits).numpy(), expected)
+
+
+def test_non_contiguous_and_empty():
+    codes = torch.randint(8, (16, 4), dtype=torch.uint8).t()
+    assert torch.equal(unpack(pack(codes, 3), 3), codes)
+    assert pack(torch.zeros(0, 8, dtype=torch.uint8), 3).shape == (0, 3)
+
+
+@pytest.mark.parametrize("bits", [0, 9, -1])
+def test_refuses_other_widths(bits):
+    with pytest.raises(ValueError, match="bits may be 1 to 8"):
+        packed_width(8, bits)
+    with pytest.raises(ValueError, match="bits may be 1 to 8"):
+        unpack(torch.zeros(8, dtype=torch.uint8), bits)
+
+
+def test_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="multiple of 8"):
+        pack(torch.zeros(2, 12, dtype=torch.uint8), 4)
+    with pytest.raises(ValueError, match="code 4 does not fit into 2 bits"):
+        pack(torch.full((1, 8), 4, dtype=torch.uint8), 2)
+    with pytest.raises(ValueError, match="uint8"):
+        pack(torch.zeros(8), 4)
+    with pytest.raises(ValueError, match="do not hold codes of 3 bits"):
+        unpack(torch.zeros(4, dtype=torch.uint8), 3)

@@ -1,0 +1,1 @@
+"""Text becomes a corpus: sources, distinct documents, tokens, packed sequences in three parts."""

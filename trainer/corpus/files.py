@@ -1,0 +1,199 @@
+"""Local files as documents: globs of txt, json, jsonl or parquet, read by `datasets`."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SHARD_BYTES = 64 << 20  # a larger file is cut into row ranges of about this size
+WHOLE_HASH_BYTES = 64 << 20  # a larger file is hashed by samples
+CHECKED_FILES = 100  # columns of the first files are checked before work, of the rest on reading
+BATCH_ROWS = 1024
+
+
+def is_local(source: str) -> bool:
+    """True for a path or a glob, False for a hub id (`name` or `owner/name`)."""
+    suffixed = Path(source).suffix.lower() in LOADERS
+    rooted = source.startswith(("/", "./", "../", "~"))
+    return (
+        suffixed or rooted or glob.has_magic(source) or "://" in source or source.count("/") > 1
+        or Path(source).exists()
+    )  # fmt: skip
+
+
+def find(key: str, source: str) -> list[str]:
+    """Absolute paths of the files that a glob matches, sorted.
+
+    Raises:
+        ValueError: nothing matches, or the suffixes are mixed or unknown.
+    """
+    known = ", ".join(LOADERS)
+    if "://" in source:
+        raise ValueError(
+            f"{key}.source: {source} is a URL; give a glob of local files ({known}), which all "
+            "nodes share, or a hub data set id"
+        )
+    pattern = os.path.abspath(os.path.expanduser(source))
+    if os.path.isfile(pattern):  # a name may hold [ ] without being a pattern
+        found = [pattern]
+    else:
+        found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    if not found and os.path.isdir(pattern):
+        example = os.path.join(source, "*.jsonl")
+        raise ValueError(f"{key}.source: {source} is a folder; give a glob such as {example}")
+    if not found:
+        raise ValueError(
+            f"{key}.source: no file matches {source} (looked in {_fixed_folder(pattern)})"
+        )
+    suffixes = sorted({Path(path).suffix.lower() for path in found})
+    unknown = [suffix for suffix in suffixes if suffix not in LOADERS]
+    if unknown:
+        raise ValueError(
+            f"{key}.source: {source} matches {unknown[0] or 'suffixless'} files; may be {known}"
+        )
+    if len({LOADERS[suffix] for suffix in suffixes}) > 1:
+        raise ValueError(
+            f"{key}.source: {source} mixes {', '.join(suffixes)}; give each kind its own source"
+        )
+    return found
+
+
+def pieces(key: str, source: str, column: str) -> list[tuple[str, int, int | None]]:
+    """(path, first row, row after the last) per shard; (path, 0, None) is a whole file.
+
+    Raises:
+        ValueError: as `find`, and a column that is not in a file.
+    """
+    result: list[tuple[str, int, int | None]] = []
+    for number, path in enumerate(find(key, source)):
+        size = os.path.getsize(path)
+        if size == 0:
+            continue
+        if number < CHECKED_FILES:
+            check_column(f"{key}.column: {path}", columns(f"{key} ({path})", path), column)
+        if size <= SHARD_BYTES or LOADERS[Path(path).suffix.lower()] == "text":
+            result.append((path, 0, None))
+            continue
+        count = len(_open(f"{key} ({path})", path, streaming=False))
+        result.extend((path, start, stop) for start, stop in cut(count, -(-size // SHARD_BYTES)))
+    return result
+
+
+def cut(rows: int, parts: int) -> list[tuple[int, int]]:
+    """`rows` in at most `parts` contiguous ranges of nearly equal length, none empty."""
+    parts = max(1, min(parts, rows))
+    edges = [rows * part // parts for part in range(parts + 1)]
+    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+
+
+def columns(label: str, path: str) -> list[str]:
+    """Names of the columns of a file, from its first rows."""
+    with reading(label):
+        for table in _open(label, path, streaming=True).with_format("arrow").iter(batch_size=1):
+            return list(table.column_names)
+    return []
+
+
+def check_column(label: str, names: list[str], column: str) -> None:
+    """Raise the one-line ValueError for a column that is not among `names`."""
+    if names and column not in names:
+        raise ValueError(
+            f"{label} has no column {column!r}; set column: to one of {', '.join(names)}"
+        )
+
+
+def rows(label: str, path: str, column: str, start: int, stop: int | None) -> Iterator[Any]:
+    """The column's values of rows [start, stop) of a file, in order."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{label}: not on this node; put it on storage all nodes share")
+    with reading(label):
+        if stop is None:  # one pass over the file, nothing is written to datasets' cache
+            data = _open(label, path, streaming=True)
+        else:  # datasets' own Arrow cache gives random access to the rows of a large file
+            data = _open(label, path, streaming=False).select(range(start, stop))
+        yield from column_values(label, data, column)
+
+
+def column_values(label: str, data: Any, column: str) -> Iterator[Any]:
+    """The values of one column of a (streaming) `datasets` data set; other columns stay Arrow."""
+    for table in data.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        check_column(label, list(table.column_names), column)
+        yield from table.column(column).to_pylist()
+
+
+def fingerprint(key: str, source: str) -> dict[str, str | int]:
+    """Number of files, bytes, and one hash over every file's name, size and content."""
+    total, digest = 0, hashlib.blake2b(digest_size=16)
+    found = find(key, source)
+    for path in found:
+        size = os.path.getsize(path)
+        total += size
+        digest.update(f"{os.path.basename(path)}\0{size}\0".encode())
+        digest.update(_content(path, size))
+    return {"files": len(found), "bytes": total, "content": digest.hexdigest()}
+
+
+@contextmanager
+def reading(label: str) -> Iterator[None]:
+    """Turn what `datasets` raises for a broken file into a ValueError of one line that names it."""
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow.lib import ArrowException
+
+    try:
+        yield
+    except (DatasetGenerationError, UnicodeDecodeError, ArrowException) as error:
+        generated = isinstance(error, DatasetGenerationError)
+        cause = (error.__cause__ or error) if generated else error
+        message = " ".join(str(cause).split())[:200]
+        raise ValueError(f"{label} cannot be read: {message}") from error
+
+
+def library() -> Any:
+    """The `datasets` module, without progress bars and log lines."""
+    import logging
+
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    return datasets
+
+
+def _open(label: str, path: str, streaming: bool) -> Any:
+    loader = LOADERS[Path(path).suffix.lower()]
+    settings = {"sample_by": "document"} if loader == "text" else {}
+    with reading(label):
+        return library().load_dataset(
+            loader,
+            data_files=[glob.escape(path)],  # datasets takes every path for a pattern
+            split="train",
+            streaming=streaming,
+            **settings,
+        )
+
+
+def _content(path: str, size: int) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        if size <= WHOLE_HASH_BYTES:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        else:
+            for sample in range(16):
+                file.seek((size - (1 << 20)) * sample // 15)
+                digest.update(file.read(1 << 20))
+    return digest.digest()
+
+
+def _fixed_folder(pattern: str) -> str:
+    """The part of a pattern before its first wildcard: where a user should look."""
+    folder = os.path.dirname(pattern)
+    while glob.has_magic(folder):
+        folder = os.path.dirname(folder)
+    return folder

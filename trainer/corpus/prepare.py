@@ -1,0 +1,316 @@
+"""Making a corpus: shards are mapped over tasks, the rest is arithmetic on their results.
+
+In one process:
+
+    tokenizer = load_tokenizer("Qwen/Qwen3-0.6B")          # or TokenizerSpec(train=2048)
+    identity = corpus_identity(data, tokenizer)
+    store = open_store("./runs").sub("_corpora", corpus_name(identity))
+    manifest = prepare(data, tokenizer, store, identity=identity)
+
+On a cluster, `each` maps the same functions over tasks; they are top-level and their arguments
+pickle, and results must come back in the order of the calls:
+
+    def each(function, calls):                              # with ray, on the jobs floor
+        remote = ray.remote(function)
+        return ray.get([remote.remote(*call) for call in calls])
+
+    prepare(data, tokenizer, store, each, identity=identity)
+
+The result is a function of data and tokenizer alone: of no number, order or place of tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.storage import Store
+from trainer.corpus import pack, sources, tables
+from trainer.corpus import tokenizer as tokenizers_
+from trainer.corpus.corpus import FORMAT, MANIFEST, PARTS, TOKENIZER
+from trainer.corpus.parts import Documents, merge, read_rows, scan
+from trainer.corpus.sources import Shard
+from trainer.spec import DataSpec, TokenizerSpec
+
+Each = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
+Document = str | list[int]
+
+SEED = 0  # fixed, so that jobs with other seeds share the corpus and are judged on the same report
+BYTES_PER_TOKEN = 5.0  # first guess of how much text the held-out parts need; exact counts follow
+TOKENIZER_BYTES = 128 << 20  # a tokenizer is trained on at most so much text
+
+
+def serial(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The plain way to map: one call after the other."""
+    return [function(*call) for call in calls]
+
+
+def corpus_identity(data: DataSpec, tokenizer: Any) -> dict[str, Any]:
+    """Everything that decides the sequences, flat, so that two can be compared key by key.
+
+    `tokenizer`: one that is loaded, or a TokenizerSpec. Weights and max_tokens are not in it: they
+    decide how often sequences are read.
+    """
+    identity: dict[str, Any] = {"format": FORMAT, "seed": SEED}
+    for key in ("select_sequences", "report_sequences", "sequence_length", "packing",
+                "min_chars", "max_chars"):  # fmt: skip
+        identity[f"data.{key}"] = getattr(data, key)
+    for index, source in enumerate(data.train):
+        for key, value in sources.fingerprint(source, index).items():
+            identity[f"data.train.{index}.{key}"] = value
+    if isinstance(tokenizer, TokenizerSpec):
+        identity["tokenizer.train"] = tokenizer.train
+    else:
+        identity["tokenizer.content"] = tokenizers_.tokenizer_digest(tokenizer)
+    return identity
+
+
+def corpus_name(identity: dict[str, Any]) -> str:
+    """The folder of a corpus: 32 hex digits."""
+    text = json.dumps(identity, sort_keys=True, allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def prepare(
+    data: DataSpec,
+    tokenizer: Any,
+    store: Store,
+    each: Each = serial,
+    *,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    """Make the corpus in `store` and return its manifest, which is written last.
+
+    `tokenizer`: one that is loaded, or a TokenizerSpec to train one on documents of train.
+
+    Raises:
+        ValueError: a source is wrong, or the corpus is too small for its parts.
+    """
+    shards = resolve_all(data)
+    limits = (data.min_chars, data.max_chars)
+    documents = merge(each(scan, [(shard, *limits) for shard in shards]), SEED)
+    if len(documents) == 0:
+        raise too_small(data, "no document is left of them")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / TOKENIZER
+        held_out = _HeldOut(data, shards, documents, each)
+        if isinstance(tokenizer, TokenizerSpec):
+            tokenizer, parts, used = held_out.with_trained(tokenizer.train, folder)
+        else:
+            tokenizer.save_pretrained(folder)
+            parts, used = held_out.select_and_report(tokenizer)
+        store.upload_folder(folder, TOKENIZER)
+
+    files: dict[str, list[tables.FileInfo]] = {}
+    calls = [
+        (shard, number, rows, store, data.sequence_length, data.packing)
+        for number, (shard, rows) in enumerate(
+            zip(shards, documents.rows_by_shard(used), strict=True)
+        )
+        if len(rows)
+    ]
+    files["train"] = [file for file in each(write_train, calls) if file is not None]
+    if not files["train"]:
+        raise too_small(data, f"all {len(documents)} documents are in select and report")
+    for name, (packed, origin) in parts.items():
+        files[name] = [tables.write(store, f"{name}-00000.arrow", packed, origin)]
+    manifest = _manifest(data, tokenizer, identity, shards, documents, files)
+    store.write_json(MANIFEST, manifest)
+    return manifest
+
+
+def resolve_all(data: DataSpec) -> list[Shard]:
+    """The shards of all sources, in order. Raises ValueError as `sources.resolve`."""
+    measured = data.min_chars > 1 or data.max_chars is not None
+    if measured and all(source.format == "input_ids" for source in data.train):
+        raise ValueError(
+            "data.min_chars and data.max_chars count characters of text, and every source has "
+            "format: input_ids; remove them"
+        )
+    return [
+        shard for index, source in enumerate(data.train) for shard in sources.resolve(source, index)
+    ]
+
+
+def write_train(
+    shard: Shard,
+    number: int,
+    rows: NDArray[np.int64],
+    store: Store,
+    length: int,
+    packing: pack.Packing,
+) -> tables.FileInfo | None:
+    """Tokenise and pack documents `rows` of a shard, publish train-<number>.arrow; a task.
+
+    None when no sequence has a position to learn from.
+    """
+    tokenizer = tokenizers_.load_tokenizer(store.fetch_folder(TOKENIZER))
+    ids = tokenizers_.encode(tokenizer, read_rows(shard, rows), shard.label)
+    packed = pack.pack(ids, length, packing, tokenizers_.pad_id(tokenizer))
+    if len(packed) == 0:
+        return None
+    origin = np.full(len(packed), shard.source, dtype=np.int16)
+    return tables.write(store, f"train-{number:05d}.arrow", packed, origin)
+
+
+def too_small(data: DataSpec, found: str) -> ValueError:
+    """The error for a corpus that cannot fill its parts."""
+    need = (data.select_sequences + data.report_sequences) * data.sequence_length
+    return ValueError(
+        f"corpus too small: data.select_sequences ({data.select_sequences}) and "
+        f"data.report_sequences ({data.report_sequences}) of data.sequence_length "
+        f"({data.sequence_length}) need {need:,} tokens and train needs some too, but {found}; "
+        "lower them, or add sources to data.train"
+    )
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Fills select, then report, from the front of the documents' hash order, to the token."""
+
+    data: DataSpec
+    shards: list[Shard]
+    documents: Documents
+    each: Each
+
+    def with_trained(
+        self, vocab_size: int, folder: Path
+    ) -> tuple[Any, dict[str, tuple[pack.Packed, NDArray[np.int16]]], int]:
+        """Train a tokenizer on documents that no held-out part has, then fill the parts.
+
+        How many documents the parts need is known only once there is a tokenizer, so a guess is
+        reserved for them, and made larger until it holds.
+        """
+        reserved = min(self._prefix(BYTES_PER_TOKEN), max(len(self.documents) - 1, 0))
+        while True:
+            tokenizers_.train_tokenizer(self._training_texts(reserved), vocab_size, folder)
+            tokenizer = tokenizers_.load_tokenizer(folder)
+            parts, used = self.select_and_report(tokenizer)
+            if used <= reserved:
+                return tokenizer, parts, used
+            reserved = used + used // 20
+            if reserved >= len(self.documents):
+                raise too_small(
+                    self.data, f"{used} of the {len(self.documents)} documents are needed for them"
+                )
+
+    def select_and_report(
+        self, tokenizer: Any
+    ) -> tuple[dict[str, tuple[pack.Packed, NDArray[np.int16]]], int]:
+        """{part: (sequences, their sources)} and how many documents these used up."""
+        data, pad = self.data, tokenizers_.pad_id(tokenizer)
+        stop, start = self._prefix(BYTES_PER_TOKEN), 0
+        ids: list[NDArray[np.int32]] = []
+        while True:
+            ids += tokenizers_.encode(tokenizer, self._read(start, stop), "data.train")
+            parts, used = {}, 0
+            for name in ("select", "report"):
+                count = getattr(data, f"{name}_sequences")
+                taken = pack.take_part(ids[used:], count, data.sequence_length, data.packing, pad)
+                if taken is None:
+                    break
+                packed, documents = taken
+                origin = self._sources(packed.documents + used)
+                parts[name] = (packed, origin)
+                used += documents
+            if len(parts) == 2:
+                return parts, used
+            if stop == len(self.documents):
+                tokens = sum(map(len, ids))
+                raise too_small(data, f"the corpus has {tokens:,} in {stop} documents")
+            start, stop = stop, min(2 * stop, len(self.documents))
+
+    def _prefix(self, bytes_per_token: float) -> int:
+        """Documents from the front that hold the parts if a token has so many bytes."""
+        data = self.data
+        tokens = (data.select_sequences + data.report_sequences) * data.sequence_length
+        ends = np.cumsum(self.documents.sizes)
+        return min(int(np.searchsorted(ends, tokens * bytes_per_token)) + 2, len(ends))
+
+    def _sources(self, numbers: NDArray[np.int64]) -> NDArray[np.int16]:
+        by_shard = np.array([shard.source for shard in self.shards], dtype=np.int16)
+        return by_shard[self.documents.shards[numbers]]
+
+    def _training_texts(self, reserved: int) -> list[str]:
+        """Texts behind the reserved documents, from the end of the order, as many as are used."""
+        from_end = np.cumsum(self.documents.sizes[::-1])
+        most = int(np.searchsorted(from_end, TOKENIZER_BYTES)) + 1
+        start = max(reserved, len(self.documents) - most)
+        texts = self._read(start, len(self.documents))
+        return [text for text in texts if isinstance(text, str)]
+
+    def _read(self, start: int, stop: int) -> list[Document]:
+        """Documents [start, stop) of the hash order."""
+        by_shard = self.documents.rows_by_shard(start, stop)
+        busy = [number for number, rows in enumerate(by_shard) if len(rows)]
+        read = self.each(read_rows, [(self.shards[n], by_shard[n]) for n in busy])
+        found = {
+            (number, int(row)): document
+            for number, documents in zip(busy, read, strict=True)
+            for row, document in zip(by_shard[number], documents, strict=True)
+        }
+        places = zip(
+            self.documents.shards[start:stop].tolist(),
+            self.documents.rows[start:stop].tolist(),
+            strict=True,
+        )
+        return [found[place] for place in places]
+
+
+def _manifest(
+    data: DataSpec,
+    tokenizer: Any,
+    identity: dict[str, Any],
+    shards: list[Shard],
+    documents: Documents,
+    files: dict[str, list[tables.FileInfo]],
+) -> dict[str, Any]:
+    import tokenizers
+    import transformers
+
+    of_source = np.array([shard.source for shard in shards], dtype=np.int64)
+    per_source = [
+        {
+            "source": source.source,
+            "read": int(documents.read[of_source == index].sum()),
+            "filtered": int(documents.filtered[of_source == index].sum()),
+            "duplicate": int(documents.duplicate[of_source == index].sum()),
+        }
+        for index, source in enumerate(data.train)
+    ]
+    return {
+        "format": FORMAT,
+        "identity": identity,
+        "sequence_length": data.sequence_length,
+        "packing": data.packing,
+        "vocab_size": tokenizers_.vocabulary_size(tokenizer),
+        "eos_id": int(tokenizer.eos_token_id),
+        "pad_id": tokenizers_.pad_id(tokenizer),
+        "parts": {
+            name: {
+                "sequences": sum(file.sequences for file in files[name]),
+                "loss_tokens": sum(file.loss_tokens for file in files[name]),
+                "files": [file.as_dict() for file in files[name]],
+            }
+            for name in PARTS
+        },
+        "documents": {
+            "read": int(documents.read.sum()),
+            "filtered": int(documents.filtered.sum()),
+            "duplicate": int(documents.duplicate.sum()),
+            "kept": len(documents),
+        },
+        "sources": per_source,
+        "versions": {
+            "tokenizers": tokenizers.__version__,
+            "transformers": transformers.__version__,
+        },
+    }

@@ -1,0 +1,60 @@
+"""Is the corpus large enough? Asked before a cluster starts; reads only as much as answers it.
+
+What is compared with the need is more than the tokens there will be, so that no corpus is refused
+that suffices. The exact answer comes with the prepare stage.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from trainer.corpus.parts import TOKEN_BYTES, measure
+from trainer.corpus.prepare import resolve_all, too_small
+from trainer.corpus.sources import Shard, read_documents
+from trainer.corpus.tokenizer import encode
+from trainer.spec import DataSpec, TokenizerSpec
+
+SAMPLE_DOCUMENTS = 100  # of each source, to measure tokens per byte
+MARGIN = 1.5  # the other documents may be denser than the sample
+UNTRAINED = 0.75  # tokens per byte of a byte-level BPE of 1,024 entries or more, at most
+
+
+def check_size(data: DataSpec, tokenizer: Any) -> None:
+    """Refuse a corpus that cannot fill select, report and one sequence of train.
+
+    Checks every source on the way, as `sources.resolve`. `tokenizer`: one that is loaded, or the
+    TokenizerSpec of one to be trained.
+
+    Raises:
+        ValueError: one line; the corpus is too small, or a source is wrong.
+    """
+    need = (data.select_sequences + data.report_sequences + 1) * data.sequence_length
+    shards = resolve_all(data)
+    seen: set[bytes] = set()
+    ratios: dict[int, float] = {}
+    tokens = 0.0
+    for shard in shards:
+        if shard.source not in ratios:
+            ratios[shard.source] = tokens_per_byte(shard, tokenizer)
+        for document in read_documents(shard):
+            digest, size, kept = measure(document, data.min_chars, data.max_chars)
+            if not kept or digest in seen:
+                continue
+            seen.add(digest)
+            tokens += size * ratios[shard.source] + 2  # its end, and perhaps a beginning
+            if tokens >= need:
+                return
+    raise too_small(data, f"the corpus has at most about {int(tokens):,}")
+
+
+def tokens_per_byte(shard: Shard, tokenizer: Any) -> float:
+    """At most how many tokens a byte of the shard's source becomes, from its first documents."""
+    if shard.format == "input_ids":
+        return 1 / TOKEN_BYTES
+    if isinstance(tokenizer, TokenizerSpec):
+        return UNTRAINED if tokenizer.train >= 1024 else 1.0
+    sample = [text for text in islice(read_documents(shard), SAMPLE_DOCUMENTS) if text]
+    size = sum(len(text.encode()) for text in sample if isinstance(text, str))
+    tokens = sum(map(len, encode(tokenizer, sample, shard.label)))
+    return MARGIN * tokens / size if size else 1.0

@@ -1,0 +1,150 @@
+"""Where documents come from: a `SourceSpec` becomes shards, a shard becomes documents.
+
+Shards are fixed by the data alone: one per local file, a large file in row ranges; a hub data set
+in row ranges; the prose of CPython in five. So whoever maps a function over them, with however
+many tasks, gets the same result. Everything but the built-in prose is read by Hugging Face
+`datasets`.
+
+A .txt file is one document (`sample_by="document"`); in the other formats a row is a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainer.corpus import files, hub, pythondocs
+from trainer.spec import SourceSpec
+
+BUILTIN = "builtin:python-docs"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A fixed piece of one source, small enough for one task; picklable.
+
+    `source` is the index in `data.train`, `number` counts the shards of that source. `path` is an
+    absolute file or a hub id. `start` and `stop` are rows (files of the standard library for the
+    built-in prose); `stop` None means the whole file. `fingerprint` is what the data must still be
+    when the shard is read.
+    """
+
+    source: int
+    number: int
+    kind: Literal["file", "hub", "python-docs"]
+    format: Literal["text", "input_ids"]
+    column: str
+    path: str
+    start: int = 0
+    stop: int | None = None
+    name: str | None = None
+    split: str = "train"
+    fingerprint: str = ""
+
+    @property
+    def label(self) -> str:
+        """How an error names this shard."""
+        return f"data.train.{self.source} ({self.path})"
+
+
+def resolve(source: SourceSpec, index: int) -> list[Shard]:
+    """The shards of `data.train[index]`, in a fixed order.
+
+    Raises:
+        ValueError: no such file, a kind of file that is not known, a column that is not there, a
+            hub data set that cannot be reached; one line that says how to mend it.
+    """
+    key = f"data.train.{index}"
+    column = source.column or source.format
+    common: dict[str, Any] = {"source": index, "format": source.format, "column": column}
+    if source.source.startswith("builtin:"):
+        if source.source != BUILTIN:
+            raise ValueError(f"{key}.source: no built-in corpus {source.source!r}; use {BUILTIN}")
+        if source.format != "text" or source.column not in (None, "text"):
+            raise ValueError(f"{key}: {BUILTIN} has format: text and column: text only")
+        return [
+            Shard(**common, number=number, kind="python-docs", path=BUILTIN,
+                  start=start, stop=stop, fingerprint=pythondocs.version())
+            for number, (start, stop) in enumerate(pythondocs.ranges())
+        ]  # fmt: skip
+    if files.is_local(source.source):
+        pieces = files.pieces(key, source.source, column)
+        return [
+            Shard(**common, number=number, kind="file", path=path, start=start, stop=stop)
+            for number, (path, start, stop) in enumerate(pieces)
+        ]
+    ranges, fingerprint = hub.ranges(key, source.source, source.name, source.split, column)
+    return [
+        Shard(**common, number=number, kind="hub", path=source.source, start=start, stop=stop,
+              name=source.name, split=source.split, fingerprint=fingerprint)
+        for number, (start, stop) in enumerate(ranges)
+    ]  # fmt: skip
+
+
+def read_documents(shard: Shard) -> Iterator[str | list[int]]:
+    """Every row of the shard in order: its text, or its token ids; a null is "" or [].
+
+    Raises:
+        ValueError: the file is broken, the column is missing, or a row holds something else.
+        RuntimeError: the data is not what it was when the shards were made.
+    """
+    if shard.kind == "python-docs":
+        if shard.fingerprint != pythondocs.version():
+            raise RuntimeError(
+                f"{shard.label}: made with Python {shard.fingerprint}, this worker runs "
+                f"{pythondocs.version()}; use one Python on all nodes"
+            )
+        assert shard.stop is not None
+        yield from pythondocs.documents(shard.start, shard.stop)
+        return
+    if shard.kind == "hub":
+        assert shard.stop is not None
+        values = hub.rows(
+            shard.label, shard.path, shard.name, shard.split, shard.column,
+            shard.start, shard.stop, shard.fingerprint,
+        )  # fmt: skip
+    else:
+        values = files.rows(shard.label, shard.path, shard.column, shard.start, shard.stop)
+    check = _text if shard.format == "text" else _ids
+    for row, value in enumerate(values, start=shard.start):
+        yield check(shard, row, value)
+
+
+def fingerprint(source: SourceSpec, index: int = 0) -> dict[str, str | int]:
+    """What identifies the documents of a source, flat: equal exactly when the documents are.
+
+    Local files: names, sizes, and a blake2b hash of the contents. Hub: the id and the fingerprint
+    that `datasets` derives from its commit. Built-in: the Python version and a hash of the text.
+    The weight is not in it: it changes how often a sequence is read, not the sequence.
+    """
+    key = f"data.train.{index}"
+    shared = {"format": source.format, "column": source.column or source.format}
+    if source.source.startswith("builtin:"):
+        return {**shared, "source": source.source, **pythondocs.fingerprint()}
+    if files.is_local(source.source):
+        return {**shared, **files.fingerprint(key, source.source)}
+    return {**shared, **hub.fingerprint(key, source.source, source.name, source.split)}
+
+
+def _text(shard: Shard, row: int, value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        hint = "; set format: input_ids for token ids" if isinstance(value, list) else ""
+        raise ValueError(
+            f"{shard.label}: row {row} of column {shard.column!r} is a {type(value).__name__}, "
+            f"format: text needs strings{hint}"
+        )
+    return value
+
+
+def _ids(shard: Shard, row: int, value: Any) -> list[int]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or any(type(item) is not int for item in value):
+        raise ValueError(
+            f"{shard.label}: row {row} of column {shard.column!r} is not a list of integers, "
+            "format: input_ids needs token ids; set format: text for strings"
+        )
+    return value

@@ -1,0 +1,131 @@
+"""What exactly a job's corpus, logit cache and student are: flat mappings, and names made of them.
+
+Two jobs with equal identities share the result; a difference can be shown key by key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trainer.logits.codec import VERSION as CACHE_FORMAT
+from trainer.models import find_model, identity, tokenizer_identity
+from trainer.spec import CacheSpec, DataSpec, StudentSpec, TeacherSpec, TokenizerSpec
+
+
+def fingerprint(value: Any) -> str:
+    """blake2b-128 of any JSON-able value, in hex."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping with dotted keys."""
+    if isinstance(value, dict) and value:
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple)) and value:
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat.update(flatten(item, f"{prefix}.{key}" if prefix else key))
+    return flat
+
+
+@dataclass(frozen=True)
+class Identities:
+    """Identities of one job's parts; what is looked up is looked up once.
+
+    All raise ValueError, one line, for a model or a source that is not there.
+    """
+
+    teacher_spec: TeacherSpec | None
+    student_spec: StudentSpec
+    tokenizer_spec: TokenizerSpec | None
+    data: DataSpec
+    cache_spec: CacheSpec
+
+    @cached_property
+    def teacher_folder(self) -> Path | None:
+        """The teacher's local folder."""
+        teacher = self.teacher_spec
+        if teacher is None:
+            return None
+        return find_model("teacher.model", teacher.model, teacher.revision)
+
+    @cached_property
+    def student_folder(self) -> Path | None:
+        """The folder that the student starts from."""
+        student = self.student_spec
+        if student.model is None:
+            return None
+        return find_model("student.model", student.model, student.revision)
+
+    @cached_property
+    def tokenizer_folder(self) -> Path | None:
+        """The folder whose tokenizer is used: the teacher's, else the student's; None = trained."""
+        if self.tokenizer_spec is not None:
+            return None
+        return self.teacher_folder or self.student_folder
+
+    @cached_property
+    def teacher(self) -> dict[str, str]:
+        """The teacher's name, revision, config, weights and dtype."""
+        teacher, folder = self.teacher_spec, self.teacher_folder
+        if teacher is None or folder is None:
+            return {}
+        return {**identity(folder, teacher.model, teacher.revision), "dtype": teacher.dtype}
+
+    @cached_property
+    def student(self) -> dict[str, Any]:
+        """What the student starts from."""
+        student = self.student_spec
+        if self.student_folder is not None:
+            named = identity(self.student_folder, str(student.model), student.revision)
+            return {**named, "init": student.init}
+        if isinstance(student.config, str):
+            return {"config": Path(student.config).read_text(), "init": student.init}
+        return {**flatten(student.config, "config"), "init": student.init}
+
+    @cached_property
+    def tokenizer(self) -> dict[str, Any]:
+        """The tokenizer's files, or the settings of one that is to be trained."""
+        if self.tokenizer_folder is None:
+            assert self.tokenizer_spec is not None
+            return {"train": self.tokenizer_spec.train}
+        return dict(tokenizer_identity(self.tokenizer_folder))
+
+    @cached_property
+    def corpus(self) -> dict[str, Any]:
+        """Everything that decides the sequences; not how often they are read."""
+        from trainer.corpus.corpus import FORMAT
+        from trainer.corpus.prepare import SEED
+        from trainer.corpus.sources import fingerprint as content
+
+        packing = self.data.model_dump(exclude={"max_tokens", "train"})
+        sources = {
+            f"train.{index}": {**source.model_dump(exclude={"weight"}), "content": content(source)}
+            for index, source in enumerate(self.data.train)
+        }
+        return {
+            "format": FORMAT,
+            "seed": SEED,
+            **flatten({**packing, **sources}, "data"),
+            **flatten(self.tokenizer, "tokenizer"),
+        }
+
+    @cached_property
+    def cache(self) -> dict[str, Any]:
+        """What the records of the logit cache are of; the corpus is no part of it."""
+        return {
+            "format": CACHE_FORMAT,
+            **flatten(self.teacher, "teacher"),
+            **flatten(self.tokenizer, "tokenizer"),
+            **flatten(self.cache_spec.model_dump(), "cache"),
+            "attention": self.data.packing,
+        }

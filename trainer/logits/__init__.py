@@ -1,0 +1,1 @@
+"""The logit cache: a teacher's next-token distributions, compressed, by sequence key."""

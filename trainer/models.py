@@ -1,0 +1,207 @@
+"""Models by name: find the folder, build from a config, load weights, tell what they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.storage import open_store
+
+if TYPE_CHECKING:  # looking a model up must not cost seconds of imports
+    import torch
+
+# What a checkpoint consists of for us: no pickles, no other frameworks' weights.
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+
+
+def find_model(key: str, name: str, revision: str = "main") -> Path:
+    """A local folder that holds the model `name` (local folder, URL, or hub id at `revision`).
+
+    Raises ValueError, naming the spec's `key`, when it cannot be found.
+    """
+    if "://" in name:
+        store = open_store(name)
+        if not store.exists("config.json"):
+            raise ValueError(f"{key}: {name} holds no config.json; give a Hugging Face folder")
+        return store.fetch_folder("")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{key}: {name} holds no config.json; give a Hugging Face folder")
+        return folder.resolve()
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(
+            f"{key}: {name!r} is no folder; give a folder, a URL, or a hub id such as "
+            "Qwen/Qwen3-0.6B"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
+    except Exception as error:  # the hub client raises many kinds; all mean: not to be had
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(
+            f"{key}: {name!r} (revision {revision}) is neither a folder nor a hub model that can "
+            f"be read here ({reason}); log in with `hf auth login`, or give a local folder"
+        ) from error
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a model folder (never runs code that the folder brings)."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def new_config(key: str, config: dict[str, Any] | str, tokenizer: Any, length: int) -> Any:
+    """A config from the spec: inline values or a JSON file, completed from the tokenizer.
+
+    vocab_size, bos, eos and pad ids come from the tokenizer; max_position_embeddings is at least
+    `length`. Raises ValueError for an unknown model_type or sizes that do not fit.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if isinstance(config, str):
+        try:
+            values = json.loads(Path(config).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{key}: {config} cannot be read as a JSON config ({error})") from None
+    else:
+        values = dict(config)
+    kind = values.pop("model_type", None)
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise ValueError(f"{key}.model_type: transformers knows no {kind!r}; e.g. llama, qwen3")
+    values.update(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    values.setdefault("max_position_embeddings", length)
+    try:
+        made = AutoConfig.for_model(kind, **values)
+        unknown = sorted(name for name in values if not hasattr(type(made)(), name))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{key}: {kind} does not accept these values ({reason})") from None
+    if unknown:
+        raise ValueError(f"{key}: {kind} knows no {', '.join(unknown)}")
+    return made
+
+
+def max_length(config: Any) -> int | None:
+    """The longest sequence the model has positions for, None where it does not say."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None)
+
+
+def width_of(config: dict[str, Any]) -> int:
+    """The width of the hidden states that a raw config.json or inline config names."""
+    for scope in (config, config.get("text_config") or {}):
+        for name in ("hidden_size", "n_embd", "d_model", "dim"):
+            if isinstance(scope.get(name), int):
+                return int(scope[name])
+    return 768
+
+
+def meta_model(config: Any) -> Any:
+    """The model without memory (meta device): names, shapes and parameter counts."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def count_parameters(model: Any) -> int:
+    """Parameters, tied ones once; also of a model that ZeRO-3 has partitioned."""
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
+
+
+def build_model(
+    *, folder: Path | None, config: Any | None, init: str, dtype: torch.dtype, seed: int
+) -> Any:
+    """The student before training: pretrained weights, or random ones by `seed`.
+
+    Random weights are drawn in float32 on the CPU and then cast, so they are the same for every
+    dtype, world size and ZeRO stage.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if init == "pretrained":
+        assert folder is not None
+        return load_model(folder, dtype)
+    config = config if config is not None else read_config(folder)  # type: ignore[arg-type]
+    torch.manual_seed(seed)
+    config.dtype = torch.float32
+    return AutoModelForCausalLM.from_config(config).to(dtype)
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """A model from safetensors; raises ValueError if any weight is missing, left over or misfit."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    bad = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and "keys" in kind}
+    if bad:
+        first = next(iter(bad.items()))
+        raise ValueError(
+            f"{folder}: the weights do not fit the model: {first[0]} {first[1][:3]}"
+            f" ({sum(map(len, bad.values()))} in all)"
+        )
+    return model
+
+
+def identity(folder: Path, name: str, revision: str | None) -> dict[str, str]:
+    """What exactly a model is: name, revision, and hashes of its config and weights.
+
+    A hub snapshot's folder is named by its commit, which stands for the weights; for other folders
+    the safetensors files themselves are hashed.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    for volatile in ("transformers_version", "_name_or_path"):
+        config.pop(volatile, None)
+    result = {
+        "name": name,
+        "config": hashlib.blake2b(
+            json.dumps(config, sort_keys=True).encode(), digest_size=16
+        ).hexdigest(),
+    }
+    if folder.parent.name == "snapshots":
+        return {**result, "revision": folder.name}
+    return {**result, "weights": hash_files(sorted(folder.glob("*.safetensors")))}
+
+
+def tokenizer_identity(folder: Path) -> dict[str, str]:
+    """Hashes of a model folder's tokenizer files and chat template."""
+    tokenizer = [
+        path
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+        if (path := folder / name).is_file()
+    ]
+    template = folder / "chat_template.jinja"
+    return {
+        "tokenizer": hash_files(tokenizer),
+        "chat_template": hash_files([template]) if template.is_file() else "",
+    }
+
+
+def hash_files(paths: list[Path]) -> str:
+    """blake2b-128 over names and contents of files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,67 @@
+"""Optimizer, learning rate and the DeepSpeed configuration of a training."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from trainer.spec import DistillSpec
+
+# Share of the peak learning rate at which cosine and linear schedules end.
+FINAL_SHARE = 0.1
+
+
+def learning_rate(spec: DistillSpec, step: int) -> float:
+    """The learning rate of step `step` (from 0): linear warm-up, then the schedule."""
+    peak = float(spec.learning_rate)
+    warmup = math.ceil(spec.warmup_ratio * spec.steps)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, spec.steps - warmup)
+    if spec.schedule == "constant":
+        return peak
+    if spec.schedule == "linear":
+        return peak * (1 - (1 - FINAL_SHARE) * progress)
+    return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model: Any, spec: DistillSpec) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only (not on norms, biases and other vectors)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=float(spec.learning_rate),
+        betas=spec.betas,
+        fused=True,
+    )
+
+
+def training_config(spec: DistillSpec, micro_batch: int, accumulation: int, world: int) -> dict:
+    """DeepSpeed's configuration for training; master weights and gradients are float32."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch * accumulation * world,
+        "zero_optimization": {"stage": spec.zero_stage},
+        "bf16": {"enabled": spec.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "gradient_clipping": spec.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 30,
+    }
+
+
+def inference_config(dtype: str, zero3: bool) -> dict:
+    """DeepSpeed's configuration for forward passes only, sharded or not."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3 if zero3 else 0},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 1 << 30,
+    }

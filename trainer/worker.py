@@ -1,0 +1,124 @@
+"""One rank of a distributed job: who it is, how ranks agree, and where its news go.
+
+The same rank code runs under Ray Train and under torchrun; what differs is handed in as hooks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+@dataclass
+class Hooks:
+    """What the launcher gives its ranks.
+
+    emit(event, **fields): records an event; called on rank 0 only. flush(): makes what was emitted
+    visible before it returns. stop_requested(): whether the user asked for a clean stop. fence():
+    raises if a newer attempt of the same run has taken over; called before anything is published.
+    attempt: its number, for names.
+    """
+
+    emit: Callable[..., None] = _nothing
+    flush: Callable[[], None] = _nothing
+    stop_requested: Callable[[], bool] = lambda: False
+    fence: Callable[[], None] = _nothing
+    attempt: int = 0
+
+
+class Stopped(Exception):
+    """The job was asked to stop and has saved its state."""
+
+
+@dataclass
+class Worker:
+    """This process's rank in an initialised process group."""
+
+    rank: int
+    world: int
+    device: torch.device
+    hooks: Hooks = field(default_factory=Hooks)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Records an event, from rank 0; the other ranks stay silent."""
+        if self.is_main:
+            self.hooks.emit(event, **fields)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums of each value over all ranks, in float64, in the same order on every rank."""
+        if self.world == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def start_worker(hooks: Hooks, *, threads: int, uses_gpu: bool, timeout_minutes: float) -> Worker:
+    """Joins the process group that RANK, WORLD_SIZE and LOCAL_RANK name; returns this rank.
+
+    `threads`: torch threads of this process. A GPU that was asked for and is not there raises
+    RuntimeError: training on a CPU instead would be a silent, hundredfold slowdown.
+    """
+    torch.set_num_threads(threads)
+    if uses_gpu and not torch.cuda.is_available():
+        raise RuntimeError(
+            "a GPU was asked for (resources.*.gpus_per_worker), but torch sees none in this "
+            f"worker (torch {torch.__version__}); install a CUDA build of torch, or set it to 0"
+        )
+    if not uses_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if uses_gpu else torch.device("cpu")
+    if uses_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if uses_gpu else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes)
+        )
+    import deepspeed
+
+    # DeepSpeed wraps the group that exists; it must neither look for MPI nor make its own.
+    deepspeed.init_distributed(
+        dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
+    )
+    return Worker(dist.get_rank(), dist.get_world_size(), device, hooks)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a spec's `dtype`."""
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
