@@ -171,8 +171,9 @@ def report(
     rows = [row for store in stores for row in build_report(store)]
     spent = cost_line(cost(load_run(stores[0]))) if len(stores) == 1 else ""
     console = Console()
-    width = console.width if console.is_terminal else max(console.width, 160)
-    console.print(terminal(rows, width, spent), width=width)
+    if not console.is_terminal:  # a file or a pipe has no width of its own
+        console = Console(width=max(console.width, 160))
+    console.print(terminal(rows, console.width, spent))
     for store in stores:
         typer.echo(f"report: {store.path('report', 'index.html')}")
     return DONE

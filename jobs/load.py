@@ -67,10 +67,17 @@ class _Dumper(yaml.SafeDumper):
         node.flow_style = all(isinstance(item, ScalarNode) for item in node.value)
         return node
 
+    def represent_text(self, text: str) -> ScalarNode:
+        # Other styles write such characters as they are, and readers take some for line ends.
+        return self.represent_scalar(
+            "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+        )
+
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
+_Dumper.add_representer(str, _Dumper.represent_text)
 for _tag, _pattern, _first in _SCALARS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_tag, re.compile(_pattern), _first)
@@ -141,7 +148,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
 def dump_spec(spec: JobSpec) -> str:
     """`spec` as YAML with every key, in the order of the schema; loads back to an equal spec."""
     return yaml.dump(
-        spec.model_dump(mode="json"),
+        spec.model_dump(),
         Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,
@@ -152,9 +159,8 @@ def dump_spec(spec: JobSpec) -> str:
 
 def as_yaml(text: str) -> str:
     """`text` as a YAML scalar, quoted where it has to be."""
-    return (
-        yaml.dump(text, Dumper=_Dumper, allow_unicode=True, width=10**6).split("\n...")[0].strip()
-    )
+    line = yaml.dump(text, Dumper=_Dumper, allow_unicode=True, width=10**6)
+    return line.removesuffix("\n").removesuffix("\n...")
 
 
 def _parse(text: str, name: str) -> tuple[Any, list[str]]:

@@ -27,6 +27,9 @@ from jobs.rundir import RunDir, differences
 from jobs.spec import JobSpec
 from jobs.terminal import chatter_to, log_file
 
+# How long the end of a run waits for Weights & Biases.
+TRACKING_SECONDS = 120.0
+
 
 def stages_of(spec: JobSpec) -> list[str]:
     """The stages that a spec asks for, in order."""
@@ -137,6 +140,7 @@ def _run(spec: JobSpec, run: RunDir, inputs: Inputs, plan: Plan, address: str | 
     attempt = run.claim()
     log = log_file(run.store, attempt.number)
     began = time.time()
+    tracking = _Tracking(spec, run)
     with chatter_to(log) as console, EventWriter(run.store, attempt.number) as events:
         run.current().write_bytes("spec.yaml", dump_spec(spec).encode())
         values = spec.model_dump(mode="json")
@@ -166,7 +170,9 @@ def _run(spec: JobSpec, run: RunDir, inputs: Inputs, plan: Plan, address: str | 
             with contextlib.suppress(Exception):  # never hide the error that ended the run
                 events.emit("run_end", status=status, seconds=time.time() - began)
                 events.flush()
-            _track(spec, run, console)
+            note = tracking.finish()
+            if note:
+                console.print(note, markup=False, soft_wrap=True)
         if "summarize" in plan.todo:
             show_result(console, run)
         console.print(f"log: {log}", markup=False, soft_wrap=True)
@@ -239,13 +245,41 @@ def show_result(console: Console, run: RunDir) -> None:
     data = load_run(run.store)
     rows = rows_of(data)
     if rows:
-        width = console.width if console.is_terminal else max(console.width, 160)
-        console.print(terminal(rows, width, cost_line(cost(data))), width=width)
+        if not console.is_terminal:  # a file or a pipe has no width of its own
+            console = Console(file=console.file, highlight=False, width=max(console.width, 160))
+        console.print(terminal(rows, console.width, cost_line(cost(data))))
     console.print(f"report: {run.store.path('report', 'index.html')}", markup=False, soft_wrap=True)
 
 
-def _track(spec: JobSpec, run: RunDir, console: Console) -> None:
-    """Weights & Biases, as a projection of what is on storage; its faults are one line."""
+class _Tracking:
+    """Weights & Biases, as a projection of what is on storage, in a process of its own.
+
+    Online it follows the run, offline it writes once at the end. Whatever W&B does, the run goes
+    on, and hears of it in one line.
+    """
+
+    def __init__(self, spec: JobSpec, run: RunDir) -> None:
+        from jobs.tracking import Follower
+        from jobs.tracking.mode import resolve as resolve_mode
+
+        self._spec, self._run = spec.tracking, run
+        self._follower = None
+        with contextlib.suppress(ValueError):  # told at the end, by the projection itself
+            if resolve_mode(self._spec.mode) == "online":
+                self._follower = Follower.start(
+                    run.store.url, **self._settings(), follow=True, attempt=run.current().number
+                )
+
+    def _settings(self) -> dict[str, Any]:
+        return self._spec.model_dump(include={"mode", "project", "entity", "tags"})
+
+    def finish(self) -> str:
+        """Waits until everything is projected, within a time limit; returns what to tell."""
+        from jobs.tracking import project_run
+
+        if self._follower is not None:
+            return self._follower.finish(TRACKING_SECONDS)
+        return project_run(self._run.store.url, **self._settings(), timeout=TRACKING_SECONDS)
 
 
 @contextlib.contextmanager

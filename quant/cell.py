@@ -21,6 +21,25 @@ from quant.spec import QuantSpec
 from quant.speed import kernels, measure_speed
 
 Role = Literal["teacher", "student", "control"]
+MEASURED = (
+    "bits_per_weight",
+    "bytes",
+    "parameters",
+    "tokens",
+    "perplexity",
+    "accuracy",
+    "retention",
+    "kl_to_student",
+    "kl_to_student_p99",
+    "kl_to_student_max",
+    "kl_to_teacher",
+    "top1_agreement",
+    "teacher_top1_agreement",
+    "per_sequence",
+    "kernel",
+    "quantize_s",
+    "eval_s",
+)
 SPEEDS = ("decode_tokens_per_s", "prefill_tokens_per_s", "speedup")
 
 
@@ -160,3 +179,15 @@ def evaluate_model(
 
 def _percent(part: float, whole: float | None) -> float | None:
     return 100 * part / whole if whole else None
+
+
+def failed_cell(spec: QuantSpec, error: str) -> dict[str, Any]:
+    """The result of a cell that failed: every key of `run_cell`'s, numbers None."""
+    return {
+        "spec": spec.to_dict(),
+        "status": "failed",
+        "error": error,
+        **dict.fromkeys((*MEASURED, *SPEEDS)),
+        "versions": versions(),
+        "fingerprint": None,
+    }

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ class ForwardKL:
         return value * temperature**2, exps.mul_(temperature)
 
 
-def make_losses(weights: Mapping[str, float], temperature: float) -> dict[str, tuple[float, Loss]]:
+def make_losses(weights: Mapping[Any, float], temperature: float) -> dict[str, tuple[float, Loss]]:
     """The losses of a spec by name, each with its weight; weights of 0 are left out."""
     known: dict[str, Loss] = {"forward_kl": ForwardKL(temperature), "ce": CrossEntropy()}
     unknown = set(weights) - set(known)

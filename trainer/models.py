@@ -145,13 +145,14 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     """A model from safetensors; raises ValueError if any weight is missing, left over or misfit."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
     )
+    model, info = loaded
     bad = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and "keys" in kind}
     if bad:
         first = next(iter(bad.items()))

@@ -14,7 +14,7 @@ def _significant(value: float, digits: int) -> str:
     """At least `digits` significant digits below 10**digits, whole numbers with commas above."""
     if value != value or value == 0:
         return "0"
-    size = abs(value)
+    size = abs(float(f"{value:.{digits}g}"))  # 9.999 has three digits as 10.0, not as 10.00
     decimals = 0
     while size < 10 ** (digits - 1) and decimals < 8:
         size *= 10

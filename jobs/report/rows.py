@@ -29,12 +29,13 @@ NUMBERS = (
     "eval_s",
     "tokens",
 )
+OTHERS = ("method", "kernel", "versions", "fingerprint")
 
 
 def collect(run: Store) -> list[Row]:
     """The rows of one run: teacher, student, control, then the cells by falling bits.
 
-    Every row has the same keys (see `NUMBERS` for the figures; what is not known is None):
+    Every row has the same keys, cells also `spec` (see `NUMBERS`; what is not known is None):
     sizes in bytes, accuracies as fractions, retention in percent, KL in nats per token, speeds
     in tokens per second. A failed cell is a row with status "failed" and its error.
     Raises ValueError where the folder holds no run.
@@ -87,6 +88,7 @@ def _row(data: RunData, role: str, found: dict[str, Any]) -> Row:
     for name in NUMBERS:
         value = found.get(name)
         row[name] = value if number(value) is not None else None
+    row.update({name: found.get(name) for name in OTHERS})
     row.update({key: value for key, value in found.items() if key not in row})
     row["role"] = role
     return row
@@ -116,10 +118,16 @@ def technique(spec: dict[str, Any], role: str, cell: Row | None = None) -> str:
     distill = spec.get("distill")
     if not distill:
         return "as given (not trained here)"
-    losses = {name: w for name, w in (distill.get("losses") or {}).items() if w}
+    losses = {name: weight for name, weight in (distill.get("losses") or {}).items() if weight}
     if set(losses) <= {"ce"}:
         return "cross-entropy"
-    return "distilled (" + " + ".join(f"{name} {w:g}" for name, w in losses.items()) + ")"
+    return f"distilled ({losses_in_words(losses)})"
+
+
+def losses_in_words(losses: dict[str, float]) -> str:
+    """Losses by falling weight, e.g. "forward_kl 0.9 + ce 0.1"."""
+    falling = sorted(losses.items(), key=lambda item: (-item[1], item[0]))
+    return " + ".join(f"{name} {weight:g}" for name, weight in falling)
 
 
 @dataclass(frozen=True)

@@ -146,14 +146,14 @@ def run_ranks(
             asked_to_stop = True
             context.reporter.say(f"{stage}: stopping; the state is saved first")
             attempt.store.write_json(stop_path(attempt.number), {"stage": stage})
-    error = launch.error()
+    failure = launch.error()
     context.pump()
     if not attempt.store.exists(outcome):
-        why = " ".join(str(error).split())[:600] if error else "its workers left no outcome"
-        raise GroupFailed(why) from error
+        why = " ".join(str(failure).split())[:600] if failure else "its workers left no outcome"
+        raise GroupFailed(why) from failure
     found = attempt.store.read_json(outcome)
     if found["status"] == "stopped":
         raise Interrupted(found["why"])
     if found["status"] == "failed":
-        raise GroupFailed(f"{found['kind']}: {found['why']}") from error
+        raise GroupFailed(f"{found['kind']}: {found['why']}") from failure
     return found["results"], group

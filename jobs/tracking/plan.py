@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.report import figures
-from jobs.report.rows import Row, rows_of, technique
+from jobs.report.rows import Row, losses_in_words, rows_of, technique
 from jobs.report.source import (
     TRAININGS,
     RunData,
@@ -127,7 +127,7 @@ def _config(data: RunData, rows: list[Row], key: str, cell: Row | None = None) -
         "sequence_length": _section(spec, "data").get("sequence_length"),
         "cache_method": cache.get("method"),
         "cache_k": cache.get("k"),
-        "losses": " + ".join(f"{name} {weight:g}" for name, weight in losses.items()) or None,
+        "losses": losses_in_words(losses) or None,
         "temperature": train.get("temperature"),
         "steps": train.get("steps"),
         "tokens_per_step": train.get("tokens_per_step"),

@@ -155,13 +155,15 @@ def reading(label: str) -> Iterator[None]:
 
 
 def library() -> Any:
-    """The `datasets` module, without progress bars and log lines."""
+    """The `datasets` module, without progress bars, log lines and calls home."""
     import logging
 
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
+    # It counts loads on the hub, of local files too, and hangs for seconds where there is no net.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     return datasets
 
 

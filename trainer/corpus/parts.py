@@ -123,8 +123,8 @@ def merge(scans: Sequence[Scan], seed: int) -> Documents:
 
 def mix(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
     """A bijection of 64-bit values for every seed: the finalizer of SplitMix64 (Steele 2014)."""
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    z = values + np.uint64(seed % 2**64) * golden
+    golden = 0x9E3779B97F4A7C15
+    z = values + np.uint64(seed * golden % 2**64)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

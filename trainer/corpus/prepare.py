@@ -189,7 +189,7 @@ class _HeldOut:
         How many documents the parts need is known only once there is a tokenizer, so a guess is
         reserved for them, and made larger until it holds.
         """
-        reserved = min(self._prefix(BYTES_PER_TOKEN), max(len(self.documents) - 1, 0))
+        reserved = min(self._prefix(BYTES_PER_TOKEN), len(self.documents) // 2)
         while True:
             tokenizers_.train_tokenizer(self._training_texts(reserved), vocab_size, folder)
             tokenizer = tokenizers_.load_tokenizer(folder)

@@ -210,6 +210,20 @@ def test_a_local_filesystem_without_hard_links_is_refused(tmp_path: Path, monkey
     assert list((tmp_path / "a").iterdir()) == []
 
 
+def test_a_repeated_link_on_nfs_is_still_ours(tmp_path: Path, monkeypatch) -> None:
+    """NFS repeats a link whose answer was lost, and reports that the name exists."""
+    real = os.link
+
+    def repeated(source, target) -> None:
+        real(source, target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", repeated)
+    store = open_store(tmp_path)
+    assert store.create("x", b"1") is True and store.read_bytes("x") == b"1"
+    assert store.create("x", b"2") is False and os.listdir(tmp_path) == ["x"]
+
+
 def test_glob_matches_components(store: Store) -> None:
     for name in ("a.json", "b/c.json", "b/d/e.json", "b/d/f.txt", "b/x[1]/g.json", ".hidden/h"):
         store.write_bytes(name, b"1")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import SpecErrors
-from jobs.load import as_yaml, dump_spec, find_spec, load_spec, recipes
+from jobs.load import _parse, as_yaml, dump_spec, find_spec, load_spec, recipes
 from jobs.schema import json_schema, spec_of
 
 GOOD = """\
@@ -204,6 +204,10 @@ def test_a_fault_makes_no_false_faults(file: Path) -> None:
         'distill.tokens_per_step: got "x"; may be a whole number from 1'
     ]
     assert faults(file, "teacher={}") == ["teacher.model: missing; may be text, not empty"]
+    # One entry at fault: the list as a whole cannot be judged, whatever its default would allow.
+    assert faults(file, "cache.temperatures=[0, 2]", "distill.temperature=2") == [
+        "cache.temperatures.0: got 0; may be a number above 0"
+    ]
 
 
 # -- YAML --------------------------------------------------------------------------------------
@@ -389,7 +393,7 @@ def test_recipes_load_validate_and_round_trip(recipe: str) -> None:
     spec = load_spec(recipe)
     assert find_spec(recipe) == recipes()[recipe]
     jsonschema.Draft202012Validator(json_schema()).validate(
-        yaml.safe_load(recipes()[recipe].read_text())
+        _parse(recipes()[recipe].read_text(), recipe)[0]
     )
     text = dump_spec(spec)
     again = spec_of(yaml.safe_load(text))

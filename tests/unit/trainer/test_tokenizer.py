@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cluster.storage import open_store
 
+from cluster.storage import open_store
 from trainer.corpus.pythondocs import documents, ranges
 from trainer.corpus.tokenizer import (
     check_same_vocabulary,
@@ -60,7 +60,9 @@ def test_is_the_same_in_every_process(folder, tmp_path, salt) -> None:
 
 
 def test_a_corpus_too_small_for_the_vocabulary_says_what_it_reaches(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"tokenizer.train: got 5000; the corpus gives 2\d\d ") as e:
+    with pytest.raises(
+        ValueError, match=r"tokenizer.train: got 5000; the corpus gives 2\d\d "
+    ) as e:
         train_tokenizer(["to be or not to be"], 5000, tmp_path)
     assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="need at least 258"):

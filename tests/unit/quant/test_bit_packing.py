@@ -1,3 +1,5 @@
+"""Tests of quant.pack (named so that no other test file has the same name)."""
+
 from __future__ import annotations
 
 import numpy as np

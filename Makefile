@@ -1,0 +1,54 @@
+# Stillhouse: `make help` lists what there is. Everything runs in .venv, made by `make setup`.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Two cores are enough for everything here: one thread per process, so that processes side by side
+# do not fight over them. Workers of a job set their own numbers.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup demo test test-all check format lock clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## Make .venv with everything pinned in requirements.lock
+
+# The last line builds DeepSpeed's CPU communication op, so that no job has to wait for a compiler.
+$(READY): pyproject.toml requirements.lock
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer, or say make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); Stillhouse needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }
+	@command -v g++ >/dev/null || { echo "error: g++ not found; DeepSpeed compiles an op with it: install it, e.g. apt-get install g++"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint requirements.lock torch
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m trainer.build_ops
+	@touch $(READY)
+
+demo: $(READY) ## Train, distil, quantize and report on the prose that ships with Python (minutes, no download)
+	$(BIN)/stillhouse run demo-teacher
+	$(BIN)/stillhouse run demo
+
+test: $(READY) ## Unit and system tests
+	$(BIN)/python -m pytest tests/unit tests/system
+
+test-all: $(READY) ## Everything, with the drills (kills, resumes) and the browser
+	$(BIN)/python -m pytest tests/unit tests/system tests/drill
+
+check: $(READY) ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## Put the code into its format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: $(READY) ## Write requirements.lock from what is installed
+	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+).*/\1/' > requirements.lock
+
+clean: ## Remove .venv and caches (runs are kept)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
