@@ -40,6 +40,11 @@ class CaptureResources(WorkerResources):
     batch_tokens: int = Field(
         16384, ge=1, description="Tokens of one teacher forward pass on one worker."
     )
+    shard_seconds: float = Field(
+        20.0,
+        gt=0,
+        description="Records are published at least so often, in seconds: what a kill can cost.",
+    )
 
 
 class CellResources(Section):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,29 +97,55 @@ def spawn(function: Callable[..., Any], *args: Any, world: int) -> list[Any]:
 
 
 class Log:
-    """Hooks of a rank that remember what was emitted, and ask for a stop after some steps."""
+    """Hooks of a rank that remember what was emitted, and want a stop when asked so often."""
 
-    def __init__(self, stop_after: int | None = None) -> None:
+    def __init__(self, stop_at: int | None = None) -> None:
         self.events: list[dict[str, Any]] = []
-        self.stop_after = stop_after
+        self.stop_at = stop_at
+        self.asked = 0
 
     def emit(self, event: str, **fields: Any) -> None:
         """Keeps the event."""
         self.events.append({"event": event, **fields})
 
-    def of(self, event: str) -> list[dict[str, Any]]:
-        """The events of one kind."""
-        return [item for item in self.events if item["event"] == event]
-
     def wants_stop(self) -> bool:
-        """Whether as many steps were seen as there are to be."""
-        return self.stop_after is not None and len(self.of("step")) >= self.stop_after
+        """True from the `stop_at`-th question on."""
+        self.asked += 1
+        return self.stop_at is not None and self.asked >= self.stop_at
 
     def hooks(self, attempt: int = 1) -> Any:
         """The hooks for a worker."""
         from trainer.worker import Hooks
 
         return Hooks(emit=self.emit, stop_requested=self.wants_stop, attempt=attempt)
+
+
+@dataclass
+class Told:
+    """What one rank has to say of one training."""
+
+    events: list[dict[str, Any]]
+    metrics: dict[str, Any] | None = None
+    error: str = ""
+    logits: Any = None
+    seconds: float = 0.0
+    held_bytes: int = 0
+
+    def losses(self) -> list[str]:
+        """The losses of the steps, to the last bit."""
+        return [event["loss"].hex() for event in self.events if event["event"] == "step"]
+
+    def steps(self) -> list[int]:
+        """Their numbers."""
+        return [event["step"] for event in self.events if event["event"] == "step"]
+
+    def values(self) -> list[float]:
+        """The losses as numbers."""
+        return [event["loss"] for event in self.events if event["event"] == "step"]
+
+    def first(self, kind: str) -> dict[str, Any]:
+        """The first event of a kind."""
+        return next(event for event in self.events if event["event"] == kind)
 
 
 def start() -> Any:

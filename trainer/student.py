@@ -61,9 +61,12 @@ def check_head(model: Any, vocab: int) -> None:
     """
     ids = torch.arange(4, device=next(model.parameters()).device).unsqueeze(0) % vocab
     positions = torch.arange(4, device=ids.device).unsqueeze(0)
+    training = model.training
+    model.eval()  # dropout would make any two passes differ
     with torch.no_grad():
         own = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
         ours = head_of(model).logits(last_hidden(model, ids, positions))
+    model.train(training)
     if not torch.allclose(own, ours, atol=1e-3, rtol=1e-2):
         raise ValueError(
             f"{type(model).__name__} makes its logits in a way this version does not know "

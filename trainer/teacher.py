@@ -33,9 +33,8 @@ from trainer.worker import Stopped, Worker, torch_dtype
 
 # Ids kept in records for evaluation, whatever the method for training.
 EVAL_IDS = 256
-# A shard is published after so many bytes of records, or seconds: what a kill can cost.
+# A shard is published after so many bytes of records, if not by time before.
 SHARD_BYTES = 64 << 20
-SHARD_SECONDS = 20.0
 # Share of a worker's memory that an unsharded teacher's weights may take.
 FITS = 0.6
 
@@ -50,6 +49,7 @@ class Capture:
     distill: DistillSpec | None
     seed: int
     batch_tokens: int
+    shard_seconds: float
     corpus: Store
     cache: Store
 
@@ -213,7 +213,8 @@ class _Capture:
                     keys += [part.keys[i].tobytes() for i in batch]
                     records += made
                     size += len(batch) * self.length * k * 6
-            if size >= SHARD_BYTES or (keys and time.monotonic() - since >= SHARD_SECONDS):
+            overdue = time.monotonic() - since >= self.job.shard_seconds
+            if size >= SHARD_BYTES or (keys and overdue):
                 self._write(kind, keys, records)
                 keys, records, size, since = [], [], 0, time.monotonic()
             self._progress(kind, len(batch), len(numbers))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jobs.report.build import build_report
+from jobs.report.build import build_report, show
 from jobs.report.rows import collect, compare
 from jobs.report.source import load_run
 from jobs.report.table import markdown, terminal
 
-__all__ = ["build_report", "collect", "compare", "load_run", "markdown", "terminal"]
+__all__ = ["build_report", "collect", "compare", "load_run", "markdown", "show", "terminal"]

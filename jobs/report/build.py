@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rich.console import Group
+
 from cluster.storage import Attempt, Store
 from jobs.report import figures, html, table
 from jobs.report.rows import Row, cost, rows_of
@@ -21,3 +23,16 @@ def build_report(run: Store | Attempt) -> list[Row]:
     run.write_bytes("report/table.md", table.markdown(rows, spent).encode())
     run.write_bytes("report/index.html", html.page(data).encode())
     return rows
+
+
+def show(runs: list[Store], width: int) -> Group:
+    """The headline table of one or several runs for a terminal `width` columns wide, and costs.
+
+    Reads the run directories and publishes nothing. Raises ValueError where a folder holds no run.
+    """
+    found = [load_run(run) for run in runs]
+    rows = [row for data in found for row in rows_of(data)]
+    lines = [figures.cost_line(cost(data)) for data in found]
+    if len(found) > 1:
+        lines = [f"{data.name}: {line}" for data, line in zip(found, lines, strict=True) if line]
+    return table.terminal(rows, width, "\n".join(line for line in lines if line))

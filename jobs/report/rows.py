@@ -125,7 +125,9 @@ def technique(spec: dict[str, Any], role: str, cell: Row | None = None) -> str:
 
 
 def losses_in_words(losses: dict[str, float]) -> str:
-    """Losses by falling weight, e.g. "forward_kl 0.9 + ce 0.1"."""
+    """Losses by falling weight, e.g. "forward_kl 0.9 + ce 0.1"; one alone without its weight."""
+    if len(losses) == 1:
+        return next(iter(losses))
     falling = sorted(losses.items(), key=lambda item: (-item[1], item[0]))
     return " + ".join(f"{name} {weight:g}" for name, weight in falling)
 

@@ -27,6 +27,7 @@ def run(context: Context) -> dict[str, Any]:
         distill=spec.distill,
         seed=spec.seed,
         batch_tokens=spec.resources.capture.batch_tokens,
+        shard_seconds=spec.resources.capture.shard_seconds,
         corpus=context.corpus,
         cache=cache,
     )

@@ -4,7 +4,7 @@ In one process:
 
     tokenizer = load_tokenizer("Qwen/Qwen3-0.6B")          # or TokenizerSpec(train=2048)
     identity = corpus_identity(data, tokenizer)
-    store = open_store("./runs").sub("_corpora", corpus_name(identity))
+    store = open_store("./runs").sub("_corpora", fingerprint(identity))    # trainer.identity
     manifest = prepare(data, tokenizer, store, identity=identity)
 
 On a cluster, `each` maps the same functions over tasks; they are top-level and their arguments
@@ -21,8 +21,6 @@ The result is a function of data and tokenizer alone: of no number, order or pla
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,12 +69,6 @@ def corpus_identity(data: DataSpec, tokenizer: Any) -> dict[str, Any]:
     else:
         identity["tokenizer.content"] = tokenizers_.tokenizer_digest(tokenizer)
     return identity
-
-
-def corpus_name(identity: dict[str, Any]) -> str:
-    """The folder of a corpus: 32 hex digits."""
-    text = json.dumps(identity, sort_keys=True, allow_nan=False)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def prepare(

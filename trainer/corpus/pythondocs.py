@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import platform
 import sysconfig
 import warnings
@@ -71,9 +72,12 @@ def _library() -> Path:
 
 def _sources() -> list[Path]:
     root = _library()
-    found = (path.relative_to(root) for path in root.rglob("*.py"))
-    kept = sorted(path.as_posix() for path in found if not SKIPPED.intersection(path.parts))
-    return [root / path for path in kept]
+    found: list[str] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED]  # not even looked into
+        relative = Path(folder).relative_to(root)
+        found += [(relative / name).as_posix() for name in names if name.endswith(".py")]
+    return [root / path for path in sorted(found)]
 
 
 def _docstrings(path: Path) -> Iterator[str]:

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from cluster.storage import Attempt, EventWriter, Fenced, Store, open_store
-from jobs.report import build_report, collect, compare, load_run, markdown, terminal
+from jobs.report import build_report, collect, compare, load_run, markdown, show, terminal
 from jobs.report import figures as f
 from jobs.report.pictures import pareto_front
 from jobs.report.rows import cost
@@ -201,6 +201,11 @@ def test_several_runs_get_a_run_column(tmp_path: Path) -> None:
     lines = markdown(rows).splitlines()
     assert lines[0].startswith("| Run | Model |")
     assert "two hqq-4b-g64 failed: ValueError" in markdown(rows)
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(show([open_store(tmp_path / "one"), open_store(tmp_path / "two")], 100))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100 and "0.470 MB" in text
+    assert "one: Cost: 0.50 GPU hours" in text and "two: Cost: 0.50 GPU hours" in text
 
 
 class _Page(HTMLParser):

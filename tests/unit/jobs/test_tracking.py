@@ -47,8 +47,8 @@ def tracked_run(root: Path) -> Store:
     run.write_text("spec.yaml", yaml.safe_dump(SPEC))
     with EventWriter(run, Attempt.claim(run).number) as events:
         events.emit("run_start", name="tracked", spec=SPEC)
-        for done in (0, 4, 8):
-            events.emit("progress", stage="capture", done=done, total=8, unit="sequences")
+        for read in (0, 4, 8):
+            events.emit("progress", stage="capture", done=read, total=8, unit="sequences")
         events.emit("capture_done", metrics={"bytes_per_token": 120.5})
         steps(events, "distill", 1, 4)
     with EventWriter(run, Attempt.claim(run).number) as events:
@@ -143,7 +143,7 @@ def test_configs_are_flat_and_of_one_shape(projected: tuple[Store, Path]) -> Non
     assert (cell["bits"], cell["group_size"], cell["method"]) == (4, 64, "hqq")
     assert (cell["teacher"], cell["student"]) == ("teacher-model", "student-model")
     assert (cell["student_params"], cell["losses"]) == (400_000, "forward_kl 0.9 + ce 0.1")
-    assert found["control"]["losses"] == "ce 1"
+    assert found["control"]["losses"] == "ce"
 
 
 def test_steps_are_logged_once_under_their_own_numbers_and_times(
@@ -152,8 +152,8 @@ def test_steps_are_logged_once_under_their_own_numbers_and_times(
     run, out = projected
     rows = history(folders(run, out)["distill"])
     assert [(row["_step"], row["loss"]) for row in rows] == [(s, 10.0 - s) for s in range(1, 7)]
-    began = min(event["t"] for event in load_run(run).events)
-    assert all(began <= row["_timestamp"] <= began + 60 for row in rows)
+    happened = [e["t"] for e in load_run(run).of_kind("step") if e["stage"] == "distill"]
+    assert [row["_timestamp"] for row in rows] == pytest.approx(happened, abs=1e-3)
     assert [row["_step"] for row in history(folders(run, out)["capture"])] == [0, 4, 8]
 
 
@@ -184,7 +184,8 @@ def test_report_run_holds_table_and_page(projected: tuple[Store, Path]) -> None:
     assert page == run.read_text("report/index.html")
     records = [json.loads(line) for line in inspect(folder).splitlines()]
     kept = next(r["artifact"]["manifest"]["contents"] for r in records if "artifact" in r)
-    assert all(Path(entry["local_path"]).is_file() for entry in kept)  # for `wandb sync`
+    for entry in kept:  # `wandb sync` reads them: they live and die with the folders
+        assert Path(entry["local_path"]).is_file() and out in Path(entry["local_path"]).parents
 
 
 def test_again_rewrites_only_what_changed_and_replaces_its_folder(tmp_path: Path) -> None:
@@ -348,7 +349,8 @@ def test_two_projections_of_one_run_at_once_leave_one_folder_each(tmp_path: Path
         thread.start()
     for thread in threads:
         thread.join()
-    assert len([line for line in lines if "6 runs written" in line]) == 1, lines
+    first, second = sorted(lines)
+    assert "0 runs written, 6 unchanged" in first and "6 runs written" in second
     assert set(folders(run, out)) == KEYS
 
 
@@ -389,6 +391,19 @@ def test_environment_names_project_and_tags(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("WANDB_TAGS", "x, a")
     assert publish.target("stillhouse", "me", ["a"]) == writers.Target("mine", "me", ("a", "x"))
+
+
+def test_a_resumed_run_gets_only_the_steps_that_follow(projected: tuple[Store, Path]) -> None:
+    class Service:
+        steps: list[int] = []
+
+        def log(self, row: dict[str, float], step: int) -> None:
+            self.steps.append(step)
+
+    distill = next(t for t in plan(load_run(projected[0])) if t.key == "distill")
+    service: Any = Service()
+    assert writers._log(service, distill, 5) == 7 and service.steps == [5, 6]
+    assert writers._log(service, distill, 7) == 7 and service.steps == [5, 6]
 
 
 def test_ids_are_fixed_and_distinct() -> None:

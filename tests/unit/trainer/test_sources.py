@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -148,6 +149,20 @@ def test_reading_is_silent(tmp_path, capfd) -> None:
     (tmp_path / "bad.jsonl").write_text("no json\n")
     error(tmp_path / "bad.jsonl")
     assert capfd.readouterr() == ("", "")
+
+
+def test_reading_local_files_calls_nobody(tmp_path, monkeypatch) -> None:
+    """`datasets` counts loads on the hub, which takes seconds where there is no network."""
+    asked: list[str] = []
+
+    def lookup(host, *rest, **more):
+        asked.append(host)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    monkeypatch.setattr(files.library().config, "HF_HUB_OFFLINE", False)
+    assert read(jsonl(tmp_path / "a.jsonl", [{"text": "x"}])) == ["x"]
+    assert asked == []
 
 
 def test_the_fingerprint_follows_content_and_not_place_or_weight(tmp_path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_loads_from_the_url_of_a_folder_without_its_weights(folder, monkeypatch)
     store.write_bytes("model.safetensors", b"x" * 100)
     tokenizer = load_tokenizer("memory://models/a")
     assert tokenizer.get_vocab() == load_tokenizer(folder).get_vocab()
+
+
+def test_loading_a_folder_calls_nobody(folder, monkeypatch) -> None:
+    asked: list[str] = []
+
+    def lookup(host, *rest, **more):
+        asked.append(host)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    load_tokenizer(folder)
+    assert asked == []
 
 
 def test_a_missing_tokenizer_is_one_line(tmp_path) -> None:

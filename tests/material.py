@@ -1,0 +1,171 @@
+"""A tiny world for tests: texts, a corpus, models of several architectures, a plain teacher pass."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LENGTH = 32
+VOCAB = 320
+WORDS = [f"{a}{b}{c}" for a in "bdfgkl" for b in "aeiou" for c in ("rn", "st", "n", "mp")]
+
+
+def write_texts(folder: Path, documents: int = 240, seed: int = 0) -> str:
+    """Writes short documents of made-up words; returns a glob of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+    lines = []
+    for number in range(documents):
+        words = draw.choices(WORDS, k=draw.randint(4, 40))
+        lines.append(json.dumps({"text": f"{number} " + " ".join(words)}))
+    (folder / f"{seed}.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder / "*.jsonl")
+
+
+def data_spec(glob: str, **changes: Any) -> Any:
+    """The spec's `data` for the texts."""
+    from trainer.spec import DataSpec, SourceSpec
+
+    values: dict[str, Any] = {
+        "select_sequences": 7,
+        "report_sequences": 9,
+        "sequence_length": LENGTH,
+        "max_tokens": 1 << 30,
+    }
+    return DataSpec(train=[SourceSpec(source=glob)], **{**values, **changes})
+
+
+def make_corpus(store: Any, data: Any, tokenizer: Any = None) -> Any:
+    """Makes and opens a corpus; the tokenizer is trained on it unless one is given."""
+    from trainer.corpus.corpus import open_corpus
+    from trainer.corpus.prepare import corpus_identity, prepare
+    from trainer.spec import TokenizerSpec
+
+    tokenizer = tokenizer or TokenizerSpec(train=VOCAB)
+    prepare(data, tokenizer, store, identity=corpus_identity(data, tokenizer))
+    return open_corpus(store)
+
+
+def config_values(kind: str = "llama", *, tied: bool = True, width: int = 32) -> dict[str, Any]:
+    """An inline student config: two layers of a small `kind`."""
+    if kind == "gpt2":
+        return {
+            "model_type": "gpt2",
+            "n_embd": width,
+            "n_layer": 2,
+            "n_head": 4,
+            "tie_word_embeddings": tied,
+        }  # its default dropout of 0.1 stays
+    return {
+        "model_type": kind,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": tied,
+    }
+
+
+def save_model(folder: Path, tokenizer_folder: Path, seed: int = 5, **config: Any) -> Path:
+    """A random model with lively logits, and its tokenizer, as a Hugging Face folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trainer.corpus.tokenizer import load_tokenizer
+    from trainer.models import new_config
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    made = new_config("student.config", config_values(**config), tokenizer, LENGTH)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(made).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.25)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def load_plain(folder: Path | str) -> Any:
+    """The model of a folder as any user loads it, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def documents_of(position_ids: np.ndarray) -> list[tuple[int, int]]:
+    """(start, stop) of the documents in one sequence, from its positions [seq]."""
+    starts = [*np.flatnonzero(position_ids == 0).tolist(), len(position_ids)]
+    return list(zip(starts[:-1], starts[1:], strict=True))
+
+
+def plain_logits(model: Any, batch: Any, *, by_document: bool) -> np.ndarray:
+    """Float64 logits [batch, seq, vocab] by transformers' own forward.
+
+    by_document: a forward pass for each document alone, so nothing can leak across them; else one
+    pass per sequence, with a causal mask across documents.
+    """
+    import torch
+
+    rows = []
+    for ids, positions in zip(batch.input_ids, batch.position_ids, strict=True):
+        spans = documents_of(positions) if by_document else [(0, len(ids))]
+        with torch.no_grad():
+            parts = [model(torch.from_numpy(ids[None, a:b])).logits[0].double() for a, b in spans]
+        rows.append(torch.cat(parts).numpy())
+    return np.stack(rows)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Float64 log-softmax over the last axis."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def plain_records(log_p: np.ndarray, k: int, temperatures: list[float]) -> tuple[np.ndarray, ...]:
+    """Top-k ids, their log-probabilities and log tails of log-probabilities [..., vocab]."""
+    order = np.argsort(-log_p, axis=-1, kind="stable")
+    ids, rest = order[..., :k], order[..., k:]
+    kept = np.take_along_axis(log_p, ids, axis=-1)
+    others = np.take_along_axis(log_p, rest, axis=-1)
+    with np.errstate(divide="ignore"):
+        tails = [np.log(np.exp(others / t).sum(axis=-1)) for t in temperatures]
+    return ids, kept, np.stack(tails, axis=-1)
+
+
+def plain_cache(
+    cache: Any, teacher: Any, corpus: Any, k: int, temperatures: list[float], **how: Any
+) -> None:
+    """A logit cache of the whole corpus, written from plain forward passes."""
+    from trainer.logits.codec import Records
+    from trainer.logits.store import write_shard
+
+    for name in ("train", "select", "report"):
+        part = corpus.part(name)
+        batch = part.batch(np.arange(len(part)))
+        log_p = log_softmax(plain_logits(teacher, batch, **how))
+        keys, records = [], []
+        for i, row in enumerate(log_p):
+            ids, kept, tails = plain_records(row, k if name == "train" else 256, temperatures)
+            labels = np.append(batch.input_ids[i, 1:], 0)
+            true = row[np.arange(len(row)), labels]
+            entropy = -(np.exp(row) * row).sum(axis=-1)
+            is_eval = name != "train"
+            keys.append(batch.keys[i].tobytes())
+            records.append(
+                Records(
+                    ids.astype(np.int32),
+                    kept.astype(np.float32),
+                    tails.astype(np.float32),
+                    entropy.astype(np.float32) if is_eval else None,
+                    true.astype(np.float32) if is_eval else None,
+                )
+            )
+        write_shard(cache, "train" if name == "train" else "eval", keys, records)

@@ -1,0 +1,457 @@
+"""Training on real process groups: ZeRO stages, world sizes, resumes, and what is saved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.material import (
+    LENGTH,
+    VOCAB,
+    config_values,
+    data_spec,
+    load_plain,
+    log_softmax,
+    make_corpus,
+    plain_cache,
+    plain_logits,
+    save_model,
+    write_texts,
+)
+from tests.ranks import Log, Told, spawn, start
+
+STEPS = 6
+TEMPERATURES = [1.0, 2.0]
+STAGES, TIES = (1, 2, 3), (True, False)
+RESUMES = [(2, "float32"), (3, "float32"), (2, "bfloat16"), (3, "bfloat16")]
+
+
+# What runs on the ranks.
+
+
+def train_all(jobs: list[tuple[Any, int | None]]) -> list[Told]:
+    """Trains each job, with a stop asked for in step so-and-so (None: no stop)."""
+    import torch
+
+    from trainer import loop
+    from trainer.checkpoint import CheckpointMisfit
+    from trainer.worker import Stopped
+
+    worker = start()
+    publish = loop._Run.publish
+    results = []
+    for job, stop_at in jobs:
+        log = Log(stop_at)
+        told = Told(log.events)
+        began = time.time()
+
+        def spy(run: Any, metrics: dict[str, Any], told: Told = told) -> None:
+            told.logits = engine_logits(run)
+            told.held_bytes = sum(
+                value.numel() * value.element_size()
+                for state in run.engine.optimizer.optimizer.state.values()
+                for value in state.values()
+                if torch.is_tensor(value)
+            )
+            publish(run, metrics)
+
+        loop._Run.publish = spy  # type: ignore[method-assign]
+        try:
+            told.metrics = loop.train(job, replace(worker, hooks=log.hooks(attempt=1)))
+        except (Stopped, CheckpointMisfit) as error:
+            told.error = f"{type(error).__name__}: {error}"
+        told.seconds = time.time() - began
+        results.append(told)
+    return results
+
+
+def engine_logits(run: Any) -> np.ndarray:
+    """The training engine's own logits [4 * seq, vocab] of the first report sequences."""
+    import torch
+
+    from trainer.loader import make_micro_batch
+
+    seen = []
+
+    class Spy:
+        needs_teacher = False
+
+        def value_and_grad(self, logits: Any, target: Any) -> tuple[Any, Any]:
+            seen.append(logits.clone())
+            return logits.new_zeros(len(logits)), torch.zeros_like(logits)
+
+    micro = make_micro_batch(run.corpus.part("report"), np.arange(4), 1.0, None, 0)
+    run.engine.eval()
+    with torch.no_grad():
+        run.engine(**micro.to(run.worker.device), losses={"spy": (1.0, Spy())})
+    return torch.cat(seen).float().numpy()
+
+
+# The trainings.
+
+
+@dataclass
+class World:
+    """A folder with corpus, teacher and cache, and the jobs that can be made of them."""
+
+    root: Path
+    data: Any
+    corpus: Any
+    teacher: Path
+
+    def job(self, name: str, *, kind: str = "llama", tied: bool = True, **distill: Any) -> Any:
+        """A training into folders of its own."""
+        from cluster.storage import open_store
+        from trainer.loop import Training
+        from trainer.spec import DistillSpec, StudentSpec
+
+        values: dict[str, Any] = {
+            "losses": {"forward_kl": 0.7, "ce": 0.3},
+            "temperature": 2.0,
+            "dtype": "float32",
+            "steps": STEPS,
+            "tokens_per_step": 8 * LENGTH,
+            "micro_batch": 2,
+            "learning_rate": 5e-3,
+        }
+        store = open_store(self.root)
+        return Training(
+            stage="distill",
+            student=StudentSpec(config=config_values(kind, tied=tied), init="random"),
+            distill=DistillSpec(**{**values, **distill}),
+            data=self.data,
+            temperatures=tuple(TEMPERATURES),
+            seed=3,
+            corpus=store.sub("corpus"),
+            cache=store.sub("cache"),
+            checkpoints=store.sub("checkpoints", name),
+            output=store.sub("students", name),
+        )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    from cluster.storage import open_store
+
+    root = tmp_path_factory.mktemp("training")
+    data = data_spec(write_texts(root / "texts"))
+    store = open_store(root)
+    corpus = make_corpus(store.sub("corpus"), data)
+    teacher = save_model(root / "teacher", corpus.tokenizer_folder(), kind="llama", width=48)
+    plain_cache(store.sub("cache"), load_plain(teacher), corpus, 8, TEMPERATURES, by_document=True)
+    return World(root, data, corpus, teacher)
+
+
+def stage_jobs(world: World, ranks: int) -> dict[str, Any]:
+    """One training per ZeRO stage and head; on one rank the stage makes no difference."""
+    stages = STAGES if ranks > 1 else (2,)
+    jobs = {}
+    for stage in stages:
+        for tied in TIES:
+            name = f"w{ranks}-z{stage}-{'tied' if tied else 'untied'}"
+            jobs[name] = world.job(name, tied=tied, zero_stage=stage)
+        name = f"w{ranks}-z{stage}-ragged"
+        jobs[name] = world.job(name, zero_stage=stage, tokens_per_step=5 * LENGTH)
+    return jobs
+
+
+def resume_jobs(world: World, suffix: str) -> dict[str, Any]:
+    """The trainings that are stopped and resumed; the first also makes checkpoints on its way."""
+    jobs = {}
+    for stage, dtype in RESUMES:
+        name = f"z{stage}-{dtype}{suffix}"
+        kind = "gpt2" if (stage, dtype) == (2, "bfloat16") else "llama"  # gpt2 has dropout
+        jobs[name] = world.job(
+            name, kind=kind, zero_stage=stage, dtype=dtype, checkpoint_steps=1, keep_checkpoints=2
+        )
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def two(world) -> list[dict[str, Told]]:
+    """By rank, everything that is trained on two ranks from the start."""
+    jobs: dict[str, tuple[Any, int | None]] = {}
+    for name, job in stage_jobs(world, 2).items():
+        jobs[name] = (job, None)
+    for name, job in resume_jobs(world, "").items():
+        jobs[name] = (job, None)
+    for name, job in resume_jobs(world, "-stopped").items():
+        jobs[name] = (job, 3)
+    results = spawn(train_all, list(jobs.values()), world=2)
+    return [dict(zip(jobs, told, strict=True)) for told in results]
+
+
+@pytest.fixture(scope="module")
+def stopped(world, two) -> dict[str, list[str]]:
+    """Names in the checkpoint folders of the stopped trainings, before they are resumed."""
+    folder = world.root / "checkpoints"
+    found = {
+        f"z{stage}-{dtype}": sorted(path.name for path in (folder / f"z{stage}-{dtype}-stopped").iterdir())
+        for stage, dtype in RESUMES
+    }
+    for copy in ("other-world", "damaged"):
+        shutil.copytree(folder / "z3-float32-stopped", folder / copy)
+    victim = max((folder / "damaged").glob("*/state/*optim_states.pt"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(world, stopped) -> dict[str, Told]:
+    """What is trained on one rank, and a checkpoint of two that is refused there."""
+    jobs = stage_jobs(world, 1)
+    jobs["other-world"] = world.job("other-world", zero_stage=3)
+    (results,) = spawn(train_all, [(job, None) for job in jobs.values()], world=1)
+    return dict(zip(jobs, results, strict=True))
+
+
+@pytest.fixture(scope="module")
+def resumed(world, stopped) -> list[dict[str, Told]]:
+    """The stopped trainings, continued by new processes; a second time, which finds them done."""
+    jobs = resume_jobs(world, "-stopped")
+    jobs["damaged"] = world.job("damaged", zero_stage=3)
+    jobs["again"] = jobs["z2-float32-stopped"]
+    results = spawn(train_all, [(job, None) for job in jobs.values()], world=2)
+    return [dict(zip(jobs, told, strict=True)) for told in results]
+
+
+# Stages and world sizes.
+
+
+@pytest.mark.parametrize("case", ["tied", "untied", "ragged"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_workers_have_the_losses_of_one(one, two, stage, case) -> None:
+    alone, together = one[f"w1-z2-{case}"], two[0][f"w2-z{stage}-{case}"]
+    assert together.steps() == alone.steps() == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(together.values(), alone.values(), rtol=1e-4)
+    assert alone.values()[-1] < alone.values()[0] - 0.1  # it learns: equality is of something
+    norms = [[e["grad_norm"] for e in told.events if e["event"] == "step"] for told in (together, alone)]
+    np.testing.assert_allclose(*norms, rtol=1e-3)
+    for name in ("select_ce", "select_forward_kl"):
+        assert together.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_rank_holds_its_share_of_the_optimizer(two, one, stage) -> None:
+    parameters = two[0]["w2-z2-untied"].metrics["parameters"]
+    whole = 2 * 4 * parameters  # Adam's two float32 moments
+    assert one["w1-z2-untied"].held_bytes == pytest.approx(whole, rel=0.02)
+    shares = [told[f"w2-z{stage}-untied"].held_bytes for told in two]
+    assert shares == pytest.approx([whole / 2, whole / 2], rel=0.05)
+
+
+# What the loss is of.
+
+
+def expected_loss(world: World, logits: np.ndarray, numbers: np.ndarray, part: str) -> dict[str, float]:
+    """Means over the loss tokens, straight from the definitions, in float64.
+
+    Forward KL at temperature 2, times 4, over the teacher's 8 most likely ids and the rest.
+    """
+    batch = world.corpus.part(part).batch(numbers)
+    teacher = plain_logits(load_plain(world.teacher), batch, by_document=True)
+    mask = batch.loss_mask == 1
+    log_q, log_p = log_softmax(logits / 2)[mask], log_softmax(teacher / 2)[mask]
+    kept = np.argsort(-log_p, axis=-1)[:, :8]
+    p, q = (np.take_along_axis(np.exp(x), kept, axis=-1) for x in (log_p, log_q))
+    p, q = (np.concatenate([x, 1 - x.sum(axis=-1, keepdims=True)], axis=-1) for x in (p, q))
+    labels = batch.input_ids[:, 1:][mask[:, :-1]]
+    true = log_softmax(logits)[mask][np.arange(len(labels)), labels]
+    return {"forward_kl": 4 * float((p * np.log(p / q)).sum(axis=-1).mean()), "ce": -true.mean()}
+
+
+def test_the_first_loss_is_the_mean_over_the_global_batch(world, one, two) -> None:
+    """Averaged per token, not per micro-batch: micro-batches hold unequally many loss tokens."""
+    from trainer.corpus.tokenizer import load_tokenizer
+    from trainer.models import build_model, new_config
+
+    import torch
+
+    job = world.job("unused")
+    tokenizer = load_tokenizer(world.corpus.tokenizer_folder())
+    config = new_config("student.config", job.student.config, tokenizer, LENGTH)
+    model = build_model(folder=None, config=config, init="random", dtype=torch.float32, seed=3)
+    numbers = job.schedule(world.corpus).step_indices(0)
+    batch = world.corpus.part("train").batch(numbers)
+    assert len(set(batch.loss_mask.sum(axis=1))) > 1
+    truth = expected_loss(world, plain_logits(model.eval(), batch, by_document=True), numbers, "train")
+    for told in (one["w1-z2-tied"], two[0]["w2-z3-tied"]):
+        step = told.first("step")
+        assert step["ce"] == pytest.approx(truth["ce"], rel=1e-5)
+        assert step["forward_kl"] == pytest.approx(truth["forward_kl"], rel=2e-3)  # float16 records
+        assert step["loss"] == pytest.approx(0.7 * step["forward_kl"] + 0.3 * step["ce"], rel=1e-6)
+
+
+def test_the_loss_on_select_is_a_mean_over_tokens(world, one) -> None:
+    """An evaluation loss a thousand times too large: a sum that nobody divided."""
+    part = world.corpus.part("select")
+    numbers = np.arange(len(part))
+    student = load_plain(world.root / "students" / "w1-z2-tied")
+    logits = plain_logits(student, part.batch(numbers), by_document=True)
+    truth = expected_loss(world, logits, numbers, "select")
+    metrics = one["w1-z2-tied"].metrics
+    assert metrics["select_ce"] == pytest.approx(truth["ce"], rel=1e-4)
+    assert metrics["select_perplexity"] == pytest.approx(np.exp(truth["ce"]), rel=1e-3)
+
+
+# The student that is saved.
+
+LOADER = """
+import json, sys
+import numpy as np, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert not {"trainer", "jobs", "cluster", "deepspeed"} & set(sys.modules)
+batch, out, *folders = sys.argv[1:]
+batch, result, logits = np.load(batch), {}, {}
+for folder in folders:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size
+    result[folder] = {key: [str(item) for item in value] for key, value in info.items()}
+    result[folder]["dtype"] = str(model.dtype)
+    embeddings = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    result[folder]["tied"] = embeddings[0] is embeddings[1]
+    with torch.no_grad():
+        ids, positions = (torch.from_numpy(batch[name]) for name in ("ids", "positions"))
+        output = model.float().eval()(input_ids=ids, position_ids=positions, use_cache=False)
+    logits[folder] = output.logits.flatten(0, 1).numpy()
+np.savez(out, **{str(i): logits[folder] for i, folder in enumerate(folders)})
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(world, two, resumed) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
+    """What transformers alone, in a process that knows nothing of this project, reads and says."""
+    names = [*stage_jobs(world, 2), "z2-bfloat16"]
+    report = world.corpus.part("report").batch(np.arange(4))
+    np.savez(world.root / "ids.npz", ids=report.input_ids, positions=report.position_ids)
+    folders = [str(world.root / "students" / name) for name in names]
+    out = world.root / "logits.npz"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", LOADER, str(world.root / "ids.npz"), str(out), *folders],
+        cwd="/",
+        env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    info = json.loads(done.stdout.splitlines()[-1])
+    logits = np.load(out)
+    return {
+        name: (info[folder], logits[str(i)])
+        for i, (name, folder) in enumerate(zip(names, folders, strict=True))
+    }
+
+
+@pytest.mark.parametrize("tied", TIES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_transformers_alone_loads_the_student_that_was_trained(loaded, two, stage, tied) -> None:
+    name = f"w2-z{stage}-{'tied' if tied else 'untied'}"
+    info, logits = loaded[name]
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        assert info.get(kind, []) == [], kind
+    assert info["dtype"] == "torch.float32"
+    assert info["tied"] == tied
+    assert logits.shape == (4 * LENGTH, VOCAB)
+    assert np.abs(logits).max() > 0.5
+    for rank in two:
+        np.testing.assert_allclose(rank[name].logits, logits, atol=1e-5)
+
+
+def test_a_student_in_bfloat16_is_saved_as_such(loaded, two) -> None:
+    info, logits = loaded["z2-bfloat16"]
+    assert info["dtype"] == "torch.bfloat16" and not info["missing_keys"]
+    np.testing.assert_allclose(two[0]["z2-bfloat16"].logits, logits, atol=0.05)
+
+
+def test_only_safetensors_are_in_the_folder(world, two) -> None:
+    names = {path.name for path in (world.root / "students" / "w2-z3-tied").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert not [name for name in names if name.endswith((".pt", ".bin", ".pkl"))]
+
+
+def test_names_of_a_wrapper_are_no_names_of_a_student(world, tmp_path) -> None:
+    from trainer.corpus.tokenizer import load_tokenizer
+    from trainer.student import save_student
+
+    folder = world.teacher
+    model, tokenizer = load_plain(folder), load_tokenizer(folder)
+    state = {name: value.detach() for name, value in model.named_parameters()}
+    for prefix in ("module.", "model."):
+        wrapped = {prefix + name: value for name, value in state.items()}
+        with pytest.raises(ValueError, match="unexpected"):
+            save_student(model.config, wrapped, tokenizer, tmp_path)
+    name = next(iter(state))
+    with pytest.raises(ValueError, match="without"):
+        save_student(model.config, {k: v for k, v in state.items() if k != name}, tokenizer, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# Stop and resume.
+
+
+@pytest.mark.parametrize("stage, dtype", RESUMES)
+def test_a_resumed_training_repeats_the_undisturbed_one_to_the_last_bit(
+    two, resumed, stage, dtype
+) -> None:
+    name = f"z{stage}-{dtype}"
+    whole, head, tail = two[0][name], two[0][f"{name}-stopped"], resumed[0][f"{name}-stopped"]
+    assert head.error.startswith("Stopped:") and head.metrics is None
+    assert tail.first("resume")["step"] == 3
+    assert len(set(tail.first("resume")["pids"])) == 2
+    assert [*head.steps(), *tail.steps()] == whole.steps() == [1, 2, 3, 4, 5, 6]
+    assert [*head.losses(), *tail.losses()] == whole.losses()
+    assert len(set(whole.losses())) == STEPS
+    for key in ("select_ce", "select_forward_kl"):
+        assert tail.metrics[key].hex() == whole.metrics[key].hex()
+    assert tail.metrics["tokens"] == whole.metrics["tokens"]
+    np.testing.assert_array_equal(tail.logits, whole.logits)
+
+
+def test_only_rank_zero_speaks(two) -> None:
+    assert all(not told.events for told in two[1].values())
+
+
+def test_checkpoints_come_as_asked_for_and_old_ones_go(world, two, stopped, resumed) -> None:
+    whole = two[0]["z2-float32"]
+    assert [e["step"] for e in whole.events if e["event"] == "checkpoint"] == [1, 2, 3, 4, 5]
+    for names in stopped.values():
+        assert names == [
+            "00000002-0001", "00000002-0001.json", "00000003-0001", "00000003-0001.json",
+        ]  # fmt: skip
+    for name in ("z2-float32", "z3-bfloat16-stopped"):
+        left = {path.name for path in (world.root / "checkpoints" / name).iterdir()}
+        assert left == {"done"}
+
+
+def test_a_training_that_is_done_is_not_done_again(resumed) -> None:
+    again, first = (resumed[0][name] for name in ("again", "z2-float32-stopped"))
+    assert again.events == [] and again.metrics == first.metrics
+
+
+def test_another_world_size_is_refused_in_one_line(world, one) -> None:
+    error = one["other-world"].error
+    assert error.startswith("CheckpointMisfit: ") and "\n" not in error
+    assert "written by 2 workers, this run has 1" in error
+    assert "resources.distill.workers=2" in error
+    assert not (world.root / "students" / "other-world").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_before_it_is_unpickled(world, resumed) -> None:
+    for rank in resumed:
+        error = rank["damaged"].error
+        assert error.startswith("CheckpointMisfit: ") and "\n" not in error
+        assert "optim_states.pt: damaged" in error and ".json" in error
+    assert not (world.root / "students" / "damaged").exists()
