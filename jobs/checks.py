@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cluster.storage import open_store
-from jobs.inputs import Identities, identities
 from jobs.spec import JobSpec
+from trainer.identity import Identities
+from trainer.job import identities
 from trainer.models import max_length, meta_model, new_config, read_config
 
 
@@ -27,10 +29,12 @@ def spec_faults(spec: JobSpec, stages: list[str]) -> list[str]:
         checks.append(lambda: _vocabularies(found))
         checks.append(lambda: _corpus(spec, found))
     if {"capture", "distill", "sweep"} & set(stages):
-        checks.append(lambda: _lengths(spec, found))
-    if "sweep" in stages:
-        checks.append(lambda: _group_sizes(spec, found))
-    return [fault for check in checks for fault in _faults(check)]
+        faults = _faults(lambda: _student_builds(spec, found))
+        checks.append(lambda: _length(spec, "teacher", found.teacher_folder))
+        checks.append(lambda: _length(spec, "student", found.student_folder))
+        if "sweep" in stages and not faults:
+            checks.append(lambda: _group_sizes(spec, found))
+    return faults + [fault for check in checks for fault in _faults(check)]
 
 
 def _faults(check: Callable[[], Any], key: str = "") -> list[str]:
@@ -90,24 +94,29 @@ def student_config(spec: JobSpec, found: Identities) -> Any:
     return new_config("student.config", spec.student.config, tokenizer, length)
 
 
-def _lengths(spec: JobSpec, found: Identities) -> None:
-    """Sequences must fit the positions of both models; configs must build a model."""
-    assert spec.data is not None
-    configs = {"student": student_config(spec, found)}
-    if found.teacher_folder is not None:
-        configs["teacher"] = read_config(found.teacher_folder)
-    for role, config in configs.items():
-        longest = max_length(config)
-        if longest is not None and spec.data.sequence_length > longest:
-            raise ValueError(
-                f"data.sequence_length: {spec.data.sequence_length} is over the {role}'s maximum; "
-                f"may be at most {longest}"
-            )
+def _student_builds(spec: JobSpec, found: Identities) -> None:
+    """The student's config must make a model."""
+    config = student_config(spec, found)
+    if spec.student.config is not None:
+        _length(spec, "student", config)
     try:
-        meta_model(configs["student"])
+        meta_model(config)
     except Exception as error:  # transformers raises many kinds for sizes that do not fit
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"student.config: no model can be built from it ({reason})") from None
+
+
+def _length(spec: JobSpec, role: str, model: Any) -> None:
+    """Sequences must fit the positions of a model, given by its folder or its config."""
+    if model is None:
+        return
+    assert spec.data is not None
+    longest = max_length(read_config(model) if isinstance(model, Path) else model)
+    if longest is not None and spec.data.sequence_length > longest:
+        raise ValueError(
+            f"data.sequence_length: {spec.data.sequence_length} is over the {role}'s maximum; "
+            f"may be at most {longest}"
+        )
 
 
 def _group_sizes(spec: JobSpec, found: Identities) -> None:

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.spec import JobSpec
-from trainer.identity import Identities, fingerprint, flatten
+from trainer.identity import fingerprint, flatten
+from trainer.job import identities, schedule_inputs, training_inputs
 
 Outputs = dict[str, dict[str, Any]]
-
-# Keys of `distill` that change how a training runs, not what comes out of it.
-_RUNNING = {"checkpoint_minutes", "checkpoint_steps", "keep_checkpoints", "control"}
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,6 @@ class StageInputs:
 
     fixed: dict[str, Any]
     growing: dict[str, Any] = field(default_factory=dict)
-
-
-def identities(spec: JobSpec) -> Identities:
-    """The identities of this spec's parts."""
-    assert spec.data is not None
-    return Identities(spec.teacher, spec.student, spec.tokenizer, spec.data, spec.cache)
 
 
 class Inputs:
@@ -50,31 +42,16 @@ class Inputs:
 
     def capture(self, outputs: Outputs) -> StageInputs:
         """The cache's identity; the sequences to hold may grow with corpus and schedule."""
-        growing = {"corpus": outputs["prepare"]["corpus"], **self._schedule()}
+        growing = {"corpus": outputs["prepare"]["corpus"], **schedule_inputs(self.spec)}
         return StageInputs(self.identities.cache, growing)
-
-    def _schedule(self) -> dict[str, Any]:
-        spec = self.spec
-        if spec.distill is None or spec.data is None:
-            return {}
-        return {
-            "distill.steps": spec.distill.steps,
-            "distill.tokens_per_step": spec.distill.tokens_per_step,
-            "data.max_tokens": spec.data.max_tokens,
-            **flatten([source.weight for source in spec.data.train], "weights"),
-            "seed": spec.seed,
-        }
 
     def distill(self, outputs: Outputs) -> StageInputs:
         """What the weights depend on; a control may be added later."""
         spec = self.spec
         assert spec.distill is not None
-        fixed = flatten(spec.distill.model_dump(exclude=_RUNNING), "distill")
-        fixed |= flatten(self.identities.student, "student")
-        fixed |= self._schedule()
-        fixed["corpus"] = outputs["prepare"]["corpus"]
-        if spec.teacher is not None:
-            fixed["cache"] = outputs["capture"]["cache"]
+        cache = outputs["capture"]["cache"] if spec.teacher is not None else None
+        student, corpus = self.identities.student, outputs["prepare"]["corpus"]
+        fixed = training_inputs(spec, student, corpus, cache)
         return StageInputs(fixed, {"distill.control": spec.distill.control})
 
     def sweep(self, outputs: Outputs) -> StageInputs:

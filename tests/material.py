@@ -1,4 +1,4 @@
-"""A tiny world for tests: texts, a corpus, models of several architectures, a plain teacher pass."""
+"""A tiny world for tests: texts, a corpus, models, and what a plain teacher pass gives."""
 
 from __future__ import annotations
 

@@ -119,7 +119,9 @@ def start(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def stillhouse(*arguments: str, cwd: Path, timeout: float = 400, **env: str) -> tuple[int, str, str]:
+def stillhouse(
+    *arguments: str, cwd: Path, timeout: float = 400, **env: str
+) -> tuple[int, str, str]:
     """Runs the command line to its end; returns exit code, stdout and stderr."""
     process = start(*arguments, cwd=cwd, **env)
     try:

@@ -109,7 +109,10 @@ class Identities:
 
         packing = self.data.model_dump(exclude={"max_tokens", "train"})
         sources = {
-            f"train.{index}": {**source.model_dump(exclude={"weight"}), "content": content(source)}
+            f"train.{index}": {
+                **source.model_dump(exclude={"weight"}),
+                "content": content(source, index),
+            }
             for index, source in enumerate(self.data.train)
         }
         return {

@@ -95,7 +95,8 @@ class ForwardKL:
         temperature = self.temperature
         log_p = target.log_probs / temperature
         log_norm = torch.logaddexp(torch.logsumexp(log_p, dim=1), target.log_tail)
-        log_p = log_p - log_norm.unsqueeze(1)
+        # A kept id may have no probability at all; 0 log 0 = 0, and 0 times infinity is not.
+        log_p = (log_p - log_norm.unsqueeze(1)).clamp_min(-1e4)
         log_p_tail = target.log_tail - log_norm
         p, p_tail = log_p.exp(), log_p_tail.exp()
 

@@ -12,29 +12,26 @@ def run(context: Context) -> dict[str, Any]:
     """Adds what the cache lacks; returns the cache's name and the capture's metrics."""
     from trainer.corpus.corpus import open_corpus
     from trainer.identity import fingerprint
+    from trainer.job import make_capture
     from trainer.logits.store import open_cache
-    from trainer.teacher import Capture, missing
+    from trainer.teacher import missing
 
     spec = context.spec
-    assert spec.data is not None and spec.teacher is not None
     identity = context.inputs.identities.cache
     name = fingerprint(identity)
     cache = open_cache(context.shared.sub("_logits"), identity)
-    job = Capture(
-        teacher=spec.teacher,
-        cache_spec=spec.cache,
-        data=spec.data,
-        distill=spec.distill,
-        seed=spec.seed,
-        batch_tokens=spec.resources.capture.batch_tokens,
-        shard_seconds=spec.resources.capture.shard_seconds,
-        corpus=context.corpus,
-        cache=cache,
+    asked = spec.resources.capture
+    job = make_capture(
+        spec,
+        context.corpus,
+        cache,
+        batch_tokens=asked.batch_tokens,
+        shard_seconds=asked.shard_seconds,
     )
     absent = sum(len(numbers) for _, _, numbers in missing(job, open_corpus(context.corpus)))
     if not absent:  # no need to load the teacher
         return {"cache": name, "metrics": {"sequences": 0}}
-    results, group = run_ranks(context, "capture", [job], spec.resources.capture)
+    results, group = run_ranks(context, "capture", [job], asked)
     return {"cache": name, "metrics": {**results[0], **devices(group, results)}}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from jobs.stages.base import Context
 from jobs.stages.capture import devices
 from jobs.stages.ranks import run_ranks
-from trainer.identity import fingerprint
+from trainer.job import make_trainings
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -27,33 +27,6 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def trainings(context: Context) -> list[Any]:
-    """The trainings of this job; checkpoints are kept apart by what the weights depend on."""
-    from trainer.loop import Training
-
-    spec, store = context.spec, context.run.store
-    assert spec.distill is not None and spec.data is not None
+    """The trainings of this job."""
     fixed = context.inputs.distill(context.outputs).fixed
-    jobs = []
-    for stage, role, losses in (
-        ("distill", "student", spec.distill.losses),
-        ("control", "control", {"ce": 1.0}),
-    ):
-        if stage == "control" and not spec.distill.control:
-            continue
-        distill = spec.distill.model_copy(update={"losses": losses})
-        name = f"{stage}-{fingerprint({**fixed, 'losses': losses})[:12]}"
-        jobs.append(
-            Training(
-                stage=stage,
-                student=spec.student,
-                distill=distill,
-                data=spec.data,
-                temperatures=tuple(spec.cache.temperatures),
-                seed=spec.seed,
-                corpus=context.corpus,
-                cache=context.cache,
-                checkpoints=store.sub("checkpoints", name),
-                output=store.sub(role),
-            )
-        )
-    return jobs
+    return make_trainings(context.spec, fixed, context.run.store, context.corpus, context.cache)

@@ -115,9 +115,7 @@ class World:
         for kind, part, numbers in wanted(job, self.corpus(corpus)):
             reader = CacheReader(job.cache, kind)
             batch = part.batch(numbers)
-            result.append(
-                Captured(kind, batch, [reader.read(key.tobytes()) for key in batch.keys])
-            )
+            result.append(Captured(kind, batch, [reader.read(key.tobytes()) for key in batch.keys]))
         return result
 
 
@@ -344,9 +342,9 @@ def test_two_captures_at_once_end_with_one_whole_cache(world, runs) -> None:
     assert len(set(keys_of(world.job("at-once").cache))) == 96
 
 
-
-
 def test_a_sharded_teacher_is_half_on_each_of_two_ranks(runs) -> None:
     whole = [told.held_bytes for told in runs["two"]]
     assert whole[0] == whole[1] == 4 * runs["two"][0].metrics["parameters"]
-    assert [told.held_bytes for told in runs["zero3"]] == pytest.approx([whole[0] / 2] * 2, rel=0.02)
+    assert [told.held_bytes for told in runs["zero3"]] == pytest.approx(
+        [whole[0] / 2] * 2, rel=0.02
+    )

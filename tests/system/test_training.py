@@ -195,7 +195,9 @@ def stopped(world, two) -> dict[str, list[str]]:
     """Names in the checkpoint folders of the stopped trainings, before they are resumed."""
     folder = world.root / "checkpoints"
     found = {
-        f"z{stage}-{dtype}": sorted(path.name for path in (folder / f"z{stage}-{dtype}-stopped").iterdir())
+        f"z{stage}-{dtype}": sorted(
+            path.name for path in (folder / f"z{stage}-{dtype}-stopped").iterdir()
+        )
         for stage, dtype in RESUMES
     }
     for copy in ("other-world", "damaged"):
@@ -236,7 +238,9 @@ def test_two_workers_have_the_losses_of_one(one, two, stage, case) -> None:
     assert together.steps() == alone.steps() == list(range(1, STEPS + 1))
     np.testing.assert_allclose(together.values(), alone.values(), rtol=1e-4)
     assert alone.values()[-1] < alone.values()[0] - 0.1  # it learns: equality is of something
-    norms = [[e["grad_norm"] for e in told.events if e["event"] == "step"] for told in (together, alone)]
+    norms = [
+        [e["grad_norm"] for e in told.events if e["event"] == "step"] for told in (together, alone)
+    ]
     np.testing.assert_allclose(*norms, rtol=1e-3)
     for name in ("select_ce", "select_forward_kl"):
         assert together.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-3)
@@ -254,7 +258,9 @@ def test_each_rank_holds_its_share_of_the_optimizer(two, one, stage) -> None:
 # What the loss is of.
 
 
-def expected_loss(world: World, logits: np.ndarray, numbers: np.ndarray, part: str) -> dict[str, float]:
+def expected_loss(
+    world: World, logits: np.ndarray, numbers: np.ndarray, part: str
+) -> dict[str, float]:
     """Means over the loss tokens, straight from the definitions, in float64.
 
     Forward KL at temperature 2, times 4, over the teacher's 8 most likely ids and the rest.
@@ -273,10 +279,10 @@ def expected_loss(world: World, logits: np.ndarray, numbers: np.ndarray, part: s
 
 def test_the_first_loss_is_the_mean_over_the_global_batch(world, one, two) -> None:
     """Averaged per token, not per micro-batch: micro-batches hold unequally many loss tokens."""
+    import torch
+
     from trainer.corpus.tokenizer import load_tokenizer
     from trainer.models import build_model, new_config
-
-    import torch
 
     job = world.job("unused")
     tokenizer = load_tokenizer(world.corpus.tokenizer_folder())
@@ -285,7 +291,9 @@ def test_the_first_loss_is_the_mean_over_the_global_batch(world, one, two) -> No
     numbers = job.schedule(world.corpus).step_indices(0)
     batch = world.corpus.part("train").batch(numbers)
     assert len(set(batch.loss_mask.sum(axis=1))) > 1
-    truth = expected_loss(world, plain_logits(model.eval(), batch, by_document=True), numbers, "train")
+    truth = expected_loss(
+        world, plain_logits(model.eval(), batch, by_document=True), numbers, "train"
+    )
     for told in (one["w1-z2-tied"], two[0]["w2-z3-tied"]):
         step = told.first("step")
         assert step["ce"] == pytest.approx(truth["ce"], rel=1e-5)
@@ -395,7 +403,9 @@ def test_names_of_a_wrapper_are_no_names_of_a_student(world, tmp_path) -> None:
             save_student(model.config, wrapped, tokenizer, tmp_path)
     name = next(iter(state))
     with pytest.raises(ValueError, match="without"):
-        save_student(model.config, {k: v for k, v in state.items() if k != name}, tokenizer, tmp_path)
+        save_student(
+            model.config, {k: v for k, v in state.items() if k != name}, tokenizer, tmp_path
+        )
     assert not list(tmp_path.iterdir())
 
 

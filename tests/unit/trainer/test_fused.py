@@ -102,9 +102,9 @@ def test_loss_and_gradients_are_those_of_autograd(kind, temperature, k) -> None:
     hidden = hidden.requires_grad_()
     loss, sums = fused_loss(hidden, head, target, weights, make_losses(SHARES, temperature), 8)
     loss.backward()
-    assert abs(float(loss) / float(truth) - 1) <= 1e-6
+    assert abs(loss.item() / truth.item() - 1) <= 1e-6
     parts = dict(zip(SHARES, sums.tolist(), strict=True))
-    assert sum(SHARES[name] * parts[name] for name in SHARES) == pytest.approx(float(truth), 1e-6)
+    assert sum(SHARES[name] * parts[name] for name in SHARES) == pytest.approx(truth.item(), 1e-6)
     assert relative(hidden.grad, exact_hidden.grad) <= 1e-5
     assert relative(head.weight.grad, exact.weight.grad) <= 1e-5
     if head.bias is not None:
@@ -178,7 +178,7 @@ def test_bfloat16_is_close_and_sums_in_float32() -> None:
     loss, sums = fused_loss(low_hidden, low, target, weights, make_losses(SHARES, 1.0), 8)
     loss.backward()
     assert loss.dtype == torch.float32 and sums.dtype == torch.float64
-    assert abs(float(loss) / float(truth) - 1) < 2e-3
+    assert abs(loss.item() / truth.item() - 1) < 2e-3
     assert low_hidden.grad is not None and low_hidden.grad.dtype == torch.bfloat16
     assert relative(low_hidden.grad, exact_hidden.grad) < 0.02
     assert relative(low.weight.grad, exact.weight.grad) < 0.02
@@ -193,7 +193,7 @@ def test_log_sum_exp_is_never_taken_in_bf16() -> None:
         hidden, head, Target(labels), torch.ones(TOKENS), make_losses({"ce": 1.0}, 1.0)
     )
     truth = nn.functional.cross_entropy(hidden.double(), labels, reduction="sum")
-    assert abs(float(loss) / float(truth) - 1) < 1e-6
+    assert abs(loss.item() / truth.item() - 1) < 1e-6
 
 
 def test_no_gradients_are_made_for_an_evaluation() -> None:

@@ -158,6 +158,19 @@ def test_a_teacher_that_has_no_tail(logits) -> None:
     assert grad.isfinite().all()
 
 
+def test_kept_ids_may_have_no_probability(logits) -> None:
+    """A teacher that rules out more ids than are dropped."""
+    student, teacher = logits
+    ruled_out = teacher.topk(VOCAB - 5, largest=False).indices
+    target = target_of(teacher.scatter(1, ruled_out, float("-inf")), 9, 1.0)
+    assert target.log_probs is not None and torch.isneginf(target.log_probs[:, 5:]).all()
+    value, grad = ForwardKL().value_and_grad(student.clone(), target)
+    few = target_of(teacher.scatter(1, ruled_out, float("-inf")), 5, 1.0)
+    expected, expected_grad = ForwardKL().value_and_grad(student.clone(), few)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
 def test_a_student_that_has_no_tail_gets_finite_numbers(logits) -> None:
     _, teacher = logits
     target = target_of(teacher, 5, 1.0)
@@ -205,7 +218,9 @@ def test_losses_by_name() -> None:
     made = make_losses({"forward_kl": 0.7, "ce": 0.0}, 2.0)
     assert list(made) == ["forward_kl"] and made["forward_kl"][0] == 0.7
     assert made["forward_kl"][1].temperature == 2.0  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"unknown losses \['jsd'\]; may be \['ce', 'forward_kl'\]"):
+    with pytest.raises(
+        ValueError, match=r"unknown losses \['jsd'\]; may be \['ce', 'forward_kl'\]"
+    ):
         make_losses({"jsd": 1.0}, 1.0)
     with pytest.raises(ValueError, match="needs the teacher's records"):
         ForwardKL().value_and_grad(torch.zeros(1, 4), Target(torch.zeros(1, dtype=torch.long)))

@@ -1,0 +1,274 @@
+"""The whole way on a tiny job, as a user runs it: real Ray, DeepSpeed, hqq and W&B client."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.storage import Attempt, Store, read_events
+from jobs.tracking.plan import run_id
+from tests import tiny
+
+pytestmark = pytest.mark.timeout(900)
+
+CELLS = ["hqq-4b-g16", "hqq-4b-g32", "hqq-8b-g16", "hqq-8b-g32"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished tiny job."""
+
+    folder: Path
+    spec: dict[str, Any]
+    path: Path
+    run: Store
+    output: str
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return tiny.results(self.run)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """A teacher by plain training, then the job on it: three launches of Ray Train in all."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    teacher = tiny.write_spec(tiny.teacher_spec(folder), folder)
+    code, out, err = tiny.stillhouse("run", str(teacher), cwd=folder)
+    assert code == 0, out + err
+    spec = tiny.job_spec(folder, tracking={"mode": "auto"})
+    path = tiny.write_spec(spec, folder)
+    code, out, err = tiny.stillhouse("run", str(path), cwd=folder, WANDB_API_KEY="")
+    assert code == 0, out + err
+    return Done(folder, spec, path, tiny.run_store(spec), out)
+
+
+def by_role(rows: list[dict[str, Any]], role: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["role"] == role]
+
+
+def test_every_model_has_its_row(done: Done) -> None:
+    rows = done.rows
+    assert [row["role"] for row in rows[:3]] == ["teacher", "student", "control"]
+    assert sorted(row["key"] for row in by_role(rows, "cell")) == CELLS
+    for row in by_role(rows, "cell"):
+        assert row["status"] == "done" and row["error"] is None
+        for name in (
+            "bits_per_weight",
+            "bytes",
+            "perplexity",
+            "kl_to_student",
+            "kl_to_teacher",
+            "top1_agreement",
+            "accuracy",
+            "retention",
+            "decode_tokens_per_s",
+            "prefill_tokens_per_s",
+            "quantize_s",
+            "eval_s",
+        ):
+            assert math.isfinite(row[name]), name
+        assert row["kernel"] and row["versions"]["hqq"]
+    student = by_role(rows, "student")[0]
+    for row in by_role(rows, "cell"):
+        assert row["retention"] == pytest.approx(100 * row["accuracy"] / student["accuracy"])
+
+
+def test_eight_bits_are_nearer_to_the_student_than_four(done: Done) -> None:
+    kl = {row["key"]: row["kl_to_student"] for row in by_role(done.rows, "cell")}
+    assert kl["hqq-8b-g16"] < kl["hqq-4b-g16"] and kl["hqq-8b-g32"] < kl["hqq-4b-g32"]
+
+
+def test_bytes_are_those_of_the_files(done: Done) -> None:
+    for row in by_role(done.rows, "cell"):
+        weights = done.run.size(f"cells/{row['key']}/model/model.safetensors")
+        assert row["bytes"] <= weights <= row["bytes"] + 16384  # the file's header
+
+
+def test_the_run_directory(done: Done) -> None:
+    assert {"spec.yaml", "state", "events", "student", "control", "cells", "report"} <= set(
+        done.run.list()
+    )
+    assert done.run.list("report") == ["index.html", "results.json", "table.md"]
+    page = done.run.read_text("report/index.html")
+    assert "<svg" in page and not re.search(r"(src|href)=[\"']https?:", page)
+
+
+def test_losses_fall_and_are_recorded_once(done: Done) -> None:
+    for stage in ("distill", "control"):
+        steps = [e for e in read_events(done.run) if e["event"] == "step" and e["stage"] == stage]
+        assert [event["step"] for event in steps] == list(range(1, 31))
+        assert steps[-1]["loss"] < steps[0]["loss"]
+        assert steps[-1]["loader_wait_ms"] >= 0
+
+
+def test_the_control_starts_from_the_same_student_and_reads_the_same_data(done: Done) -> None:
+    first = {
+        e["stage"]: e
+        for e in read_events(done.run)
+        if e["event"] == "step" and e["step"] == 1 and e["stage"] in ("distill", "control")
+    }
+    assert first["distill"]["ce"] == pytest.approx(first["control"]["ce"], rel=1e-6)
+    assert first["distill"]["tokens"] == first["control"]["tokens"]
+
+
+LOAD = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+AutoTokenizer.from_pretrained(sys.argv[1])
+assert not [name for name in sys.modules if name.split(".")[0] in ("jobs", "trainer", "quant")]
+print(json.dumps({kind: sorted(map(str, names)) for kind, names in info.items()}))
+"""
+
+
+def test_the_student_loads_where_nobody_knows_stillhouse(done: Done, tmp_path: Path) -> None:
+    for role in ("student", "control"):
+        out = subprocess.run(
+            [sys.executable, "-I", "-c", LOAD, str(done.run.local(role))],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        info = json.loads(out.splitlines()[-1])
+        assert {kind: names for kind, names in info.items() if names} == {}
+
+
+def test_chatter_goes_to_the_log(done: Done) -> None:
+    assert "log: " in done.output and "RayTrainWorker" not in done.output
+    log = done.run.local("logs/0001.log")
+    assert log is not None and "RayTrainWorker" in log.read_text()
+
+
+def test_wandb_has_one_run_per_training_stage_and_cell(done: Done) -> None:
+    stages = ["capture", "distill", "control", "report"]
+    ids = {run_id(done.run.url, "job", key): key for key in [*stages, *CELLS]}
+    folders = {path.name.rpartition("-")[2]: path for path in done.folder.glob("wandb/offline-*")}
+    assert set(folders) == set(ids) and len(folders) == len(ids)
+    runs = {ids[name]: inspect(folder, "--summary") for name, folder in folders.items()}
+    for name in ("distill", "control"):
+        assert runs[name]["config"]["losses"], name
+        assert runs[name]["summary"]["select_perplexity"] > 1
+        folder = folders[run_id(done.run.url, "job", name)]
+        assert [row["_step"] for row in history(folder)] == list(range(1, 31))
+    assert len({frozenset(runs[key]["config"]) for key in CELLS}) == 1, "flat, of one shape"
+    for row in by_role(done.rows, "cell"):
+        run = runs[row["key"]]
+        assert run["config"]["bits"] == row["bits"]
+        assert run["summary"]["perplexity"] == pytest.approx(row["perplexity"])
+
+
+def leet(folder: Path, *options: str) -> str:
+    """An offline run as `wandb leet inspect` prints it."""
+    (file,) = folder.glob("run-*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", str(file), "--json", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def inspect(folder: Path, *options: str) -> dict[str, Any]:
+    return json.loads(leet(folder, *options))
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in leet(folder).splitlines()]
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
+
+
+def test_again_everything_is_skipped_and_ray_stays_off(done: Done) -> None:
+    attempts = Attempt.latest(done.run)
+    code, out, err = tiny.stillhouse("run", str(done.path), cwd=done.folder)
+    assert code == 0, err
+    for stage in ("prepare", "capture", "distill", "sweep", "summarize"):
+        assert f"{stage}: done before, skipped" in out
+    assert "hqq 4-bit g32" in out
+    assert Attempt.latest(done.run) == attempts
+
+
+def test_a_changed_input_of_a_finished_stage_is_refused(done: Done) -> None:
+    code, _, err = tiny.stillhouse(
+        "run", str(done.path), "distill.learning_rate=0.001", cwd=done.folder
+    )
+    assert code == 2
+    assert err.splitlines() == [
+        "error: distill.learning_rate: 0.003 -> 0.001 (an input of the stage distill, which is "
+        "done; run with --redo distill, or give the run another name)"
+    ]
+
+
+def test_edited_data_is_refused(done: Done) -> None:
+    text = done.folder / "texts" / "0.jsonl"
+    before = text.read_text()
+    text.write_text(before + '{"text": "one more document"}\n')
+    try:
+        code, _, err = tiny.stillhouse("run", str(done.path), cwd=done.folder)
+    finally:
+        text.write_text(before)
+    assert code == 2
+    assert all("prepare" in line and "--redo prepare" in line for line in err.splitlines()), err
+
+
+def test_a_new_bit_width_runs_its_cells_alone(done: Done) -> None:
+    before = {key: done.run.read_text(f"cells/{key}/result.json") for key in CELLS}
+    code, out, err = tiny.stillhouse(
+        "run", str(done.path), "sweep.bits=[8,4,2]", cwd=done.folder, WANDB_API_KEY=""
+    )
+    assert code == 0, out + err
+    assert "distill: done before, skipped" in out
+    started = {
+        e["key"] for e in read_events(done.run) if e["event"] == "cell_start" and e["attempt"] == 2
+    }
+    assert started == {"hqq-2b-g16", "hqq-2b-g32"}
+    assert before == {key: done.run.read_text(f"cells/{key}/result.json") for key in CELLS}
+
+
+def test_a_failing_cell_is_a_recorded_result(done: Done, tmp_path: Path) -> None:
+    """Weights around 1 in steps of 1e-6: their 8-bit zero point is beyond float16, 2-bit fits."""
+    model = tmp_path / "model"
+    make_extreme_model(Path(str(done.run.local("student"))), model)
+    spec = tiny.job_spec(
+        done.folder,
+        name="as-it-is",
+        teacher=None,
+        student={"model": str(model)},
+        distill=None,
+        sweep__bits=[8, 1],
+        sweep__group_size=[32],
+    )
+    path = tiny.write_spec(spec, tmp_path)
+    code, out, err = tiny.stillhouse("run", str(path), cwd=tmp_path)
+    assert code == 0, out + err
+    rows = {row["key"]: row for row in tiny.results(tiny.run_store(spec)) if row["key"]}
+    assert rows["hqq-1b-g32"]["status"] == "done"
+    failed = rows["hqq-8b-g32"]
+    assert failed["status"] == "failed" and failed["perplexity"] is None
+    assert "zero" in failed["error"], failed["error"]
+    assert "1 failed" in out
+
+
+def make_extreme_model(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight.copy_(1 + 1e-3 * torch.rand(weight.shape))
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+
+
+def test_no_process_of_ray_is_left(done: Done) -> None:
+    mine = str(os.getpid())
+    out = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True).stdout
+    left = [line for line in out.splitlines() if "gcs_server" in line and line.split()[0] == mine]
+    assert left == []

@@ -1,0 +1,154 @@
+"""Faults that only files and models can tell, as the command line says them, before Ray starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from jobs.cli import main  # noqa: E402
+from tests import tiny  # noqa: E402
+
+Run = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random teacher of 64 positions with its tokenizer, where job_spec expects it."""
+    from tests.material import save_model, write_texts
+    from trainer.corpus.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("world")
+    write_texts(folder / "texts", documents=400)
+    texts = (folder / "texts" / "0.jsonl").read_text().splitlines()
+    train_tokenizer(iter(texts), 400, folder / "tokenizer")
+    save_model(folder / "runs" / "teacher" / "student", folder / "tokenizer", width=64)
+    return folder
+
+
+@pytest.fixture
+def faults(teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> Run:
+    """Runs the job with changes; asserts exit code 2, no Ray, no attempt; returns the lines."""
+    monkeypatch.chdir(teacher)
+
+    def run(*overrides: str, **changes: Any) -> list[str]:
+        spec = tiny.job_spec(teacher, **{"data__sequence_length": 32, **changes})
+        path = tiny.write_spec(spec, teacher)
+        capsys.readouterr()  # what fixtures said
+        code = main(["run", str(path), *overrides])
+        lines = capsys.readouterr().err.splitlines()
+        assert code == 2, lines
+        assert all(line.startswith("error: ") for line in lines), lines
+        assert "ray" not in sys.modules
+        assert not (teacher / "runs" / "job").exists()
+        return [line.removeprefix("error: ") for line in lines]
+
+    return run
+
+
+def only(lines: list[str]) -> str:
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_group_size_that_does_not_divide_the_layers(faults: Run) -> None:
+    line = only(faults("sweep.group_size=[48]"))
+    assert line.startswith("sweep.group_size: group_size 48 does not do for layer model.layers.0")
+    assert line.endswith("it may be 8, 16, 32")
+
+
+def test_a_source_that_matches_no_file(faults: Run) -> None:
+    line = only(faults(data__train=[{"source": "nowhere/*.jsonl"}]))
+    assert line.startswith("data.train.0.source: ") and "nowhere/*.jsonl" in line
+
+
+def test_a_source_without_the_column(faults: Run, teacher: Path) -> None:
+    source = {"source": str(teacher / "texts" / "*.jsonl"), "column": "prose"}
+    line = only(faults(data__train=[source]))
+    assert line.startswith("data.train.0.column: ") and "prose" in line and "text" in line
+
+
+def test_teacher_and_student_of_different_vocabularies(faults: Run, teacher: Path) -> None:
+    from tests.material import save_model
+    from trainer.corpus.tokenizer import train_tokenizer
+
+    train_tokenizer(iter(["another language " * 50]), 270, teacher / "other-tokenizer")
+    save_model(teacher / "other", teacher / "other-tokenizer")
+    line = only(faults(student={"model": str(teacher / "other")}))
+    assert line.startswith("student.model: ") and "different vocabularies" in line
+
+
+def test_storage_that_cannot_be_written(faults: Run, teacher: Path) -> None:
+    (teacher / "a-file").write_text("")
+    line = only(faults(f"storage={teacher}/a-file"))
+    assert line.startswith("storage: ") and "a-file" in line
+
+
+def test_storage_without_permission(faults: Run, teacher: Path) -> None:
+    if os.geteuid() == 0:  # root may write everywhere but in the kernel's own folders
+        line = only(faults("storage=/proc/runs"))
+    else:
+        (teacher / "closed").mkdir(mode=0o500)
+        line = only(faults(f"storage={teacher}/closed"))
+    assert line.startswith("storage: ")
+
+
+def test_unknown_protocol(faults: Run) -> None:
+    assert only(faults("storage=ftpp://host/runs")).startswith("storage: ")
+
+
+def test_sequence_length_over_the_models_maximum(faults: Run) -> None:
+    line = only(faults("data.sequence_length=64"))
+    assert line == ("data.sequence_length: 64 is over the teacher's maximum; may be at most 32")
+
+
+def test_sequence_length_over_the_new_students_own_maximum(faults: Run) -> None:
+    line = only(faults("student.config.max_position_embeddings=16"))
+    assert line.endswith("is over the student's maximum; may be at most 16")
+
+
+def test_a_corpus_too_small_for_its_parts(faults: Run) -> None:
+    line = only(faults("data.report_sequences=5000"))
+    assert "corpus too small" in line and "data.report_sequences" in line
+
+
+def test_a_model_that_is_no_folder(faults: Run) -> None:
+    line = only(faults("teacher.model=./nothing/here"))
+    assert line.startswith("teacher.model: './nothing/here' is no folder")
+
+
+def test_an_unknown_architecture(faults: Run) -> None:
+    line = only(faults("student.config.model_type=llamma"))
+    assert line.startswith("student.config.model_type: ")
+
+
+def test_a_size_the_architecture_does_not_know(faults: Run) -> None:
+    line = only(faults("student.config.hiden_size=64"))
+    assert line.startswith("student.config: ") and "hiden_size" in line
+
+
+def test_sizes_that_build_no_model(faults: Run) -> None:
+    line = only(faults("student.config.hidden_size=30"))
+    assert line.startswith(("student.config: ", "sweep.group_size: "))
+
+
+def test_all_faults_are_told_at_once(faults: Run) -> None:
+    lines = faults("sweep.group_size=[48]", "data.report_sequences=5000")
+    assert len(lines) == 2, lines
+
+
+def test_only_before_its_stages(faults: Run) -> None:
+    assert only(faults("--only", "sweep")).startswith(
+        "--only sweep: the stage prepare before it is not done"
+    )
+
+
+def test_a_stage_that_the_spec_does_not_have(faults: Run) -> None:
+    line = only(faults("sweep=null", "--until", "sweep"))
+    assert line == "--until sweep: this spec has prepare, capture, distill, summarize"
