@@ -67,3 +67,21 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
         )
     finally:
         ray.shutdown()
+
+
+def nodes_without(path: str, cluster: Cluster) -> list[str]:
+    """Addresses of the cluster's nodes on which the file `path` is not there."""
+    if cluster.nodes == 1 and cluster.embedded:
+        return []
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look = ray.remote(os.path.exists).options(num_cpus=0)
+    asked = {
+        node["NodeManagerAddress"]: look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(path)
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    return [address for address, reference in asked.items() if not ray.get(reference)]

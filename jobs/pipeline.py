@@ -15,11 +15,11 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.session import connect
+from cluster.session import Cluster, connect, nodes_without
 from cluster.storage import EventTail, EventWriter, Fenced, open_store
 from jobs import checks
 from jobs.errors import Interrupted, SpecErrors, StageFailed
-from jobs.inputs import Inputs, Outputs, StageInputs
+from jobs.inputs import Inputs, Outputs
 from jobs.load import dump_spec
 from jobs.progress import Reporter
 from jobs.resolve import resolve
@@ -79,7 +79,7 @@ def run_pipeline(
 
 
 class Plan:
-    """Which stages are skipped and which run, decided from what is on storage."""
+    """Which stages are skipped and which may run, decided from what is on storage."""
 
     def __init__(
         self,
@@ -95,45 +95,49 @@ class Plan:
         for option, stage in (("--until", until), ("--only", only), ("--redo", redo)):
             if stage is not None and stage not in stages:
                 raise SpecErrors([f"{option} {stage}: this spec has {', '.join(stages)}"])
+        self.redo = redo
         self.skipped: list[str] = []
         self.todo: list[str] = []
         self.outputs: Outputs = {}
-        stale = False  # an earlier stage runs again: what follows may change
+        known = True  # whether the outputs of the stages before are those of this spec
         for stage in stages:
             record = run.record(stage)
-            if only is not None and stage == only and redo is None and record is None:
+            finished = False
+            if record is None or stage == redo:
+                known = False
+            elif known:
+                new = inputs.of(stage, self.outputs)
+                _refuse_changes(stage, record.inputs["fixed"], new.fixed)
+                finished = record.inputs["growing"] == new.growing
+            if record is not None:
+                self.outputs[stage] = record.outputs
+            if finished and not self.todo:
+                self.skipped.append(stage)
+            elif only in (None, stage):
                 self.todo.append(stage)
-                break
-            if not stale and record is not None and stage != redo:
-                verdict = self._compare(stage, record.inputs, inputs.of(stage, self.outputs))
-                if verdict == "same":
-                    self.skipped.append(stage)
-                    self.outputs[stage] = record.outputs
-                else:
-                    stale = True
             else:
-                stale = True
-            if stale:
-                if only is not None and stage != only:
-                    raise SpecErrors(
-                        [f"--only {only}: the stage {stage} before it is not done; "
-                         f"run with --until {only}"]
-                    )  # fmt: skip
-                self.todo.append(stage)
+                raise SpecErrors(
+                    [
+                        f"--only {only}: the stage {stage} before it is not done; "
+                        f"run with --until {only}"
+                    ]
+                )
             if stage in (until, only):
                 break
+        for stage in self.todo:
+            self.outputs.pop(stage, None)
 
-    def _compare(self, stage: str, old: dict[str, Any], new: StageInputs) -> str:
-        changed = differences(old.get("fixed", {}), new.fixed)
-        if changed:
-            raise SpecErrors(
-                [
-                    f"{change} (an input of the stage {stage}, which is done; run with --redo "
-                    f"{stage}, or give the run another name)"
-                    for change in changed
-                ]
-            )
-        return "same" if old.get("growing", {}) == new.growing else "grown"
+
+def _refuse_changes(stage: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    changed = differences(old, new)
+    if changed:
+        raise SpecErrors(
+            [
+                f"{change} (an input of the stage {stage}, which is done; run with --redo "
+                f"{stage}, or give the run another name)"
+                for change in changed
+            ]
+        )
 
 
 def _run(spec: JobSpec, run: RunDir, inputs: Inputs, plan: Plan, address: str | None) -> int:
@@ -160,12 +164,13 @@ def _run(spec: JobSpec, run: RunDir, inputs: Inputs, plan: Plan, address: str | 
                     context = Context(
                         spec, run, inputs, dict(plan.outputs), events, tail, reporter, cluster, stop
                     )
+                    refuse_unshared(spec, run, cluster)
                     for stage in plan.todo:
-                        _run_stage(stage, context, log)
+                        _run_stage(stage, context, log, forced=stage == plan.redo)
             status = "done"
-        except Interrupted:
+        except Interrupted as stop_error:
             status = "interrupted"
-            raise
+            raise Interrupted(f"{stop_error}; continue with: {_command(spec)}") from stop_error
         finally:
             with contextlib.suppress(Exception):  # never hide the error that ended the run
                 events.emit("run_end", status=status, seconds=time.time() - began)
@@ -179,18 +184,27 @@ def _run(spec: JobSpec, run: RunDir, inputs: Inputs, plan: Plan, address: str | 
     return 0
 
 
-def _run_stage(stage: str, context: Any, log: Path) -> None:
+def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:
     """One stage, from its start to its record; errors become the user's."""
     from importlib import import_module
 
     began = time.time()
+    inputs = context.inputs.of(stage, context.outputs)
+    record = context.run.record(stage)
+    values = {"fixed": inputs.fixed, "growing": inputs.growing}
+    if record is not None and record.inputs == values and not forced:
+        context.outputs[stage] = record.outputs
+        context.events.emit("stage_skip", stage=stage)
+        context.reporter.say(f"{stage}: done before, skipped")
+        return
     context.emit("stage_start", stage=stage)
     if context.stop.is_set():
         raise Interrupted(f"stopped before {stage}")
+    if forced:
+        context.run.forget(stage)
+    context.forced = forced
     try:
-        module = import_module(f"jobs.stages.{stage}")
-        inputs = context.inputs.of(stage, context.outputs)
-        outputs = module.run(context)
+        outputs = import_module(f"jobs.stages.{stage}").run(context)
     except (Interrupted, SpecErrors):
         raise
     except Exception as error:
@@ -206,7 +220,7 @@ def _run_stage(stage: str, context: Any, log: Path) -> None:
         context.reporter.end_stage(stage)
     seconds = time.time() - began
     context.outputs[stage] = outputs
-    context.run.finish(stage, {"fixed": inputs.fixed, "growing": inputs.growing}, outputs, seconds)
+    context.run.finish(stage, values, outputs, seconds)
     context.emit("stage_done", stage=stage, seconds=seconds, metrics=outputs.get("metrics", {}))
     context.reporter.say(f"{stage}: done in {seconds:.0f} s{_remark(stage, outputs)}")
 
@@ -234,6 +248,22 @@ def _remark(stage: str, outputs: dict[str, Any]) -> str:
 def _command(spec: JobSpec) -> str:
     """The command that continues: the one that was given."""
     return " ".join(["stillhouse", *sys.argv[1:]]) if sys.argv[1:] else f"run of {spec.name}"
+
+
+def refuse_unshared(spec: JobSpec, run: RunDir, cluster: Cluster) -> None:
+    """Raises SpecErrors if the storage is a local folder that some node does not see."""
+    folder = run.store.local("spec.yaml")
+    if folder is None:
+        return
+    blind = nodes_without(str(folder), cluster)
+    if blind:
+        raise SpecErrors(
+            [
+                f"storage: {spec.storage} is a folder of this machine that the nodes "
+                f"{', '.join(blind)} do not see; may be a shared folder or a URL such as "
+                "s3://bucket/prefix"
+            ]
+        )
 
 
 def show_result(console: Console, run: RunDir) -> None:

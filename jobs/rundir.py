@@ -8,8 +8,6 @@ from typing import Any
 
 from cluster.storage import Attempt, Store
 
-STAGES = ("prepare", "capture", "distill", "sweep", "summarize")
-
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One text per key that differs: ``distill.steps: 400 -> 500``."""
@@ -53,7 +51,17 @@ class RunDir:
         if not names:
             return None
         data = self.store.read_json(f"state/{max(names)}")
+        if "outputs" not in data:
+            return None
         return StageRecord(data["inputs"], data["outputs"], data["attempt"])
+
+    def forget(self, stage: str) -> None:
+        """From now on the stage counts as not done, also for attempts to come."""
+        attempt = self.current()
+        attempt.write_json(
+            f"state/{stage}-{attempt.number:04d}.json",
+            {"stage": stage, "attempt": attempt.number, "redo": True},
+        )
 
     def finish(
         self, stage: str, inputs: dict[str, Any], outputs: dict[str, Any], seconds: float

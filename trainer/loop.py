@@ -19,7 +19,7 @@ from trainer.corpus.tokenizer import load_tokenizer
 from trainer.loader import Step, StepLoader, evaluation_batches
 from trainer.logits.store import CacheReader
 from trainer.losses import make_losses
-from trainer.models import build_model, count_parameters, find_model, new_config
+from trainer.models import build_model, count_parameters, find_model, hash_files, new_config
 from trainer.optimizer import learning_rate, make_optimizer, training_config
 from trainer.schedule import Schedule
 from trainer.spec import DataSpec, DistillSpec, StudentSpec
@@ -90,8 +90,17 @@ def train(job: Training, worker: Worker) -> dict[str, Any]:
 
 
 def _read_done(job: Training) -> dict[str, Any] | None:
+    """The metrics of this training, if it is done and the output still holds its weights."""
     name = "done/metrics.json"
-    return job.checkpoints.read_json(name) if job.checkpoints.exists(name) else None
+    if not job.checkpoints.exists(name) or not job.output.exists("config.json"):
+        return None
+    metrics = job.checkpoints.read_json(name)
+    return metrics if metrics["weights"] == weights_hash(job.output.fetch_folder("")) else None
+
+
+def weights_hash(folder: Path) -> str:
+    """Hash of a model folder's weights."""
+    return hash_files(sorted(folder.glob("*.safetensors")))
 
 
 class _Run:
@@ -292,6 +301,10 @@ class _Run:
                 folder = Path(temporary)
                 save_student(self.config, state, self.tokenizer, folder)
                 worker.hooks.fence()
+                metrics["weights"] = weights_hash(folder)
+                new = {path.name for path in folder.iterdir()}
+                for stale in sorted(set(job.output.list()) - new):
+                    job.output.delete(stale, recursive=True)
                 job.output.upload_folder(str(folder), "")
             worker.hooks.flush()
             job.checkpoints.write_json("done/metrics.json", metrics)

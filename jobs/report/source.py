@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from cluster.storage import Store, read_events
+from quant.spec import SweepSpec
 
 ROLES = ("teacher", "student", "control")
 TRAININGS = ("distill", "control")
@@ -48,13 +49,33 @@ def load_run(store: Store, events: list[dict[str, Any]] | None = None) -> RunDat
         raise ValueError(f"{store.url}: no run here (neither spec.yaml nor events/)")
     evaluations = {}
     for role in ROLES:
-        if store.exists(f"evaluations/{role}.json"):
+        if _asked_for(spec, role) and store.exists(f"evaluations/{role}.json"):
             evaluations[role] = clean(store.read_json(f"evaluations/{role}.json"))
     cells = {}
+    grid = _grid(spec)
     for path in store.glob("cells/*/result.json"):
-        cells[path.split("/")[-2]] = clean(store.read_json(path))
+        key = path.split("/")[-2]
+        if grid is None or key in grid:
+            cells[key] = clean(store.read_json(path))
     name = str(spec.get("name") or store.name)
     return RunData(name, store.url, spec, events, evaluations, cells)
+
+
+def _asked_for(spec: dict[str, Any], role: str) -> bool:
+    """Whether the spec still has this model; what an earlier spec had stays on storage."""
+    if role == "control" and isinstance(spec.get("distill"), dict):
+        return bool(spec["distill"].get("control"))
+    return not (role == "teacher" and "teacher" in spec and spec["teacher"] is None)
+
+
+def _grid(spec: dict[str, Any]) -> set[str] | None:
+    """The keys of the spec's cells; None where it does not say."""
+    if not isinstance(spec.get("sweep"), dict):
+        return None
+    try:
+        return {cell.key for cell in SweepSpec.model_validate(spec["sweep"]).cells()}
+    except ValueError:  # the spec of another version
+        return None
 
 
 def _read_spec(store: Store, events: list[dict[str, Any]]) -> dict[str, Any]:

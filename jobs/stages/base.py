@@ -34,6 +34,7 @@ class Context:
     reporter: Reporter
     cluster: Cluster
     stop: threading.Event = field(default_factory=threading.Event)
+    forced: bool = False  # the user asked for this stage again, from its beginning
 
     @property
     def attempt(self) -> Attempt:

@@ -21,7 +21,7 @@ def run(context: Context) -> dict[str, Any]:
     assert spec.data is not None
     name = fingerprint(identities.corpus)
     store = context.shared.sub("_corpora", name)
-    if not is_complete(store):
+    if context.forced or not is_complete(store):
         folder = identities.tokenizer_folder
         tokenizer = spec.tokenizer if folder is None else load_tokenizer(folder)
         try:

@@ -113,7 +113,7 @@ class _Sweep:
         context, spec = self.context, self.context.spec
         prints = {key: self.fingerprint(cell) for key, cell in self.cells.items()}
         for key in self.cells:
-            found = self.finished(key, prints[key])
+            found = None if context.forced else self.finished(key, prints[key])
             if found is not None:
                 self.results[key] = found
         items: dict[str, tuple[Any, ...]] = {}

@@ -205,6 +205,13 @@ def test_a_changed_input_of_a_finished_stage_is_refused(done: Done) -> None:
     ]
 
 
+def test_a_longer_training_of_a_finished_student_is_refused(done: Done) -> None:
+    """Also though the cache could grow for it: a finished student is never replaced unasked."""
+    code, _, err = tiny.stillhouse("run", str(done.path), "distill.steps=40", cwd=done.folder)
+    assert code == 2
+    assert "error: distill.steps: 30 -> 40 (an input of the stage distill" in err
+
+
 def test_edited_data_is_refused(done: Done) -> None:
     text = done.folder / "texts" / "0.jsonl"
     before = text.read_text()
@@ -232,7 +239,7 @@ def test_a_new_bit_width_runs_its_cells_alone(done: Done) -> None:
 
 
 def test_a_failing_cell_is_a_recorded_result(done: Done, tmp_path: Path) -> None:
-    """Weights around 1 in steps of 1e-6: their 8-bit zero point is beyond float16, 2-bit fits."""
+    """Weights of 4 with a spread of 1e-3: an 8-bit zero point is beyond float16, a 1-bit one fits."""
     model = tmp_path / "model"
     make_extreme_model(Path(str(done.run.local("student"))), model)
     spec = tiny.job_spec(
@@ -262,7 +269,7 @@ def make_extreme_model(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     weight = model.model.layers[0].mlp.up_proj.weight
     with torch.no_grad():
-        weight.copy_(1 + 1e-3 * torch.rand(weight.shape))
+        weight.copy_(4 + 1e-3 * torch.rand(weight.shape))
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
 

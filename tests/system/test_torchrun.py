@@ -136,9 +136,9 @@ def test_the_same_command_goes_on_where_it_stopped(spec, finished) -> None:
 
 
 def test_the_models_are_there(spec, finished) -> None:
-    from trainer.models import load_model
-
     import torch
+
+    from trainer.models import load_model
 
     for role in ("student", "control"):
         model = load_model(run_of(spec).fetch_folder(role), torch.float32)
