@@ -78,7 +78,7 @@ class Ranks:
     def results(self, timeout: float = 150) -> list[Any]:
         """Each rank's result; AssertionError, with the end of its output, for one that failed."""
         try:
-            codes = [process.wait(timeout) for process in self.processes]
+            codes: list[int | None] = [process.wait(timeout) for process in self.processes]
         except subprocess.TimeoutExpired:
             codes = [process.poll() for process in self.processes]
         finally:

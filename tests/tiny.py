@@ -32,9 +32,9 @@ def model(width: int, layers: int) -> dict[str, Any]:
     }
 
 
-def teacher_spec(folder: Path) -> dict[str, Any]:
+def teacher_spec(folder: Path, documents: int = 400) -> dict[str, Any]:
     """Plain training of a teacher on made-up texts, below `folder`."""
-    glob = write_texts(folder / "texts", documents=400)
+    glob = write_texts(folder / "texts", documents=documents)
     return {
         "name": "teacher",
         "storage": str(folder / "runs"),
@@ -59,9 +59,9 @@ def teacher_spec(folder: Path) -> dict[str, Any]:
     }
 
 
-def job_spec(folder: Path, **changes: Any) -> dict[str, Any]:
+def job_spec(folder: Path, documents: int = 400, **changes: Any) -> dict[str, Any]:
     """Distillation from that teacher, with a control, and four cells; `changes` by dotted key."""
-    spec = teacher_spec(folder)
+    spec = teacher_spec(folder, documents)
     spec |= {
         "name": "job",
         "teacher": {"model": str(folder / "runs" / "teacher" / "student"), "dtype": "float32"},

@@ -239,7 +239,7 @@ def test_a_new_bit_width_runs_its_cells_alone(done: Done) -> None:
 
 
 def test_a_failing_cell_is_a_recorded_result(done: Done, tmp_path: Path) -> None:
-    """Weights of 4 with a spread of 1e-3: an 8-bit zero point is beyond float16, a 1-bit one fits."""
+    """Weights of 4 in a spread of 1e-3: an 8-bit zero point is beyond float16, a 1-bit one not."""
     model = tmp_path / "model"
     make_extreme_model(Path(str(done.run.local("student"))), model)
     spec = tiny.job_spec(
