@@ -46,7 +46,7 @@ def make_corpus(store: Any, data: Any, tokenizer: Any = None) -> Any:
     from trainer.spec import TokenizerSpec
 
     tokenizer = tokenizer or TokenizerSpec(train=VOCAB)
-    prepare(data, tokenizer, store, identity=corpus_identity(data, tokenizer))
+    prepare(data, tokenizer, store, identity=corpus_identity(data, {}))
     return open_corpus(store)
 
 

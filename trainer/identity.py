@@ -79,14 +79,14 @@ class Identities:
         teacher, folder = self.teacher_spec, self.teacher_folder
         if teacher is None or folder is None:
             return {}
-        return {**identity(folder, teacher.model, teacher.revision), "dtype": teacher.dtype}
+        return {**identity(folder, teacher.model), "dtype": teacher.dtype}
 
     @cached_property
     def student(self) -> dict[str, Any]:
         """What the student starts from."""
         student = self.student_spec
         if self.student_folder is not None:
-            named = identity(self.student_folder, str(student.model), student.revision)
+            named = identity(self.student_folder, str(student.model))
             return {**named, "init": student.init}
         if isinstance(student.config, str):
             return {"config": Path(student.config).read_text(), "init": student.init}
@@ -103,24 +103,9 @@ class Identities:
     @cached_property
     def corpus(self) -> dict[str, Any]:
         """Everything that decides the sequences; not how often they are read."""
-        from trainer.corpus.corpus import FORMAT
-        from trainer.corpus.prepare import SEED
-        from trainer.corpus.sources import fingerprint as content
+        from trainer.corpus.prepare import corpus_identity
 
-        packing = self.data.model_dump(exclude={"max_tokens", "train"})
-        sources = {
-            f"train.{index}": {
-                **source.model_dump(exclude={"weight"}),
-                "content": content(source, index),
-            }
-            for index, source in enumerate(self.data.train)
-        }
-        return {
-            "format": FORMAT,
-            "seed": SEED,
-            **flatten({**packing, **sources}, "data"),
-            **flatten(self.tokenizer, "tokenizer"),
-        }
+        return corpus_identity(self.data, self.tokenizer)
 
     @cached_property
     def cache(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from cluster.storage import Store
 from trainer.auto import auto_learning_rate, auto_micro_batch
 from trainer.identity import Identities, fingerprint, flatten
-from trainer.models import find_model, width_of
+from trainer.models import absolute, find_model, width_of
 from trainer.spec import (
     CacheSpec,
     DataSpec,
@@ -53,10 +53,12 @@ Spec = TypeVar("Spec", bound=Sections)
 
 
 def resolve(spec: Spec) -> Spec:
-    """The spec with `auto` resolved in `data` and `distill`.
+    """The spec with local models named absolutely and `auto` resolved in `data` and `distill`.
 
-    Raises ValueError, one line, if the student's config cannot be read.
+    Workers run in directories of their own, so a relative name would mean nothing there. Raises
+    ValueError, one line, if the student's config cannot be read.
     """
+    spec = _absolute(spec)
     distill, data = spec.distill, spec.data
     if distill is None:
         return spec
@@ -71,6 +73,20 @@ def resolve(spec: Spec) -> Spec:
     if data.max_tokens == "auto":
         tokens = distill.steps * distill.tokens_per_step
         update["data"] = data.model_copy(update={"max_tokens": tokens})
+    return spec.model_copy(update=update)
+
+
+def _absolute(spec: Spec) -> Spec:
+    update: dict[str, Any] = {}
+    if spec.teacher is not None:
+        model = absolute(spec.teacher.model)
+        update["teacher"] = spec.teacher.model_copy(update={"model": model})
+    student: dict[str, Any] = {}
+    if spec.student.model is not None:
+        student["model"] = absolute(spec.student.model)
+    if isinstance(spec.student.config, str):
+        student["config"] = absolute(spec.student.config)
+    update["student"] = spec.student.model_copy(update=student)
     return spec.model_copy(update=update)
 
 

@@ -163,24 +163,26 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def identity(folder: Path, name: str, revision: str | None) -> dict[str, str]:
-    """What exactly a model is: name, revision, and hashes of its config and weights.
+def identity(folder: Path, name: str) -> dict[str, str]:
+    """What exactly a model is: hub id and commit, or hashes of its weights; and of its config.
 
-    A hub snapshot's folder is named by its commit, which stands for the weights; for other folders
-    the safetensors files themselves are hashed.
+    A hub snapshot's folder is named by its commit, which stands for the weights. Of other folders
+    the safetensors files themselves are hashed, and where they lie does not matter.
     """
     config = json.loads((folder / "config.json").read_text())
     for volatile in ("transformers_version", "_name_or_path"):
         config.pop(volatile, None)
-    result = {
-        "name": name,
-        "config": hashlib.blake2b(
-            json.dumps(config, sort_keys=True).encode(), digest_size=16
-        ).hexdigest(),
-    }
+    text = json.dumps(config, sort_keys=True)
+    result = {"config": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
     if folder.parent.name == "snapshots":
-        return {**result, "revision": folder.name}
+        return {**result, "name": name, "revision": folder.name}
     return {**result, "weights": hash_files(sorted(folder.glob("*.safetensors")))}
+
+
+def absolute(name: str) -> str:
+    """The name of a model or file as it is understood in every directory: local ones absolute."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if "://" not in name and path.exists() else name
 
 
 def tokenizer_identity(folder: Path) -> dict[str, str]:

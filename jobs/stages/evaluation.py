@@ -103,7 +103,7 @@ def model_task(
     return result
 
 
-def teacher_task(material: Material, teacher: TeacherSpec) -> dict[str, Any]:
+def teacher_task(material: Material, name: str, teacher: TeacherSpec) -> dict[str, Any]:
     """Evaluates the teacher from its records alone and publishes evaluations/teacher.json."""
     from quant.cell import evaluate_model
 
@@ -112,7 +112,7 @@ def teacher_task(material: Material, teacher: TeacherSpec) -> dict[str, Any]:
         material.batches(),
         material.records(),
         "teacher",
-        name=teacher.model,
+        name=name,
         threads=material.threads,
     )
     material.attempt.write_json("evaluations/teacher.json", result)

@@ -117,13 +117,14 @@ class _Sweep:
             if found is not None:
                 self.results[key] = found
         items: dict[str, tuple[Any, ...]] = {}
-        student_name = spec.name if spec.distill is not None else str(spec.student.model)
+        student_name = spec.name if spec.distill is not None else label(str(spec.student.model))
         references = {"student": (model_task, self.model, student_name)}
         if "control" in context.outputs.get("distill", {}):
             control = context.run.store.sub("control")
             references["control"] = (model_task, control, f"{spec.name} (control)")
         if spec.teacher is not None:
-            items["teacher"] = (teacher_task, (self.material, spec.teacher))
+            name = label(spec.teacher.model)
+            items["teacher"] = (teacher_task, (self.material, name, spec.teacher))
         for role, (task, model, name) in references.items():
             items[role] = (task, (self.material, role, name, model, self.revision))
         for key, cell in self.cells.items():
@@ -215,6 +216,14 @@ class _Sweep:
     def outputs(self) -> dict[str, Any]:
         """Which cells there are, and a fingerprint of their results."""
         return {"cells": {key: fingerprint(self.results[key]) for key in sorted(self.results)}}
+
+
+def label(model: str) -> str:
+    """How a table calls a model: a hub id as it is, a folder by its last telling name."""
+    parts = [part for part in model.replace("\\", "/").split("/") if part]
+    if not model.startswith("/") and "://" not in model:
+        return model
+    return parts[-2] if len(parts) > 1 and parts[-1] in ("student", "control") else parts[-1]
 
 
 def _call(function: Any, arguments: tuple[Any, ...]) -> Any:

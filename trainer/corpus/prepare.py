@@ -22,7 +22,7 @@ The result is a function of data and tokenizer alone: of no number, order or pla
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,24 +51,19 @@ def serial(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> li
     return [function(*call) for call in calls]
 
 
-def corpus_identity(data: DataSpec, tokenizer: Any) -> dict[str, Any]:
+def corpus_identity(data: DataSpec, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that decides the sequences, flat, so that two can be compared key by key.
 
-    `tokenizer`: one that is loaded, or a TokenizerSpec. Weights and max_tokens are not in it: they
-    decide how often sequences are read.
+    `tokenizer`: its identity, flat. Weights and max_tokens are not in it: they decide how often
+    sequences are read.
     """
     identity: dict[str, Any] = {"format": FORMAT, "seed": SEED}
-    for key in ("select_sequences", "report_sequences", "sequence_length", "packing",
-                "min_chars", "max_chars"):  # fmt: skip
-        identity[f"data.{key}"] = getattr(data, key)
+    for key, value in data.model_dump(exclude={"max_tokens", "train"}).items():
+        identity[f"data.{key}"] = value
     for index, source in enumerate(data.train):
         for key, value in sources.fingerprint(source, index).items():
             identity[f"data.train.{index}.{key}"] = value
-    if isinstance(tokenizer, TokenizerSpec):
-        identity["tokenizer.train"] = tokenizer.train
-    else:
-        identity["tokenizer.content"] = tokenizers_.tokenizer_digest(tokenizer)
-    return identity
+    return {**identity, **{f"tokenizer.{key}": value for key, value in tokenizer.items()}}
 
 
 def prepare(

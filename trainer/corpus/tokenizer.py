@@ -5,7 +5,6 @@ Always the transformers fast tokenizers; its files are what a student folder car
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -91,13 +90,6 @@ def load_tokenizer(path: str | os.PathLike[str], revision: str = "main") -> Any:
     tokenizer.backend_tokenizer.no_truncation()  # as saved for some other use, both would
     tokenizer.backend_tokenizer.no_padding()  # change the documents
     return tokenizer
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Hash of everything that decides the ids: vocabulary, merges, rules, special tokens."""
-    state = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16)
-    state.update(f"{tokenizer.eos_token_id} {pad_id(tokenizer)}".encode())
-    return state.hexdigest()
 
 
 def vocabulary_size(tokenizer: Any) -> int:

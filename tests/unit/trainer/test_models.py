@@ -226,26 +226,26 @@ def test_a_model_at_a_url_is_fetched_with_its_weights(folder) -> None:
 
 
 def test_identity_is_of_weights_and_config(folder, tmp_path) -> None:
-    first = identity(folder, "small", None)
-    assert first == identity(folder, "small", "main")
+    first = identity(folder, "small")
+    assert first == identity(folder, "another name")
     shutil.copytree(folder, tmp_path / "copy")
     copy = tmp_path / "copy"
-    assert identity(copy, "small", None) == first
+    assert identity(copy, "small") == first
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "transformers_version": "9.9"}))
-    assert identity(copy, "small", None) == first
+    assert identity(copy, "small") == first
     (copy / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
-    assert identity(copy, "small", None)["config"] != first["config"]
+    assert identity(copy, "small")["config"] != first["config"]
     with (copy / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
-    assert identity(copy, "small", None)["weights"] != first["weights"]
+    assert identity(copy, "small")["weights"] != first["weights"]
 
 
 def test_identity_of_a_hub_snapshot_is_its_commit(folder, tmp_path) -> None:
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abcd"
     shutil.copytree(folder, snapshot)
-    found = identity(snapshot, "a/b", "main")
+    found = identity(snapshot, "a/b")
     assert found["revision"] == "0123abcd" and "weights" not in found
 
 
