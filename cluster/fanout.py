@@ -60,8 +60,9 @@ def fan_out(
                 key = running.pop(reference)
                 yield key, _outcome(reference)
     finally:
+        # Not by force: Ray 2.60 aborts the driver when a task killed so has just answered.
         for reference in running:
-            ray.cancel(reference, force=True)
+            ray.cancel(reference, force=False)
 
 
 def _outcome(reference: Any) -> Any:

@@ -115,7 +115,7 @@ def run(
     until: Annotated[Stage | None, typer.Option(help="Stop after this stage.")] = None,
     only: Annotated[Stage | None, typer.Option(help="Run this stage alone.")] = None,
     redo: Annotated[
-        Stage | None, typer.Option(help="Run this stage and those after it again.")
+        Stage | None, typer.Option(help="Run this stage again, from its beginning.")
     ] = None,
 ) -> int:
     """Run the pipeline of SPEC; again continues where it stopped."""

@@ -35,6 +35,8 @@ from trainer.worker import Stopped, Worker, torch_dtype
 EVAL_IDS = 256
 # A shard is published after so many bytes of records, if not by time before.
 SHARD_BYTES = 64 << 20
+# Progress is told at most so often.
+PROGRESS_SECONDS = 1.0
 # Share of a worker's memory that an unsharded teacher's weights may take.
 FITS = 0.6
 
@@ -156,6 +158,7 @@ class _Capture:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="cache-writer")
         self._writing: Future[tuple[str, int]] | None = None
         self._began = time.perf_counter()
+        self._told = 0.0
 
     def _engine(self) -> tuple[Any, int, bool]:
         import deepspeed
@@ -201,6 +204,7 @@ class _Capture:
             rounds = -(-len(range(0, len(numbers), worker.world)) // per_batch)
             batches += [[] for _ in range(rounds - len(batches))]
         k = self.job.cache_spec.k if kind == "train" else EVAL_IDS
+        self.seen = 0
         keys: list[bytes] = []
         records: list[Records] = []
         size, since = 0, time.monotonic()
@@ -270,12 +274,17 @@ class _Capture:
 
     def _progress(self, kind: str, sequences: int, total: int) -> None:
         self.seen += sequences
-        seconds = time.perf_counter() - self._began
+        now = time.perf_counter()
+        done = min(self.seen * self.worker.world, total)
+        if done < total and now - self._told < PROGRESS_SECONDS:
+            return
+        self._told = now
+        seconds = now - self._began
         self.worker.emit(
             "progress",
             stage="capture",
             part=kind,
-            done=self.seen * self.worker.world,
+            done=done,
             total=total,
             unit="sequences",
             tokens_per_s=self.tokens * self.worker.world / seconds,

@@ -42,7 +42,8 @@ def page(data: RunData) -> str:
 
 
 def _head(data: RunData, rows: list[Row]) -> str:
-    ended = data.of_kind("run_end")
+    newest = max((event.get("attempt") or 0 for event in data.events), default=0)
+    ended = [event for event in data.of_kind("run_end") if (event.get("attempt") or 0) == newest]
     status = str(ended[-1].get("status", "")) if ended else ""
     note = "" if status in ("done", "") else f' – <span class="bad">{escape(status)}</span>'
     return (

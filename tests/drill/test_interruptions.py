@@ -42,6 +42,12 @@ class World:
     undisturbed: Store
 
 
+def teacher_job(folder: Path) -> dict[str, Any]:
+    spec = tiny.teacher_spec(folder, DOCUMENTS)
+    spec["student"] = {"init": "random", "config": tiny.model(256, 8)}
+    return spec
+
+
 def job(folder: Path, storage: str) -> dict[str, Any]:
     spec = tiny.job_spec(folder, DOCUMENTS, **SLOW)
     return {**spec, "name": "drill", "storage": str(folder / storage)}
@@ -51,7 +57,7 @@ def job(folder: Path, storage: str) -> dict[str, Any]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A teacher, and the job undisturbed on a storage of its own."""
     folder = tmp_path_factory.mktemp("drill")
-    teacher = tiny.write_spec(tiny.teacher_spec(folder, DOCUMENTS), folder)
+    teacher = tiny.write_spec(teacher_job(folder), folder)
     code, out, err = tiny.stillhouse("run", str(teacher), cwd=folder)
     assert code == 0, out + err
     spec = job(folder, "undisturbed")

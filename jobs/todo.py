@@ -1,0 +1,84 @@
+"""Which stages of a run are skipped and which may run, decided from what is on storage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.errors import SpecErrors
+from jobs.inputs import Inputs, Outputs
+from jobs.rundir import RunDir, differences
+from jobs.spec import JobSpec
+
+
+def stages_of(spec: JobSpec) -> list[str]:
+    """The stages that a spec asks for, in order."""
+    wanted = {
+        "prepare": spec.data is not None,
+        "capture": spec.teacher is not None,
+        "distill": spec.distill is not None,
+        "sweep": spec.sweep is not None,
+        "summarize": True,
+    }
+    return [stage for stage, is_wanted in wanted.items() if is_wanted]
+
+
+class Plan:
+    """Which stages are skipped and which may run, decided from what is on storage."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        run: RunDir,
+        inputs: Inputs,
+        until: str | None,
+        only: str | None,
+        redo: str | None,
+    ) -> None:
+        """Raises SpecErrors when a finished stage was made from other inputs than these."""
+        stages = stages_of(spec)
+        for option, stage in (("--until", until), ("--only", only), ("--redo", redo)):
+            if stage is not None and stage not in stages:
+                raise SpecErrors([f"{option} {stage}: this spec has {', '.join(stages)}"])
+        self.redo = redo
+        self.skipped: list[str] = []
+        self.todo: list[str] = []
+        self.outputs: Outputs = {}
+        known = True  # whether the outputs of the stages before are those of this spec
+        for stage in stages:
+            record = run.record(stage)
+            finished = False
+            if record is None or stage == redo:
+                known = False
+            elif known:
+                new = inputs.of(stage, self.outputs)
+                _refuse_changes(stage, record.inputs["fixed"], new.fixed)
+                finished = record.inputs["growing"] == new.growing
+            if record is not None:
+                self.outputs[stage] = record.outputs
+            if finished and not self.todo:
+                self.skipped.append(stage)
+            elif only in (None, stage):
+                self.todo.append(stage)
+            else:
+                raise SpecErrors(
+                    [
+                        f"--only {only}: the stage {stage} before it is not done; "
+                        f"run with --until {only}"
+                    ]
+                )
+            if stage in (until, only):
+                break
+        for stage in self.todo:
+            self.outputs.pop(stage, None)
+
+
+def _refuse_changes(stage: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    changed = differences(old, new)
+    if changed:
+        raise SpecErrors(
+            [
+                f"{change} (an input of the stage {stage}, which is done; run with --redo "
+                f"{stage}, or give the run another name)"
+                for change in changed
+            ]
+        )
