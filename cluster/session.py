@@ -18,10 +18,25 @@ class Cluster:
     """Resources of the cluster that this process is connected to."""
 
     address: str
-    cpus: int
-    gpus: int
-    nodes: int
+    nodes: tuple[tuple[int, int], ...]  # CPUs and GPUs of each
     embedded: bool
+
+    @property
+    def cpus(self) -> int:
+        """CPUs of all nodes."""
+        return sum(cpus for cpus, _ in self.nodes)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all nodes."""
+        return sum(gpus for _, gpus in self.nodes)
+
+    def room(self, cpus: float, gpus: float) -> int:
+        """How many workers of so many CPUs and GPUs fit at once; each must fit on one node."""
+        return sum(
+            int(min(node_cpus // cpus if cpus else 1e9, node_gpus // gpus if gpus else 1e9))
+            for node_cpus, node_gpus in self.nodes
+        )
 
 
 def target(address: str | None) -> str:
@@ -60,18 +75,19 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
                 "--address out for an embedded one"
             ) from error
     try:
-        total = ray.cluster_resources()
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        yield Cluster(
-            where, int(total.get("CPU", 0)), int(total.get("GPU", 0)), len(alive), embedded
+        nodes = tuple(
+            (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
+            for node in ray.nodes()
+            if node["Alive"]
         )
+        yield Cluster(where, nodes, embedded)
     finally:
         ray.shutdown()
 
 
 def nodes_without(path: str, cluster: Cluster) -> list[str]:
     """Addresses of the cluster's nodes on which the file `path` is not there."""
-    if cluster.nodes == 1 and cluster.embedded:
+    if len(cluster.nodes) == 1 and cluster.embedded:
         return []
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -25,12 +25,13 @@ class WorkerResources(Section):
         description="Number of workers. auto: one per GPU of the cluster, "
         "or two on a cluster without GPUs (one where it has a single CPU).",
     )
-    gpus_per_worker: Auto | Annotated[int, Field(ge=0)] = Field(
-        "auto", description="GPUs per worker. auto: 1 where the cluster has GPUs, else 0."
+    gpus_per_worker: Auto | Literal[0, 1] = Field(
+        "auto", description="GPUs per worker, 0 or 1. auto: 1 where the cluster has GPUs, else 0."
     )
     cpus_per_worker: Auto | Count = Field(
         "auto",
-        description="CPUs, and torch threads, per worker. auto: all CPUs shared by the workers.",
+        description="CPUs, and torch threads, per worker. auto: 1 beside a GPU, else the CPUs of "
+        "the smallest node shared by its workers.",
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from cluster.session import Cluster
 from cluster.spec import WorkerResources
 
-# Placing the group or a collective may hang for ever; this ends it with an error.
+# Ranks that wait for each other longer end with an error.
 COLLECTIVE_TIMEOUT_MINUTES = 30.0
 
 
@@ -37,22 +37,25 @@ def fit_group(key: str, asked: WorkerResources, cluster: Cluster) -> Group:
     if asked.workers != "auto":
         workers = asked.workers
     elif gpus:
-        workers = max(1, cluster.gpus // gpus)
+        workers = max(1, cluster.gpus)
     else:
         workers = min(2, max(1, cluster.cpus))
     if asked.cpus_per_worker != "auto":
         cpus = asked.cpus_per_worker
+    elif gpus:
+        cpus = 1
     else:
-        cpus = max(1, cluster.cpus // workers) if not gpus else 1
-    for name, need, there in (
-        ("CPUs", workers * cpus, cluster.cpus),
-        ("GPUs", workers * gpus, cluster.gpus),
-    ):
-        if need > there:
-            raise NotEnough(
-                f"resources.{key}: {workers} workers need {need} {name}, the cluster has {there}; "
-                f"set resources.{key}.workers or the {name} per worker lower"
-            )
+        # The largest share with which all fit, as each worker must fit on one node.
+        most = max((node_cpus for node_cpus, _ in cluster.nodes), default=1)
+        shares = range(max(1, most), 0, -1)
+        cpus = next((share for share in shares if cluster.room(share, 0) >= workers), 1)
+    room = cluster.room(cpus, gpus)
+    if room < workers:
+        there = ", ".join(f"{c} CPUs and {g} GPUs" for c, g in cluster.nodes)
+        raise NotEnough(
+            f"resources.{key}: {workers} workers of {cpus} CPUs and {gpus} GPUs do not fit, only "
+            f"{room} do (nodes: {there}); set resources.{key}.workers or what each has lower"
+        )
     return Group(workers, cpus, gpus)
 
 

@@ -25,8 +25,9 @@ def spec_faults(spec: JobSpec, stages: list[str]) -> list[str]:
     if faults:
         return faults  # what follows would only repeat them
     checks: list[Callable[[], Any]] = []
-    if "prepare" in stages:
+    if set(stages) - {"summarize"}:
         checks.append(lambda: _vocabularies(found))
+    if "prepare" in stages:
         checks.append(lambda: _corpus(spec, found))
     if {"capture", "distill", "sweep"} & set(stages):
         faults = _faults(lambda: _student_builds(spec, found))
@@ -49,10 +50,20 @@ def _faults(check: Callable[[], Any], key: str = "") -> list[str]:
 
 def _vocabularies(found: Identities) -> None:
     """Teacher and student must give every token the same id."""
-    from trainer.corpus.tokenizer import check_same_vocabulary
+    from trainer.corpus.tokenizer import check_same_vocabulary, load_tokenizer, vocabulary_size
 
     if found.teacher_folder is not None and found.student_folder is not None:
         check_same_vocabulary(found.teacher_folder, found.student_folder)
+    for role, folder in (("teacher", found.teacher_folder), ("student", found.student_folder)):
+        if folder is None or found.tokenizer_folder is None:
+            continue
+        rows = read_config(folder).get_text_config().vocab_size
+        ids = vocabulary_size(load_tokenizer(found.tokenizer_folder))
+        if rows < ids:
+            raise ValueError(
+                f"{role}.model: {rows} embedding rows, but the tokenizer has ids up to {ids - 1}; "
+                "give a model that was made for this tokenizer"
+            )
 
 
 def _corpus(spec: JobSpec, found: Identities) -> None:
@@ -73,8 +84,8 @@ class _Tokens:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def __len__(self) -> int:
-        return self.size
+    def get_vocab(self) -> dict[str, int]:
+        return {"": self.size - 1}
 
 
 def student_config(spec: JobSpec, found: Identities) -> Any:

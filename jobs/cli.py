@@ -164,16 +164,14 @@ def report(
         raise SpecErrors(faults)
     from rich.console import Console
 
-    from jobs.report import build_report, load_run, terminal
-    from jobs.report.figures import cost_line
-    from jobs.report.rows import cost
+    from jobs.report.build import build_report, show
 
-    rows = [row for store in stores for row in build_report(store)]
-    spent = cost_line(cost(load_run(stores[0]))) if len(stores) == 1 else ""
+    for store in stores:
+        build_report(store)
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width of its own
         console = Console(width=max(console.width, 160))
-    console.print(terminal(rows, console.width, spent))
+    console.print(show(stores, console.width))
     for store in stores:
         typer.echo(f"report: {store.path('report', 'index.html')}")
     return DONE

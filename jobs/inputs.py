@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.spec import JobSpec
-from trainer.identity import fingerprint, flatten
+from trainer.fingerprint import fingerprint, flatten
 from trainer.job import identities, schedule_inputs, training_inputs
 
 Outputs = dict[str, dict[str, Any]]

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +24,7 @@ from jobs.progress import Reporter
 from jobs.rundir import RunDir
 from jobs.spec import JobSpec
 from jobs.terminal import chatter_to, log_file
-from jobs.todo import Plan
+from jobs.todo import Plan, is_current
 from trainer.job import resolve
 
 # How long the end of a run waits for Weights & Biases.
@@ -71,25 +70,34 @@ def _run(spec: JobSpec, run: RunDir, inputs: Inputs, plan: Plan, address: str | 
     attempt = run.claim()
     log = log_file(run.store, attempt.number)
     began = time.time()
-    tracking = _Tracking(spec, run)
+    tracking: _Tracking | None = _Tracking(spec, run)
     with chatter_to(log) as console, EventWriter(run.store, attempt.number) as events:
         run.current().write_bytes("spec.yaml", dump_spec(spec).encode())
         values = spec.model_dump(mode="json")
         events.emit("run_start", name=spec.name, spec=values)
         status = "failed"
         try:
-            with _interruptible() as stop, Reporter(console) as reporter:
+            with _Interruptible() as signals, Reporter(console) as reporter:
                 reporter.say(f"run {run.store.url}, attempt {attempt.number}, log {log}")
                 for stage in plan.skipped:
                     events.emit("stage_skip", stage=stage)
                     reporter.say(f"{stage}: done before, skipped")
                 with connect(address) as cluster:
+                    signals.install()  # Ray has put its own handler of SIGTERM in place
                     from jobs.stages.base import Context
 
                     tail = EventTail(run.store)
                     tail.poll()  # what earlier attempts said is not news
                     context = Context(
-                        spec, run, inputs, dict(plan.outputs), events, tail, reporter, cluster, stop
+                        spec,
+                        run,
+                        inputs,
+                        dict(plan.outputs),
+                        events,
+                        tail,
+                        reporter,
+                        cluster,
+                        signals.stop,
                     )
                     refuse_unshared(spec, run, cluster)
                     for stage in plan.todo:
@@ -98,13 +106,20 @@ def _run(spec: JobSpec, run: RunDir, inputs: Inputs, plan: Plan, address: str | 
         except Interrupted as stop_error:
             status = "interrupted"
             raise Interrupted(f"{stop_error}; continue with: {_command(spec)}") from stop_error
+        except KeyboardInterrupt:
+            status, tracking = "interrupted", None
+            raise
+        except ConnectionError as error:
+            raise SpecErrors([f"--address: {error}"]) from error
         finally:
             with contextlib.suppress(Exception):  # never hide the error that ended the run
                 events.emit("run_end", status=status, seconds=time.time() - began)
                 events.flush()
-            note = tracking.finish()
+            note = tracking.finish() if tracking is not None else ""
             if note:
                 console.print(note, markup=False, soft_wrap=True)
+            if status == "interrupted":
+                console.print(f"log: {log}", markup=False, soft_wrap=True)
         if "summarize" in plan.todo:
             show_result(console, run)
         console.print(f"log: {log}", markup=False, soft_wrap=True)
@@ -119,7 +134,7 @@ def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:
     inputs = context.inputs.of(stage, context.outputs)
     record = context.run.record(stage)
     values = {"fixed": inputs.fixed, "growing": inputs.growing}
-    if record is not None and record.inputs == values and not forced:
+    if record is not None and is_current(record, inputs) and not forced:
         context.outputs[stage] = record.outputs
         context.events.emit("stage_skip", stage=stage)
         context.reporter.say(f"{stage}: done before, skipped")
@@ -127,11 +142,14 @@ def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:
     context.emit("stage_start", stage=stage)
     if context.stop.is_set():
         raise Interrupted(f"stopped before {stage}")
-    if forced:
-        context.run.forget(stage)
     context.forced = forced
     try:
-        outputs = import_module(f"jobs.stages.{stage}").run(context)
+        module = import_module(f"jobs.stages.{stage}")
+        if forced:
+            if hasattr(module, "reset"):
+                module.reset(context)
+            context.run.forget(stage)
+        outputs = module.run(context)
     except (Interrupted, SpecErrors):
         raise
     except Exception as error:
@@ -195,16 +213,14 @@ def refuse_unshared(spec: JobSpec, run: RunDir, cluster: Cluster) -> None:
 
 def show_result(console: Console, run: RunDir) -> None:
     """The headline table, as far as there is one, and where the page is."""
-    from jobs.report import load_run, terminal
-    from jobs.report.figures import cost_line
-    from jobs.report.rows import cost, rows_of
+    if not run.store.exists("report/index.html"):
+        return
+    from jobs.report.build import show
 
-    data = load_run(run.store)
-    rows = rows_of(data)
-    if rows:
-        if not console.is_terminal:  # a file or a pipe has no width of its own
-            console = Console(file=console.file, highlight=False, width=max(console.width, 160))
-        console.print(terminal(rows, console.width, cost_line(cost(data))))
+    if not console.is_terminal:  # a file or a pipe has no width of its own
+        console = Console(file=console.file, highlight=False, width=max(console.width, 160))
+    if run.store.read_json("report/results.json")["rows"]:
+        console.print(show([run.store], console.width))
     console.print(f"report: {run.store.path('report', 'index.html')}", markup=False, soft_wrap=True)
 
 
@@ -239,24 +255,32 @@ class _Tracking:
         return project_run(self._run.store.url, **self._settings(), timeout=TRACKING_SECONDS)
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event that is yielded; a second one ends the process at once."""
-    stop = threading.Event()
+class _Interruptible:
+    """Ctrl-C and SIGTERM set the event `stop`; a second one ends the process at once."""
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Interruptible:
+        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Puts the handlers in place; signals are the main thread's alone."""
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop.is_set():
             raise KeyboardInterrupt
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        self.stop.set()

@@ -69,8 +69,6 @@ class Reporter:
             self.say(f"capture: {event['present']} sequences present, {event['missing']} missing")
         elif kind == "cell_done":
             self._cell(event)
-        elif kind == "retry":
-            self.say(f"{stage}: {event['why']}")
 
     def _cell(self, event: Mapping[str, Any]) -> None:
         self._cells["done" if event["status"] == "done" else "failed"] += 1

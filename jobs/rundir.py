@@ -20,11 +20,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """A finished stage: what it was made from, and what it gave."""
+    """What a stage was made from, and what it gave; `finished` or to be done again."""
 
     inputs: dict[str, Any]
     outputs: dict[str, Any]
-    attempt: int
+    finished: bool
 
 
 class RunDir:
@@ -46,22 +46,21 @@ class RunDir:
         return self.attempt
 
     def record(self, stage: str) -> StageRecord | None:
-        """The newest record of a finished stage."""
+        """The newest record of a stage, None if it was never finished."""
         names = [n for n in self.store.list("state") if n.startswith(f"{stage}-")]
         if not names:
             return None
         data = self.store.read_json(f"state/{max(names)}")
-        if "outputs" not in data:
-            return None
-        return StageRecord(data["inputs"], data["outputs"], data["attempt"])
+        return StageRecord(data["inputs"], data["outputs"], not data.get("redo"))
 
     def forget(self, stage: str) -> None:
         """From now on the stage counts as not done, also for attempts to come."""
-        attempt = self.current()
-        attempt.write_json(
-            f"state/{stage}-{attempt.number:04d}.json",
-            {"stage": stage, "attempt": attempt.number, "redo": True},
-        )
+        record, attempt = self.record(stage), self.current()
+        if record is not None:
+            attempt.write_json(
+                f"state/{stage}-{attempt.number:04d}.json",
+                {"stage": stage, "redo": True, "inputs": record.inputs, "outputs": record.outputs},
+            )
 
     def finish(
         self, stage: str, inputs: dict[str, Any], outputs: dict[str, Any], seconds: float

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.errors import SpecErrors
-from jobs.inputs import Inputs, Outputs
-from jobs.rundir import RunDir, differences
+from jobs.inputs import Inputs, Outputs, StageInputs
+from jobs.rundir import RunDir, StageRecord, differences
 from jobs.spec import JobSpec
 
 
@@ -39,23 +39,27 @@ class Plan:
         for option, stage in (("--until", until), ("--only", only), ("--redo", redo)):
             if stage is not None and stage not in stages:
                 raise SpecErrors([f"{option} {stage}: this spec has {', '.join(stages)}"])
+        asked = stages[: stages.index(until or only or stages[-1]) + 1]
+        if redo is not None and redo not in (asked if only is None else [only]):
+            raise SpecErrors([f"--redo {redo}: is not among the stages that this command runs"])
         self.redo = redo
         self.skipped: list[str] = []
         self.todo: list[str] = []
         self.outputs: Outputs = {}
-        known = True  # whether the outputs of the stages before are those of this spec
-        for stage in stages:
+        known = True  # whether what the stages before give is what they gave
+        for stage in asked:
             record = run.record(stage)
-            finished = False
+            same = False
             if record is None or stage == redo:
                 known = False
             elif known:
                 new = inputs.of(stage, self.outputs)
-                _refuse_changes(stage, record.inputs["fixed"], new.fixed)
-                finished = record.inputs["growing"] == new.growing
+                if record.finished:
+                    _refuse_changes(stage, record.inputs["fixed"], new.fixed)
+                same = is_current(record, new)
             if record is not None:
                 self.outputs[stage] = record.outputs
-            if finished and not self.todo:
+            if same and not self.todo:
                 self.skipped.append(stage)
             elif only in (None, stage):
                 self.todo.append(stage)
@@ -66,10 +70,14 @@ class Plan:
                         f"run with --until {only}"
                     ]
                 )
-            if stage in (until, only):
-                break
         for stage in self.todo:
             self.outputs.pop(stage, None)
+
+
+def is_current(record: StageRecord, inputs: StageInputs) -> bool:
+    """Whether a stage has nothing left to do: same inputs, finished, and nothing in it failed."""
+    same = record.inputs == {"fixed": inputs.fixed, "growing": inputs.growing}
+    return same and record.finished and not record.outputs.get("failed")
 
 
 def _refuse_changes(stage: str, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -53,7 +53,9 @@ def load_model(
     folder: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """A causal language model from a Hugging Face folder, in the dtype its config names."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
+    )
     return model.requires_grad_(False).eval().to(device)
 
 
@@ -66,6 +68,7 @@ def run_cell(
     student_accuracy: float | None = None,
     threads: int = 1,
     device: torch.device | str = "cpu",
+    vocab: int | None = None,
 ) -> dict[str, Any]:
     """Quantize the model in `model_folder`, save it to `out_folder`, evaluate it against itself
     unquantized and against the teacher's records.
@@ -84,7 +87,7 @@ def run_cell(
     start = time.perf_counter()
     reference = load_model(model_folder, device)
     with dense_weights(model, model.dtype):
-        found = evaluate(model, batches, reference, teacher_records, device)
+        found = evaluate(model, batches, reference, teacher_records, device, vocab=vocab)
     eval_s = time.perf_counter() - start
     whole = found["reference_accuracy"] if student_accuracy is None else student_accuracy
     return {
@@ -141,6 +144,7 @@ def evaluate_model(
     name: str | None = None,
     threads: int = 1,
     device: torch.device | str = "cpu",
+    vocab: int | None = None,
 ) -> dict[str, Any]:
     """The result of an unquantized model, as in `evaluations/<role>.json`.
 
@@ -158,7 +162,7 @@ def evaluate_model(
         found = teacher_metrics(batches, teacher_records)
     else:
         model = load_model(model_folder, device)
-        found = evaluate(model, batches, None, teacher_records, device)
+        found = evaluate(model, batches, None, teacher_records, device, vocab=vocab)
     teacher_accuracy = found.get("teacher_accuracy")
     return {
         **result,

@@ -62,12 +62,14 @@ def evaluate(
     teacher_records: Iterable[TeacherRecords] | None = None,
     device: torch.device | str = "cpu",
     chunk_tokens: int = 256,
+    vocab: int | None = None,
 ) -> dict[str, Any]:
     """Measure `model`, also against an unquantized `reference` and a teacher's records.
 
     Models are moved to `device`, put into eval mode, and run in the dtype they have; log-softmax
     and divergences are float32, sums float64. `teacher_records` is aligned with `batches`.
-    `chunk_tokens` bounds memory: a few float32 tensors `[chunk_tokens, vocab]`.
+    `chunk_tokens` bounds memory: a few float32 tensors `[chunk_tokens, vocab]`. Ids from `vocab`
+    on do not exist: rows that a head has beyond its tokenizer are left out, as in training.
 
     Returns: tokens (counted positions), nll (nats per token), perplexity, accuracy (next token);
     with a reference: kl_to_reference (mean KL(reference || model)), its _p99 and _max,
@@ -95,8 +97,8 @@ def evaluate(
         for first in range(0, len(own), chunk_tokens):
             last = min(first + chunk_tokens, len(own))
             part = _measure(
-                own.chunk(first, last),
-                None if other is None else other.chunk(first, last),
+                own.chunk(first, last)[:, :vocab],
+                None if other is None else other.chunk(first, last)[:, :vocab],
                 targets[first:last],
                 [tensor[first:last] for tensor in sparse],
             )

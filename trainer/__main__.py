@@ -83,7 +83,10 @@ def load(path: str, overrides: Sequence[str]) -> TrainerSpec:
                 raise ValueError(f"{override}: {parent} has no keys")
         if not equals or not last:
             raise ValueError(f"{override}: may be key=value, e.g. distill.steps=100")
-        at[last] = yaml.safe_load(text)
+        try:
+            at[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"{override}: the value is no YAML") from None
     for name in IGNORED:
         data.pop(name, None)
     try:
@@ -135,7 +138,7 @@ def prepare(spec: TrainerSpec, names: job.Identities, stop: Callable[[], bool]) 
     from trainer.corpus.corpus import is_complete
     from trainer.corpus.prepare import prepare as make
     from trainer.corpus.tokenizer import check_same_vocabulary, load_tokenizer
-    from trainer.identity import fingerprint
+    from trainer.fingerprint import fingerprint
     from trainer.worker import Stopped
 
     def each(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -148,9 +151,9 @@ def prepare(spec: TrainerSpec, names: job.Identities, stop: Callable[[], bool]) 
 
     name = fingerprint(names.corpus)
     store = open_store(spec.storage).sub(job.CORPORA, name)
+    if names.teacher_folder is not None and names.student_folder is not None:
+        check_same_vocabulary(names.teacher_folder, names.student_folder)
     if not is_complete(store):
-        if names.teacher_folder is not None and names.student_folder is not None:
-            check_same_vocabulary(names.teacher_folder, names.student_folder)
         folder = names.tokenizer_folder
         tokenizer = spec.tokenizer if folder is None else load_tokenizer(folder)
         make(spec.data, tokenizer, store, each, identity=names.corpus)

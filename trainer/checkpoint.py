@@ -62,9 +62,11 @@ def save(
             for path in sorted(local.rglob("*"))
             if path.is_file() and path.suffix == ".pt"
         }
+        for path in sorted(local.rglob("*")):
+            if path.is_file() and path.suffix != ".pt":  # DeepSpeed's own script for conversions
+                path.unlink()
         worker.hooks.fence()
-        for name in files:
-            store.write_bytes(f"{folder}/{name}", (local / name).read_bytes())
+        store.upload_folder(local, folder)
     shares = worker.gather(files)
     if worker.is_main:
         worker.hooks.fence()
@@ -103,11 +105,16 @@ def load(engine: Any, store: Store, checkpoint: Checkpoint, worker: Worker) -> N
 
 
 def prune(store: Store, keep: int) -> None:
-    """Deletes all but the newest `keep` complete checkpoints; the JSON goes first."""
-    names = sorted(name for name in store.list("") if name.endswith(".json"))
-    for name in names[:-keep] if keep else names:
-        store.delete(name)
-        store.delete(name.removesuffix(".json"), recursive=True)
+    """Deletes all but the newest `keep` complete checkpoints, and what a kill left of others."""
+    there = store.list("")
+    complete = sorted(name for name in there if name.endswith(".json"))
+    kept = {name.removesuffix(".json") for name in (complete[-keep:] if keep else [])}
+    for name in complete:  # first: without its JSON a checkpoint is none
+        if name.removesuffix(".json") not in kept:
+            store.delete(name)
+    for name in there:
+        if not name.endswith(".json") and name not in kept and name[:8].isdigit():
+            store.delete(name, recursive=True)
 
 
 def hash_file(path: Path) -> str:

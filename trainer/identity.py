@@ -5,36 +5,15 @@ Two jobs with equal identities share the result; a difference can be shown key b
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trainer.fingerprint import flatten
 from trainer.logits.codec import VERSION as CACHE_FORMAT
 from trainer.models import find_model, identity, tokenizer_identity
 from trainer.spec import CacheSpec, DataSpec, StudentSpec, TeacherSpec, TokenizerSpec
-
-
-def fingerprint(value: Any) -> str:
-    """blake2b-128 of any JSON-able value, in hex."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as one mapping with dotted keys."""
-    if isinstance(value, dict) and value:
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, (list, tuple)) and value:
-        items = [(str(index), item) for index, item in enumerate(value)]
-    else:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in items:
-        flat.update(flatten(item, f"{prefix}.{key}" if prefix else key))
-    return flat
 
 
 @dataclass(frozen=True)
@@ -64,7 +43,8 @@ class Identities:
         student = self.student_spec
         if student.model is None:
             return None
-        return find_model("student.model", student.model, student.revision)
+        pretrained = student.init == "pretrained"
+        return find_model("student.model", student.model, student.revision, weights=pretrained)
 
     @cached_property
     def tokenizer_folder(self) -> Path | None:

@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 from cluster.storage import Store
 from trainer.auto import auto_learning_rate, auto_micro_batch
-from trainer.identity import Identities, fingerprint, flatten
+from trainer.fingerprint import fingerprint, flatten
+from trainer.identity import Identities
 from trainer.models import absolute, find_model, width_of
 from trainer.spec import (
     CacheSpec,
@@ -98,7 +99,10 @@ def _raw_config(student: StudentSpec) -> dict[str, Any]:
         path = Path(student.config)
     else:
         assert student.model is not None
-        path = find_model("student.model", student.model, student.revision) / "config.json"
+        path = (
+            find_model("student.model", student.model, student.revision, weights=False)
+            / "config.json"
+        )
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -77,7 +77,7 @@ def train(job: Training, worker: Worker) -> dict[str, Any]:
     """
     done = worker.share(_read_done(job) if worker.is_main else None)
     if done is not None:
-        return done
+        return {**done, "seconds": 0.0}  # what it cost was told when it was made
     began = time.time()
     run = _Run(job, worker)
     run.resume()
@@ -150,7 +150,10 @@ class _Run:
         student = job.student
         folder = None
         if student.model is not None:
-            folder = find_model("student.model", student.model, student.revision)
+            pretrained = student.init == "pretrained"
+            folder = find_model(
+                "student.model", student.model, student.revision, weights=pretrained
+            )
         config = None
         if student.config is not None:
             length = job.data.sequence_length

@@ -16,8 +16,10 @@ if TYPE_CHECKING:  # looking a model up must not cost seconds of imports
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
-def find_model(key: str, name: str, revision: str = "main") -> Path:
+def find_model(key: str, name: str, revision: str = "main", *, weights: bool = True) -> Path:
     """A local folder that holds the model `name` (local folder, URL, or hub id at `revision`).
+
+    Without `weights` the config is enough.
 
     Raises ValueError, naming the spec's `key`, when it cannot be found.
     """
@@ -28,8 +30,9 @@ def find_model(key: str, name: str, revision: str = "main") -> Path:
         return store.fetch_folder("")
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{key}: {name} holds no config.json; give a Hugging Face folder")
+        for needed in ("config.json", "*.safetensors")[: 2 if weights else 1]:
+            if not any(folder.glob(needed)):
+                raise ValueError(f"{key}: {name} holds no {needed}; give a Hugging Face folder")
         return folder.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(
@@ -49,10 +52,17 @@ def find_model(key: str, name: str, revision: str = "main") -> Path:
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers config of a model folder (never runs code that the folder brings)."""
+    """The transformers config of a model folder (never runs code that the folder brings).
+
+    Raises ValueError, one line, if transformers cannot read it.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # it raises many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder}/config.json cannot be used: {reason}") from error
 
 
 def new_config(key: str, config: dict[str, Any] | str, tokenizer: Any, length: int) -> Any:
@@ -75,7 +85,7 @@ def new_config(key: str, config: dict[str, Any] | str, tokenizer: Any, length: i
     if kind not in CONFIG_MAPPING_NAMES:
         raise ValueError(f"{key}.model_type: transformers knows no {kind!r}; e.g. llama, qwen3")
     values.update(
-        vocab_size=len(tokenizer),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -138,7 +148,24 @@ def build_model(
     config = config if config is not None else read_config(folder)  # type: ignore[arg-type]
     torch.manual_seed(seed)
     config.dtype = torch.float32
-    return AutoModelForCausalLM.from_config(config).to(dtype)
+    model = AutoModelForCausalLM.from_config(config)
+    cast_stored(model, dtype)
+    return model
+
+
+def cast_stored(model: Any, dtype: torch.dtype) -> None:
+    """Casts what a checkpoint stores, in place; tied weights stay tied.
+
+    Buffers that are never stored (a rotary embedding's frequencies) stay float32, as
+    `from_pretrained` has them: else the saved model would not be the trained one.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
+    model.config.dtype = dtype
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -174,7 +201,7 @@ def identity(folder: Path, name: str) -> dict[str, str]:
         config.pop(volatile, None)
     text = json.dumps(config, sort_keys=True)
     result = {"config": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
-    if folder.parent.name == "snapshots":
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return {**result, "name": name, "revision": folder.name}
     return {**result, "weights": hash_files(sorted(folder.glob("*.safetensors")))}
 
@@ -193,8 +220,20 @@ def tokenizer_identity(folder: Path) -> dict[str, str]:
         if (path := folder / name).is_file()
     ]
     template = folder / "chat_template.jinja"
+    settings: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (path := folder / name).is_file():
+            settings |= json.loads(path.read_text())
+    # What decides ids and texts; the rest of these files is housekeeping.
+    kept = {
+        name: value
+        for name, value in settings.items()
+        if name.endswith("_token") or name == "chat_template"
+    }
+    digest = hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16)
     return {
         "tokenizer": hash_files(tokenizer),
+        "tokenizer_settings": digest.hexdigest(),
         "chat_template": hash_files([template]) if template.is_file() else "",
     }
 

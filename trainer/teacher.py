@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -59,14 +59,18 @@ class Capture:
 class TeacherWithRecords(nn.Module):
     """forward(batch) -> the records of its positions, made chunk by chunk on the device."""
 
-    def __init__(self, model: Any, vocab: int, temperatures: list[float]) -> None:
+    def __init__(self, model: Any, vocab: int) -> None:
         super().__init__()
         self.model = model
         self.vocab = vocab
-        self.temperatures = temperatures
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, k: int
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        k: int,
+        temperatures: Sequence[float],
     ) -> tuple[Tensor, ...]:
         """input_ids, position_ids: int64 [batch, seq]; labels: int64 [batch * seq].
 
@@ -77,19 +81,21 @@ class TeacherWithRecords(nn.Module):
         head = head_of(self.model, self.vocab)
         step = chunk_tokens(head.weight.shape[0])
         chunks = [
-            self._records(head.logits(hidden[i : i + step]), labels[i : i + step], k)
+            self._records(head.logits(hidden[i : i + step]), labels[i : i + step], k, temperatures)
             for i in range(0, hidden.shape[0], step)
         ]
         return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
-    def _records(self, logits: Tensor, labels: Tensor, k: int) -> tuple[Tensor, ...]:
+    def _records(
+        self, logits: Tensor, labels: Tensor, k: int, temperatures: Sequence[float]
+    ) -> tuple[Tensor, ...]:
         log_p = torch.log_softmax(logits[:, : self.vocab], dim=-1)
         kept, ids = torch.topk(log_p, min(k, self.vocab), dim=-1)
         true = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
         # p log p is 0 where p is 0, also where log p is minus infinity.
         entropy = -(log_p.exp() * log_p.clamp_min(-1e4)).sum(dim=-1)
         log_p.scatter_(1, ids, float("-inf"))
-        tails = [torch.logsumexp(log_p / t, dim=-1) for t in self.temperatures]
+        tails = [torch.logsumexp(log_p / t, dim=-1) for t in temperatures]
         return ids, kept, torch.stack(tails, dim=-1), entropy, true
 
 
@@ -166,12 +172,16 @@ class _Capture:
         teacher, worker = self.job.teacher, self.worker
         folder = find_model("teacher.model", teacher.model, teacher.revision)
         config = read_config(folder)
+        if teacher.sharding == "zero3":
+            refuse_sharded_experts(config)
         parameters = count_parameters(meta_model(config))
         dtype = torch_dtype(teacher.dtype)
         sharded = teacher.sharding == "zero3"
         if teacher.sharding == "auto":
             fits = parameters * dtype.itemsize <= FITS * _memory_per_worker(worker)
             sharded = worker.share(not fits)
+            if sharded:
+                refuse_sharded_experts(config)
         settings = inference_config(teacher.dtype, sharded)
         keep = None
         if sharded:
@@ -182,7 +192,7 @@ class _Capture:
         model = load_model(folder, dtype).eval()
         if not sharded:
             check_head(model, self.vocab)
-        module = TeacherWithRecords(model, self.vocab, self.job.cache_spec.temperatures)
+        module = TeacherWithRecords(model, self.vocab)
         if not sharded:
             module.to(worker.device)
         engine, *_ = deepspeed.initialize(model=module, config=settings)
@@ -235,6 +245,8 @@ class _Capture:
                 torch.from_numpy(batch.position_ids).to(device),
                 torch.from_numpy(next_tokens(batch.input_ids).reshape(-1)).to(device),
                 k,
+                # Records for evaluation are about the distribution itself, at temperature 1.
+                [1.0] if kind == "eval" else self.job.cache_spec.temperatures,
             )
         shaped = [
             value.reshape(len(numbers), self.length, *value.shape[1:]).cpu().numpy()
@@ -288,6 +300,18 @@ class _Capture:
             total=total,
             unit="sequences",
             tokens_per_s=self.tokens * self.worker.world / seconds,
+        )
+
+
+def refuse_sharded_experts(config: Any) -> None:
+    """Raises ValueError for a mixture of experts: ranks use different experts, so they would
+    wait for each other for ever while ZeRO-3 gathers them."""
+    text = config.get_text_config()
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    if any((getattr(text, name, None) or 0) > 1 for name in names):
+        raise ValueError(
+            f"teacher.sharding: zero3 does not work for {config.model_type}, a mixture of experts; "
+            "use sharding: none on workers with enough memory"
         )
 
 

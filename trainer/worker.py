@@ -36,6 +36,10 @@ class Hooks:
     attempt: int = 0
 
 
+class NoGpu(ValueError):
+    """A GPU was asked for and is not there."""
+
+
 class Stopped(Exception):
     """The job was asked to stop and has saved its state."""
 
@@ -92,11 +96,11 @@ def start_worker(hooks: Hooks, *, threads: int, uses_gpu: bool, timeout_minutes:
     """Joins the process group that RANK, WORLD_SIZE and LOCAL_RANK name; returns this rank.
 
     `threads`: torch threads of this process. A GPU that was asked for and is not there raises
-    RuntimeError: training on a CPU instead would be a silent, hundredfold slowdown.
+    NoGpu: training on a CPU instead would be a silent, hundredfold slowdown.
     """
     torch.set_num_threads(threads)
     if uses_gpu and not torch.cuda.is_available():
-        raise RuntimeError(
+        raise NoGpu(
             "a GPU was asked for (resources.*.gpus_per_worker), but torch sees none in this "
             f"worker (torch {torch.__version__}); install a CUDA build of torch, or set it to 0"
         )

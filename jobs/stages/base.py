@@ -60,8 +60,9 @@ class Context:
         self.events.emit(event, **fields)
         self.reporter.event({"event": event, **fields})
 
-    def pump(self) -> None:
-        """Shows what the workers have recorded since the last call."""
-        for event in self.tail.poll():
-            if event.get("worker"):
-                self.reporter.event(event)
+    def pump(self) -> bool:
+        """Shows what the workers have recorded since the last call; whether that was anything."""
+        told = [event for event in self.tail.poll() if event.get("worker")]
+        for event in told:
+            self.reporter.event(event)
+        return bool(told)

@@ -11,7 +11,7 @@ from jobs.stages.ranks import run_ranks
 def run(context: Context) -> dict[str, Any]:
     """Adds what the cache lacks; returns the cache's name and the capture's metrics."""
     from trainer.corpus.corpus import open_corpus
-    from trainer.identity import fingerprint
+    from trainer.fingerprint import fingerprint
     from trainer.job import make_capture
     from trainer.logits.store import open_cache
     from trainer.teacher import missing

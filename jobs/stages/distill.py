@@ -13,10 +13,6 @@ from trainer.job import make_trainings
 def run(context: Context) -> dict[str, Any]:
     """Trains what is not trained yet, in one launch; returns hashes and metrics of the models."""
     work = trainings(context)
-    if context.forced:
-        for job in work:
-            if job.checkpoints.exists():
-                job.checkpoints.delete("", recursive=True)
     assert context.spec.distill is not None
     results, group = run_ranks(context, "distill", work, context.spec.resources.distill)
     outputs: dict[str, Any] = {"metrics": devices(group, results)}
@@ -24,6 +20,13 @@ def run(context: Context) -> dict[str, Any]:
         outputs[job.output.name] = metrics["weights"]
         outputs["metrics"][job.stage] = metrics
     return outputs
+
+
+def reset(context: Context) -> None:
+    """Drops what these trainings have left, finished or not."""
+    for job in trainings(context):
+        if job.checkpoints.exists():
+            job.checkpoints.delete("", recursive=True)
 
 
 def trainings(context: Context) -> list[Any]:

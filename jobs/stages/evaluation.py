@@ -30,6 +30,7 @@ class Material:
     corpus: Store
     cache: Store | None
     attempt: Attempt
+    vocab: int
     threads: int
     speed_threads: int
     gpus: float
@@ -98,6 +99,7 @@ def model_task(
         name=name,
         threads=material.threads,
         device=material.device,
+        vocab=material.vocab,
     )
     material.attempt.write_json(f"evaluations/{role}.json", result)
     return result
@@ -135,6 +137,7 @@ def cell_task(
             temporary,
             threads=material.threads,
             device=material.device,
+            vocab=material.vocab,
         )
         for pattern in ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab.*", "merges.*"):
             for path in source.glob(pattern):

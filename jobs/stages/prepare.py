@@ -15,7 +15,7 @@ def run(context: Context) -> dict[str, Any]:
     from trainer.corpus.corpus import is_complete, open_corpus
     from trainer.corpus.prepare import prepare
     from trainer.corpus.tokenizer import load_tokenizer
-    from trainer.identity import fingerprint
+    from trainer.fingerprint import fingerprint
 
     spec, identities = context.spec, context.inputs.identities
     assert spec.data is not None

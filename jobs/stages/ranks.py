@@ -8,6 +8,7 @@ cannot mend. A restarted group that finds it leaves at once.
 from __future__ import annotations
 
 import json
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from functools import partial
 from typing import Any
 
 from cluster.spec import WorkerResources
-from cluster.storage import Attempt, Store
+from cluster.storage import Attempt, Fenced, Store
 from cluster.workers import COLLECTIVE_TIMEOUT_MINUTES, Group, Launch, NotEnough, fit_group
 from jobs.errors import Interrupted, SpecErrors
 from jobs.stages.base import Context, stop_path
+
+# After so long without a word from the workers the user hears what they wait for.
+WAITING_SECONDS = 90.0
 
 
 class GroupFailed(RuntimeError):
@@ -40,7 +44,7 @@ def rank_main(config: dict[str, Any]) -> None:
     """Entry point of every Ray Train worker."""
     import torch
 
-    from cluster.storage import EventWriter, Fenced
+    from cluster.storage import EventWriter
     from trainer.loop import Training, train
     from trainer.teacher import capture
     from trainer.worker import Hooks, Stopped, start_worker
@@ -107,8 +111,6 @@ class Poll:
         self._next, self._answer = 0.0, False
 
     def __call__(self) -> bool:
-        import time
-
         now = time.monotonic()
         if not self._answer and now >= self._next:
             self._answer = bool(self._ask())
@@ -139,13 +141,21 @@ def run_ranks(
         f"{context.spec.name}-{stage}-{attempt.number:04d}",
         context.spec.resources.max_failures,
     )
-    asked_to_stop = False
+    began, at_work, asked_to_stop, warned = time.monotonic(), False, False, False
     while not launch.wait(0.3):
-        context.pump()
+        at_work = context.pump() or at_work
+        if context.stop.is_set() and not at_work:
+            raise Interrupted(f"{stage} stopped before its workers were at work")
         if context.stop.is_set() and not asked_to_stop:
             asked_to_stop = True
             context.reporter.say(f"{stage}: stopping; the state is saved first")
             attempt.store.write_json(stop_path(attempt.number), {"stage": stage})
+        if not at_work and not warned and time.monotonic() - began > WAITING_SECONDS:
+            warned = True
+            context.reporter.say(
+                f"{stage}: still waiting for {group.workers} workers of {group.cpus} CPUs and "
+                f"{group.gpus} GPUs (`ray status` shows what is free)"
+            )
     failure = launch.error()
     context.pump()
     if not attempt.store.exists(outcome):
@@ -154,6 +164,8 @@ def run_ranks(
     found = attempt.store.read_json(outcome)
     if found["status"] == "stopped":
         raise Interrupted(found["why"])
+    if found["status"] == "failed" and found["kind"] == "Fenced":
+        raise Fenced(found["why"])
     if found["status"] == "failed":
         raise GroupFailed(f"{found['kind']}: {found['why']}") from failure
     return found["results"], group

@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs.report.build import build_report
 from jobs.stages.base import Context
-from trainer.identity import fingerprint
+from trainer.fingerprint import fingerprint
 
 
 def run(context: Context) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jobs.errors import Interrupted, SpecErrors
 from jobs.stages.base import Context
 from jobs.stages.evaluation import Material, cell_task, model_task, speed_task, teacher_task
 from quant.spec import QuantSpec
-from trainer.identity import fingerprint
+from trainer.fingerprint import fingerprint
 
 # Part of every cell's fingerprint: raise it when the same inputs would give another result.
 EVALUATION = 1
@@ -30,19 +30,14 @@ def run(context: Context) -> dict[str, Any]:
         raise Interrupted("sweep stopped; finished cells are kept") from None
     outputs = sweep.outputs()
     seconds = time.time() - began
-    count = (sweep.gpus or sweep.cpus) * len(sweep.cells)
     outputs["metrics"] = {
         "cells": len(sweep.cells),
         "failed": sum(result["status"] != "done" for result in sweep.results.values()),
         "seconds": seconds,
         "device": "gpu" if sweep.gpus else "cpu",
-        "device_hours": sum(
-            (result.get("quantize_s") or 0) + (result.get("eval_s") or 0)
-            for result in sweep.results.values()
-        )
-        * (count / max(1, len(sweep.cells)))
-        / 3600,
+        "device_hours": sweep.busy_s * (sweep.gpus or sweep.cpus) / 3600,
     }
+    outputs["failed"] = sorted(k for k, r in sweep.results.items() if r["status"] != "done")
     return outputs
 
 
@@ -52,10 +47,14 @@ def cell_resources(asked: CellResources, cluster: Cluster) -> tuple[int, float]:
     gpus: float = 1 if cluster.gpus else 0
     if asked.gpus_per_cell != "auto":
         gpus = asked.gpus_per_cell
-    for name, need, there in (("CPUs", cpus, cluster.cpus), ("GPUs", gpus, cluster.gpus)):
-        if need > there:
-            key = f"resources.sweep.{name.lower()}_per_cell"
-            raise SpecErrors([f"{key}: {need} {name} per cell, the cluster has {there}"])
+    if not cluster.room(cpus, gpus):
+        there = ", ".join(f"{c} CPUs and {g} GPUs" for c, g in cluster.nodes)
+        raise SpecErrors(
+            [
+                f"resources.sweep: a cell of {cpus} CPUs and {gpus} GPUs fits no node ({there}); "
+                "set cpus_per_cell or gpus_per_cell lower"
+            ]
+        )
     return cpus, gpus
 
 
@@ -71,8 +70,9 @@ class _Sweep:
             corpus=context.corpus,
             cache=context.cache,
             attempt=context.attempt,
+            vocab=context.outputs["prepare"]["vocab_size"],
             threads=self.cpus,
-            speed_threads=max(1, context.cluster.cpus // context.cluster.nodes),
+            speed_threads=max(1, min(cpus for cpus, _ in context.cluster.nodes)),
             gpus=self.gpus,
         )
         self.model: Store | str
@@ -82,6 +82,7 @@ class _Sweep:
             assert spec.student.model is not None
             self.model, self.revision = spec.student.model, spec.student.revision
         self.results: dict[str, dict[str, Any]] = {}
+        self.busy_s = 0.0  # seconds of the tasks of this attempt
 
     def fingerprint(self, cell: QuantSpec) -> str:
         """What the cell's result depends on."""
@@ -140,6 +141,7 @@ class _Sweep:
             if isinstance(result, Failure):
                 result = self._failed(key, prints[key], result)
             self.results[key] = result
+            self.busy_s += (result.get("quantize_s") or 0) + (result.get("eval_s") or 0)
             context.emit(
                 "cell_done", stage="sweep", key=key, status=result["status"], error=result["error"]
             )

@@ -31,6 +31,8 @@ DOCUMENTS = 4000
 SLOW = {
     "distill__steps": STEPS,
     "distill__checkpoint_steps": 5,
+    "data__report_sequences": 64,
+    "sweep__bits": [8, 6, 5, 4, 3, 2],
     "resources__capture__batch_tokens": 64,
     "resources__capture__shard_seconds": 0.05,
 }
@@ -160,3 +162,21 @@ def assert_same_records(spec: dict[str, Any], world: World) -> None:
         for key in one._where:
             a, b = one.read(key), other.read(key)
             assert np.array_equal(a.ids, b.ids) and np.array_equal(a.log_probs, b.log_probs)
+
+
+def test_a_lost_worker_is_replaced_without_a_new_run(world: World) -> None:
+    spec = job(world.folder, "storage-lost")
+    run = tiny.run_store(spec)
+    process = tiny.start("run", str(tiny.write_spec(spec, world.folder)), cwd=world.folder)
+    tiny.wait_for(
+        run,
+        lambda e: e["event"] == "step" and e["stage"] == "distill" and 12 <= e["step"] < 60,
+        process,
+    )
+    os.kill(events(run, "training_start", "distill")[0]["pids"][1], signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    (resumed,) = events(run, "resume", "distill")
+    assert resumed["step"] > 0 and resumed["attempt"] == 1
+    for stage in ("distill", "control"):
+        assert tiny.losses(run, stage) == tiny.losses(world.undisturbed, stage)

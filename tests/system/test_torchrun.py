@@ -150,7 +150,7 @@ def test_the_pipeline_finds_everything_where_torchrun_left_it(spec, finished, mo
     from jobs.inputs import Inputs
     from jobs.load import load_spec
     from trainer.corpus.corpus import is_complete, open_corpus
-    from trainer.identity import fingerprint
+    from trainer.fingerprint import fingerprint
     from trainer.job import make_capture, make_trainings, resolve
     from trainer.teacher import missing
 

@@ -74,9 +74,11 @@ def load_tokenizer(path: str | os.PathLike[str], revision: str = "main") -> Any:
         if "://" in name:
             with tempfile.TemporaryDirectory() as folder:
                 _download(name, Path(folder))
-                tokenizer = AutoTokenizer.from_pretrained(folder)
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=False
+            )
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

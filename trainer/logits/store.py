@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.storage import Store
+from trainer.fingerprint import fingerprint
 from trainer.logits.codec import VERSION, Records, decode, encode
 
 KINDS = ("train", "eval")
@@ -29,18 +30,12 @@ class CacheMismatch(ValueError):
     """The cache holds something else than what is asked for."""
 
 
-def cache_fingerprint(identity: dict[str, Any]) -> str:
-    """Name of the cache's folder: blake2b-128 of its identity."""
-    text = json.dumps(identity, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
 def open_cache(root: Store, identity: dict[str, Any]) -> Store:
     """The cache of this identity under `root`; its identity is written if it is new.
 
     Raises CacheMismatch, naming the difference, if the folder holds another identity.
     """
-    cache = root.sub(cache_fingerprint(identity))
+    cache = root.sub(fingerprint(identity))
     payload = json.dumps(identity, sort_keys=True, indent=1).encode()
     if not cache.create("identity.json", payload):
         check_identity(cache, identity)
@@ -91,6 +86,7 @@ class CacheReader:
         self.kind = kind
         self._where: dict[bytes, tuple[str, int, int]] = {}
         self._maps: dict[str, NDArray[np.uint8]] = {}
+        self._sums: dict[str, str] = {}
         for entry in cache.list("shards"):
             if not (entry.startswith(f"{kind}-") and entry.endswith(".json")):
                 continue
@@ -101,6 +97,7 @@ class CacheReader:
                     f"{VERSION}; capture it again"
                 )
             name = entry.removesuffix(".json")
+            self._sums[name] = index["blake2b"]
             for i, key in enumerate(index["keys"]):
                 span = (name, index["offsets"][i], index["offsets"][i + 1])
                 self._where.setdefault(bytes.fromhex(key), span)
@@ -126,5 +123,11 @@ class CacheReader:
             ) from None
         if name not in self._maps:
             path = self.cache.fetch(f"shards/{name}.bin")
-            self._maps[name] = np.memmap(path, dtype=np.uint8, mode="r")
+            data = np.memmap(path, dtype=np.uint8, mode="r")
+            if hashlib.blake2b(data.data, digest_size=16).hexdigest() != self._sums[name]:
+                raise ValueError(
+                    f"{self.cache.path('shards', name)}.bin is damaged; delete its .json beside it "
+                    "and run with --redo capture, which captures its sequences again"
+                )
+            self._maps[name] = data
         return decode(memoryview(self._maps[name][start:stop]))  # type: ignore[arg-type]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from cluster.storage import Store, open_store
+from trainer.fingerprint import fingerprint
 from trainer.logits.codec import Records
 from trainer.logits.store import (
     CacheMismatch,
     CacheReader,
-    cache_fingerprint,
     check_identity,
     open_cache,
     write_shard,
@@ -125,12 +125,12 @@ def test_a_shard_of_another_format_is_refused(cache) -> None:
 def test_opening_again_finds_the_same_cache(store, cache) -> None:
     again = open_cache(store, dict(reversed(list(IDENTITY.items()))))
     assert again == cache
-    assert store.list() == [cache_fingerprint(IDENTITY)]
+    assert store.list() == [fingerprint(IDENTITY)]
 
 
 @pytest.mark.parametrize("name", IDENTITY)
 def test_every_part_of_the_identity_makes_another_cache(name) -> None:
-    assert cache_fingerprint({**IDENTITY, name: "other"}) != cache_fingerprint(IDENTITY)
+    assert fingerprint({**IDENTITY, name: "other"}) != fingerprint(IDENTITY)
 
 
 def test_a_wrong_cache_is_refused_with_the_difference(cache) -> None:
@@ -153,7 +153,7 @@ def test_a_folder_that_holds_another_identity_is_refused(store, cache) -> None:
 
 def test_names_do_not_depend_on_the_process() -> None:
     """Python's salted hash() as a key finds nothing in the next process."""
-    code = f"from trainer.logits.store import cache_fingerprint as f; print(f({IDENTITY!r}))"
+    code = f"from trainer.fingerprint import fingerprint as f; print(f({IDENTITY!r}))"
     for seed in ("1", "2"):
         found = subprocess.run(
             [sys.executable, "-c", code],
@@ -162,4 +162,4 @@ def test_names_do_not_depend_on_the_process() -> None:
             text=True,
             check=True,
         )
-        assert found.stdout.strip() == cache_fingerprint(IDENTITY)
+        assert found.stdout.strip() == fingerprint(IDENTITY)

@@ -54,8 +54,8 @@ class Tokens:
 
     bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
 
-    def __len__(self) -> int:
-        return 50
+    def get_vocab(self) -> dict[str, int]:
+        return {"last": 50 - 1}
 
 
 def config_of(values: dict[str, Any] | str, length: int = 64) -> Any:
@@ -272,3 +272,24 @@ def test_training_never_imports_ray() -> None:
         "assert not bad, bad\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_rotary_frequencies_stay_float32_in_bfloat16_training(folder) -> None:
+    """What is trained must be what `from_pretrained` gives back: the saved model's function."""
+    import torch
+
+    made = build_model(folder=folder, config=None, init="random", dtype=torch.bfloat16, seed=3)
+    buffers = dict(made.named_buffers())
+    assert buffers and all(buffer.dtype == torch.float32 for buffer in buffers.values())
+    assert all(parameter.dtype == torch.bfloat16 for parameter in made.parameters())
+
+
+def test_snapshots_of_the_users_own_are_known_by_their_weights(folder, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "snapshots" / "best")
+    assert "weights" in identity(tmp_path / "snapshots" / "best", "best")
+
+
+def test_another_end_of_text_is_another_tokenizer(folder, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    assert tokenizer_identity(tmp_path / "copy") != tokenizer_identity(folder)

@@ -1,0 +1,42 @@
+"""How worker groups are fitted to a cluster: every worker on one node, or told at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.session import Cluster
+from cluster.spec import WorkerResources
+from cluster.workers import Group, NotEnough, fit_group
+
+
+def fit(nodes: list[tuple[int, int]], **asked: int) -> Group:
+    return fit_group("distill", WorkerResources(**asked), Cluster("local", tuple(nodes), True))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "group"),
+    [
+        ([(1, 0)], Group(1, 1, 0)),
+        ([(2, 0)], Group(2, 1, 0)),
+        ([(8, 0)], Group(2, 4, 0)),
+        ([(4, 0), (4, 0), (4, 0)], Group(2, 4, 0)),  # not 6 CPUs, which no node has
+        ([(2, 0), (8, 0)], Group(2, 4, 0)),
+        ([(16, 8), (16, 8)], Group(16, 1, 1)),
+        ([(16, 0), (16, 4)], Group(4, 1, 1)),
+    ],
+)
+def test_auto(nodes: list[tuple[int, int]], group: Group) -> None:
+    assert fit(nodes) == group
+
+
+def test_what_can_never_be_placed_is_told_with_the_numbers() -> None:
+    with pytest.raises(NotEnough) as error:
+        fit([(2, 0)], workers=3)
+    assert str(error.value) == (
+        "resources.distill: 3 workers of 1 CPUs and 0 GPUs do not fit, only 2 do "
+        "(nodes: 2 CPUs and 0 GPUs); set resources.distill.workers or what each has lower"
+    )
+    with pytest.raises(NotEnough, match="only 0 do"):
+        fit([(4, 0), (4, 0)], workers=1, cpus_per_worker=6)
+    with pytest.raises(NotEnough, match="1 CPUs and 1 GPUs do not fit"):
+        fit([(4, 0)], workers=1, gpus_per_worker=1)
