@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-all check format lock clean
+.PHONY: help setup demo bench-demo test test-all check format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,10 +32,13 @@ demo: $(READY) ## Train, distil, quantize and report on the prose that ships wit
 	$(BIN)/stillhouse run demo-teacher
 	$(BIN)/stillhouse run demo
 
+bench-demo: $(READY) ## Check what the demo reached, and keep the figures
+	$(BIN)/python -m tests.bench.demo
+
 test: $(READY) ## Unit and system tests
 	$(BIN)/python -m pytest tests/unit tests/system
 
-test-all: $(READY) ## Everything, with the drills (kills, resumes) and the browser
+test-all: $(READY) ## Everything, with the drills: kills, resumes, a cluster of two nodes
 	$(BIN)/python -m pytest tests/unit tests/system tests/drill
 
 check: $(READY) ## Lint, format and types

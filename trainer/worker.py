@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +101,9 @@ def start_worker(hooks: Hooks, *, threads: int, uses_gpu: bool, timeout_minutes:
     NoGpu: training on a CPU instead would be a silent, hundredfold slowdown.
     """
     torch.set_num_threads(threads)
+    # DeepSpeed looks for ninja on the path when it loads its op; it is installed beside Python.
+    beside = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])
     if uses_gpu and not torch.cuda.is_available():
         raise NoGpu(
             "a GPU was asked for (resources.*.gpus_per_worker), but torch sees none in this "

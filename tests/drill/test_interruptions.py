@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,18 @@ def interrupt(path: Path, world: World, run: Store, how: signal.Signals, stage: 
             return kind == "step" and 12 <= event["step"] < 60
         return kind == "cell_done"
 
-    process = tiny.start("run", str(path), cwd=world.folder)
+    end(tiny.start("run", str(path), cwd=world.folder), run, how, reached)
+
+
+def end(process: Any, run: Store, how: signal.Signals, reached: Callable[..., bool]) -> None:
+    """Sends a running job a signal once it has `reached` an event, and checks how it ends."""
     tiny.wait_for(run, reached, process)
     if how == signal.SIGINT:  # as a terminal does: to the whole process group
         os.killpg(process.pid, how)
     else:
         os.kill(process.pid, how)
     out, err = process.communicate(timeout=120)
-    if how == signal.SIGINT:
+    if how != signal.SIGKILL:
         assert process.returncode == 130, out + err
         assert "continue with: stillhouse run" in err
         assert not ray_processes_of(process.pid)
@@ -115,7 +120,8 @@ def test_stopped_in_every_stage(world: World, how: signal.Signals) -> None:
     run = tiny.run_store(spec)
 
     interrupt(path, world, run, how, "capture")
-    interrupt(path, world, run, how, "distill")
+    polite = how == signal.SIGINT
+    interrupt(path, world, run, signal.SIGTERM if polite else how, "distill")
     starts = events(run, "capture_start", "capture")
     assert starts[0]["present"] == 0 and starts[1]["present"] > 0
     assert starts[1]["missing"] > 0 and not set(starts[0]["pids"]) & set(starts[1]["pids"])
@@ -162,6 +168,12 @@ def assert_same_records(spec: dict[str, Any], world: World) -> None:
         for key in one._where:
             a, b = one.read(key), other.read(key)
             assert np.array_equal(a.ids, b.ids) and np.array_equal(a.log_probs, b.log_probs)
+
+
+def test_ctrl_c_before_the_workers_are_at_work(world: World) -> None:
+    spec = job(world.folder, "storage-early")
+    process = tiny.start("run", str(tiny.write_spec(spec, world.folder)), cwd=world.folder)
+    end(process, tiny.run_store(spec), signal.SIGINT, lambda e: e["event"] == "launch")
 
 
 def test_a_lost_worker_is_replaced_without_a_new_run(world: World) -> None:
