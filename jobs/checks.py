@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def spec_faults(spec: JobSpec, stages: list[str]) -> list[str]:
         faults = _faults(lambda: _student_builds(spec, found))
         checks.append(lambda: _length(spec, "teacher", found.teacher_folder))
         checks.append(lambda: _length(spec, "student", found.student_folder))
-        if "sweep" in stages and not faults:
-            checks.append(lambda: _group_sizes(spec, found))
+        if "sweep" in stages and spec.sweep is not None and not faults:
+            for size in spec.sweep.group_size:
+                faults += _faults(partial(_group_size, spec, found, size), "sweep.group_size")
     return faults + [fault for check in checks for fault in _faults(check)]
 
 
@@ -130,12 +132,8 @@ def _length(spec: JobSpec, role: str, model: Any) -> None:
         )
 
 
-def _group_sizes(spec: JobSpec, found: Identities) -> None:
-    """Every group size must divide every layer."""
+def _group_size(spec: JobSpec, found: Identities, size: int) -> None:
+    """A group size must divide every layer."""
     from quant.quantize import check_group_size
 
-    assert spec.sweep is not None
-    try:
-        check_group_size(student_config(spec, found), spec.sweep.group_size)
-    except ValueError as error:
-        raise ValueError(f"sweep.group_size: {error}") from None
+    check_group_size(student_config(spec, found), [size])

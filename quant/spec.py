@@ -63,17 +63,19 @@ class SweepSpec(BaseModel):
     @field_validator("bits")
     @classmethod
     def _bits_offered(cls, value: list[int]) -> list[int]:
-        for bits in value:
-            if bits not in BITS:
-                raise ValueError(f"{bits} bits are not offered by hqq; may be {list(BITS)}")
+        wrong = [bits for bits in value if bits not in BITS]
+        if wrong:
+            text = ", ".join(map(str, wrong))
+            raise ValueError(f"{text} bits are not offered by hqq; may be {list(BITS)}")
         return _unique(value)
 
     @field_validator("group_size")
     @classmethod
     def _group_sizes(cls, value: list[int]) -> list[int]:
-        for size in value:
-            if size < 8 or size % 8:
-                raise ValueError(f"{size} is no group size; may be a multiple of 8, from 8 on")
+        wrong = [size for size in value if size < 8 or size % 8]
+        if wrong:
+            text = ", ".join(map(str, wrong))
+            raise ValueError(f"{text} is no group size; may be a multiple of 8, from 8 on")
         return _unique(value)
 
     @field_validator("methods")

@@ -116,7 +116,7 @@ class _Run:
         vocab = int(self.corpus.manifest["vocab_size"])
         model = self._build()
         check_head(model, vocab)
-        self.config = model.config
+        self.config, self.generation = model.config, getattr(model, "generation_config", None)
         self.parameters = count_parameters(model)
         if spec.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -302,7 +302,7 @@ class _Run:
         if worker.is_main:
             with tempfile.TemporaryDirectory(prefix="stillhouse-student-") as temporary:
                 folder = Path(temporary)
-                save_student(self.config, state, self.tokenizer, folder)
+                save_student(self.config, state, self.tokenizer, folder, self.generation)
                 worker.hooks.fence()
                 metrics["weights"] = weights_hash(folder)
                 new = {path.name for path in folder.iterdir()}

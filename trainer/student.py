@@ -93,8 +93,10 @@ def whole_state(engine: Any, is_main: bool) -> dict[str, Tensor]:
     return state
 
 
-def save_student(config: Any, state: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:
-    """Writes a Hugging Face folder: safetensors, config, tokenizer.
+def save_student(
+    config: Any, state: dict[str, Tensor], tokenizer: Any, folder: Path, generation: Any = None
+) -> None:
+    """Writes a Hugging Face folder: safetensors, config, tokenizer, generation config if given.
 
     The weights are put into a fresh model of the same config, so that the folder's names are the
     architecture's own whatever wrapped the model in training. Raises ValueError on a misfit.
@@ -109,5 +111,7 @@ def save_student(config: Any, state: dict[str, Tensor], tokenizer: Any, folder: 
     if unexpected or left:
         raise ValueError(f"weights do not fit the config: unexpected {unexpected}, without {left}")
     model.config.dtype = next(iter(state.values())).dtype
+    if generation is not None:
+        model.generation_config = generation
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -136,10 +136,11 @@ def capture(job: Capture, worker: Worker) -> dict[str, Any]:
     worker.emit("capture_start", stage="capture", missing=total, present=already, pids=pids)
     metrics: dict[str, Any] = {"sequences": total, "present": already, "tokens": 0, "bytes": 0}
     if total:
+        closing = worker.patient_group()
         run = _Capture(job, worker, corpus)
         for (kind, part, _), numbers in zip(todo, todo_numbers, strict=True):
             run.add(kind, part, numbers)
-        sums = worker.sum([run.tokens, run.bytes, float(run.stopped)])
+        sums = worker.sum([run.tokens, run.bytes, float(run.stopped)], closing)
         metrics.update(tokens=int(sums[0]), bytes=int(sums[1]), parameters=run.parameters)
         if sums[2]:
             raise Stopped("capture stopped")

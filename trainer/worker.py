@@ -64,13 +64,23 @@ class Worker:
         if self.is_main:
             self.hooks.emit(event, **fields)
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums of each value over all ranks, in float64, in the same order on every rank."""
+    def sum(self, values: Sequence[float], group: Any = None) -> list[float]:
+        """Sums of each value over all ranks, in float64, in the same order on every rank.
+
+        `group`: one of `patient_group`, instead of the ranks' own.
+        """
         if self.world == 1:
             return [float(value) for value in values]
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        device = self.device if group is None else torch.device("cpu")
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(tensor, group=group)
         return tensor.tolist()
+
+    def patient_group(self) -> Any:
+        """A group for ranks that work apart and may wait a day for each other; collective."""
+        if self.world == 1:
+            return None
+        return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
     def share(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
