@@ -92,12 +92,20 @@ def nodes_without(path: str, cluster: Cluster) -> list[str]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(os.path.exists).options(num_cpus=0)
-    asked = {
-        node["NodeManagerAddress"]: look.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(path)
+    look = ray.remote(_exists)
+    asked = [
+        (
+            node["NodeManagerAddress"],
+            look.options(
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            ).remote(path),
+        )
         for node in ray.nodes()
         if node["Alive"]
-    }
-    return [address for address, reference in asked.items() if not ray.get(reference)]
+    ]
+    return [address for address, reference in asked if not ray.get(reference)]
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path)
