@@ -34,6 +34,8 @@ class Reporter:
                 TimeRemainingColumn(compact=True),
                 console=self.console,
                 transient=True,
+                redirect_stdout=False,  # what Python prints belongs to the log, as all chatter
+                redirect_stderr=False,
             )
             self._bars.start()
         return self

@@ -1,0 +1,48 @@
+"""What a run shows: bars on a terminal, a line now and then elsewhere, and nobody else's chatter."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from jobs.progress import Reporter
+
+STEP = {"event": "step", "stage": "distill", "steps": 100, "loss": 1.25, "tokens_per_s": 5000.0}
+
+
+def test_chatter_does_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = io.StringIO()
+    with Reporter(Console(file=terminal, force_terminal=True, width=100)) as reporter:
+        reporter.event({**STEP, "step": 7})
+        print("(RayTrainWorker) chatter")
+        reporter.say("prepare: done")
+    assert "chatter" not in terminal.getvalue()
+    assert "prepare: done" in terminal.getvalue() and "7/100" in terminal.getvalue()
+    assert "chatter" in capsys.readouterr().out
+
+
+def test_plain_lines_are_few() -> None:
+    plain = io.StringIO()
+    with Reporter(Console(file=plain, width=100)) as reporter:
+        for step in range(1, 101):
+            reporter.event({**STEP, "step": step})
+    assert plain.getvalue().splitlines() == [
+        "distill: 1/100  loss 1.2500  5,000 tokens/s",
+        "distill: 100/100  loss 1.2500  5,000 tokens/s",
+    ]
+
+
+def test_failed_cells_are_named_and_counted() -> None:
+    plain = io.StringIO()
+    with Reporter(Console(file=plain, width=200)) as reporter:
+        cell = {"event": "cell_done", "stage": "sweep", "key": "hqq-2b-g64"}
+        reporter.event({**cell, "status": "failed", "error": "ValueError: no"})
+        reporter.event(
+            {"event": "progress", "stage": "sweep", "done": 1, "total": 1, "unit": "cells"}
+        )
+    assert plain.getvalue().splitlines() == [
+        "sweep: hqq-2b-g64 failed: ValueError: no",
+        "sweep: 1/1  cells  1 failed",
+    ]
