@@ -1,4 +1,4 @@
-"""What a run shows: bars on a terminal, a line now and then elsewhere, and nobody else's chatter."""
+"""What a run shows: bars on a terminal, now and then a line elsewhere, and no chatter of others."""
 
 from __future__ import annotations
 
