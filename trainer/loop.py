@@ -121,13 +121,15 @@ class _Run:
         if spec.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.losses = make_losses(spec.losses, spec.temperature)
-        self.reader = CacheReader(job.cache, "train") if job.cache is not None else None
+        reader = None
+        if job.cache is not None and any(loss.needs_teacher for _, loss in self.losses.values()):
+            reader = CacheReader(job.cache, "train")
         tail = job.temperatures.index(spec.temperature) if job.cache is not None else 0
         micro_batch = min(int(spec.micro_batch), -(-job.sequences_per_step // worker.world))
         self.loader = StepLoader(
             self.corpus.part("train"),
             job.schedule(self.corpus),
-            self.reader if any(loss.needs_teacher for _, loss in self.losses.values()) else None,
+            reader,
             tail,
             micro_batch,
             worker.rank,
@@ -184,18 +186,18 @@ class _Run:
         for step in self.loader.steps(self.start, job.distill.steps):
             if step.number == self.start:
                 began = time.perf_counter()  # the first batch is no part of the first step's time
-            stop = self._step(step, began)
+            stop, due = self._step(step, began)
             began = time.perf_counter()
             last = step.number + 1 == job.distill.steps
-            if not last and (stop or self._checkpoint_due(step.number + 1)):
+            if not last and (stop or due):
                 self._save(step.number + 1)
                 began = time.perf_counter()
             if stop and not last:
                 raise Stopped(f"{job.stage} stopped after step {step.number + 1}")
         worker.barrier()
 
-    def _step(self, step: Step, began: float) -> bool:
-        """One optimizer step; returns whether all ranks are to stop."""
+    def _step(self, step: Step, began: float) -> tuple[bool, bool]:
+        """One optimizer step; returns whether all ranks are to stop, and to save."""
         job, worker, engine = self.job, self.worker, self.engine
         # A generator per step, so dropout is the same after a resume as without one.
         torch.manual_seed(hash_seed(job.seed, step.number, worker.rank))
@@ -208,11 +210,15 @@ class _Run:
             engine.backward(loss)
             engine.step()
             sums += parts.cpu()
+        # Rank 0 decides for all; its word travels with the sums, at no further collective.
         wants_stop = worker.is_main and worker.hooks.stop_requested()
+        wants_save = worker.is_main and self._checkpoint_due(step.number + 1)
         # Undo the scale of the token weights: means over the global batch's loss tokens.
         unscale = 1.0 / (self.accumulation * worker.world)
-        values = worker.sum([*(sums * unscale).tolist(), float(wants_stop), step.wait_s])
-        means = dict(zip(self.losses, values, strict=False))
+        *losses, stop, save, wait_s = worker.sum(
+            [*(sums * unscale).tolist(), float(wants_stop), float(wants_save), step.wait_s]
+        )
+        means = dict(zip(self.losses, losses, strict=True))
         if not all(np.isfinite(value) for value in means.values()):
             raise FloatingPointError(
                 f"{job.stage}: loss is {means} at step {step.number + 1}; lower "
@@ -232,15 +238,13 @@ class _Run:
             grad_norm=None if norm is None else float(norm),
             tokens=self.tokens_read,
             tokens_per_s=step.tokens / seconds,
-            loader_wait_ms=1000 * values[-1] / worker.world,
+            loader_wait_ms=1000 * wait_s / worker.world,
         )
-        return values[-2] > 0
+        return stop > 0, save > 0
 
     def _checkpoint_due(self, step: int) -> bool:
         spec = self.job.distill
-        by_time = self.worker.share(
-            time.monotonic() - self.saved_at >= spec.checkpoint_minutes * 60
-        )
+        by_time = time.monotonic() - self.saved_at >= spec.checkpoint_minutes * 60
         return by_time or bool(spec.checkpoint_steps and step % spec.checkpoint_steps == 0)
 
     def _save(self, step: int) -> None:

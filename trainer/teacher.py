@@ -127,18 +127,20 @@ def capture(job: Capture, worker: Worker) -> dict[str, Any]:
     """
     began = time.time()
     corpus = open_corpus(job.corpus)
-    todo = missing(job, corpus)
-    # Every rank must leave with the same plan, also if another capture adds shards meanwhile.
-    todo_numbers = worker.share([numbers for _, _, numbers in todo])
-    total = sum(map(len, todo_numbers))
+    asked = list(wanted(job, corpus))
+    # One rank looks: all must leave with the same plan, also if another capture adds shards.
+    todo = worker.share(
+        [numbers for _, _, numbers in missing(job, corpus)] if worker.is_main else None
+    )
+    total = sum(map(len, todo))
     pids = worker.gather(os.getpid())
-    already = sum(len(numbers) for _, _, numbers in wanted(job, corpus)) - total
+    already = sum(len(numbers) for _, _, numbers in asked) - total
     worker.emit("capture_start", stage="capture", missing=total, present=already, pids=pids)
     metrics: dict[str, Any] = {"sequences": total, "present": already, "tokens": 0, "bytes": 0}
     if total:
         closing = worker.patient_group()
         run = _Capture(job, worker, corpus)
-        for (kind, part, _), numbers in zip(todo, todo_numbers, strict=True):
+        for (kind, part, _), numbers in zip(asked, todo, strict=True):
             run.add(kind, part, numbers)
         sums = worker.sum([run.tokens, run.bytes, float(run.stopped)], closing)
         metrics.update(tokens=int(sums[0]), bytes=int(sums[1]), parameters=run.parameters)

@@ -23,8 +23,6 @@ from cluster.storage import Store
 from trainer.fingerprint import fingerprint
 from trainer.logits.codec import VERSION, Records, decode, encode
 
-KINDS = ("train", "eval")
-
 
 class CacheMismatch(ValueError):
     """The cache holds something else than what is asked for."""
