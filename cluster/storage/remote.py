@@ -98,6 +98,22 @@ class RemoteObjects:
         with self._named(key):
             return bytes(self.fs.cat_file(self.inner(key)))
 
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        if start == stop:
+            self.info(key)  # raises when missing
+            return b""
+        with self._named(key):
+            try:
+                return bytes(self.fs.cat_file(self.inner(key), start=start, end=stop))
+            except Exception as error:
+                if set(_codes(error)) & {"InvalidRange", "416"}:  # it ends before
+                    return b""
+                raise
+
+    def modified(self, key: str) -> float:
+        with self._named(key):
+            return float(self.fs.modified(self.inner(key)).timestamp())
+
     def write(self, key: str, data: bytes) -> None:
         self.fs.pipe_file(self.inner(key), data)
 

@@ -69,6 +69,14 @@ class Store:
         """Sorted names of the objects and folders in a folder; [] if there is none."""
         return self._backend.list(self._key(p))
 
+    def sizes(self, p: str = "") -> dict[str, int]:
+        """Bytes of the objects in a folder (not of those below it), by name, in one listing."""
+        return self._backend.find(self._key(p), 1)
+
+    def modified(self, p: str) -> float:
+        """When an object was last published, in Unix seconds of the storage's clock."""
+        return self._backend.modified(self._key(p))
+
     def glob(self, pattern: str) -> Names:
         """Sorted relative paths of the objects that match, such as `cells/*/result.json`.
 
@@ -83,6 +91,15 @@ class Store:
     def read_bytes(self, p: str) -> bytes:
         """The whole object. Raises FileNotFoundError with the full URL."""
         return self._backend.read(self._key(p))
+
+    def read_range(self, p: str, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of an object; fewer where it ends before.
+
+        Raises ValueError unless 0 <= start <= stop, FileNotFoundError with the full URL.
+        """
+        if not 0 <= start <= stop:
+            raise ValueError(f"{self.path(p)}: no range of bytes from {start} to {stop}")
+        return self._backend.read_range(self._key(p), start, stop)
 
     def read_text(self, p: str) -> str:
         """The whole object as UTF-8."""
