@@ -30,6 +30,8 @@ def spec_faults(spec: JobSpec, stages: list[str]) -> list[str]:
         checks.append(lambda: _vocabularies(found))
     if "prepare" in stages:
         checks.append(lambda: _corpus(spec, found))
+    if "capture" in stages:
+        checks.append(lambda: _shardable(spec, found))
     if {"capture", "distill", "sweep"} & set(stages):
         faults = _faults(lambda: _student_builds(spec, found))
         checks.append(lambda: _length(spec, "teacher", found.teacher_folder))
@@ -130,6 +132,15 @@ def _length(spec: JobSpec, role: str, model: Any) -> None:
             f"data.sequence_length: {spec.data.sequence_length} is over the {role}'s maximum; "
             f"may be at most {longest}"
         )
+
+
+def _shardable(spec: JobSpec, found: Identities) -> None:
+    """ZeRO-3 must be able to shard the teacher where it is asked for."""
+    from trainer.teacher.experts import check_shardable
+
+    if spec.teacher is not None and spec.teacher.sharding == "zero3":
+        assert found.teacher_folder is not None
+        check_shardable(read_config(found.teacher_folder))
 
 
 def _group_size(spec: JobSpec, found: Identities, size: int) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs import cache
 from jobs.errors import Interrupted, SpecErrors, StageFailed
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # rich alone would double the time of --help
 )
+app.add_typer(cache.app)
 
 
 @app.command(epilog=EXAMPLE + "stillhouse init --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-0.6B")

@@ -40,13 +40,12 @@ data:
   packing: documents       # no attention across documents
 
 cache:
-  method: topk
-  k: 64                    # ids kept of each distribution, beside the mass of the rest
-  temperatures: [1.0]      # distill.temperature must be among them
+  method: sample           # ids drawn from each distribution: unbiased, and small
+  draws: 50                # ids drawn per position; or method: topk with k: 64, the likeliest ids
 
 distill:                   # null: quantize student.model as it is
   losses: {{forward_kl: 1.0}}
-  temperature: 1.0
+  temperature: 1.0         # others need cache: {{method: topk, temperatures: [...]}}
   steps: 2000
   tokens_per_step: 262144  # 128 sequences
   learning_rate: auto      # 2e-5 from pretrained weights; see stillhouse schema

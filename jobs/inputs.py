@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.spec import JobSpec
 from trainer.fingerprint import fingerprint, flatten
-from trainer.job import identities, schedule_inputs, training_inputs
+from trainer.job import draws_inputs, identities, schedule_inputs, training_inputs
 
 Outputs = dict[str, dict[str, Any]]
 
@@ -41,8 +41,12 @@ class Inputs:
         return StageInputs(self.identities.corpus)
 
     def capture(self, outputs: Outputs) -> StageInputs:
-        """The cache's identity; the sequences to hold may grow with corpus and schedule."""
-        growing = {"corpus": outputs["prepare"]["corpus"], **schedule_inputs(self.spec)}
+        """The cache's identity; sequences and sets of draws to hold may grow."""
+        growing = {
+            "corpus": outputs["prepare"]["corpus"],
+            **schedule_inputs(self.spec),
+            **draws_inputs(self.spec),
+        }
         return StageInputs(self.identities.cache, growing)
 
     def distill(self, outputs: Outputs) -> StageInputs:

@@ -101,7 +101,7 @@ def _run(spec: JobSpec, run: RunDir, inputs: Inputs, plan: Plan, address: str | 
                     )
                     refuse_unshared(spec, run, cluster)
                     for stage in plan.todo:
-                        _run_stage(stage, context, log, forced=stage == plan.redo)
+                        _run_stage(stage, context, log, forced=stage in plan.forced)
             status = "done"
         except Interrupted as stop_error:
             status = "interrupted"

@@ -23,6 +23,7 @@ from trainer.spec import (
     StudentSpec,
     TeacherSpec,
     TokenizerSpec,
+    temperature_fault,
 )
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -186,12 +187,7 @@ def _tokens_for_a_sequence(spec: JobSpec) -> str | None:
 
 
 def _temperature_captured(spec: JobSpec) -> str | None:
-    if spec.distill is None or spec.distill.temperature in spec.cache.temperatures:
-        return None
-    return (
-        f"distill.temperature: got {spec.distill.temperature}; may be one of cache.temperatures "
-        f"({', '.join(map(str, spec.cache.temperatures))})"
-    )
+    return None if spec.distill is None else temperature_fault(spec.distill, spec.cache)
 
 
 def _kl_needs_teacher(spec: JobSpec) -> str | None:
@@ -280,7 +276,7 @@ RULES = (
     Rule(("data", "distill", "sweep"), _data_needed),
     Rule(("distill.tokens_per_step", "data.sequence_length"), _step_of_whole_sequences),
     Rule(("data.max_tokens", "data.sequence_length"), _tokens_for_a_sequence),
-    Rule(("distill.temperature", "cache.temperatures"), _temperature_captured),
+    Rule(("distill.temperature", "cache.method", "cache.temperatures"), _temperature_captured),
     Rule(("teacher", "distill.losses"), _kl_needs_teacher),
     Rule(("teacher", "distill.control", "distill.losses"), _control_needs_teacher),
     Rule(("distill", "student.init"), _untrained_needs_weights),

@@ -42,7 +42,7 @@ class Plan:
         asked = stages[: stages.index(until or only or stages[-1]) + 1]
         if redo is not None and redo not in (asked if only is None else [only]):
             raise SpecErrors([f"--redo {redo}: is not among the stages that this command runs"])
-        self.redo = redo
+        self.forced = {redo}
         self.skipped: list[str] = []
         self.todo: list[str] = []
         self.outputs: Outputs = {}
@@ -70,8 +70,28 @@ class Plan:
                         f"run with --until {only}"
                     ]
                 )
+        if "capture" in self.skipped and {"distill", "sweep"} & set(self.todo):
+            self._complete_cache(spec, only)
         for stage in self.todo:
             self.outputs.pop(stage, None)
+
+    def _complete_cache(self, spec: JobSpec, only: str | None) -> None:
+        """Captures again if records that were there are gone: a repair drops damaged shards."""
+        from jobs.stages.capture import count_lacking
+
+        lacking = count_lacking(spec, self.outputs)
+        if lacking and only is not None:
+            raise SpecErrors(
+                [
+                    f"--only {only}: the logit cache lacks {lacking} records that it had; "
+                    f"run with --until {only}"
+                ]
+            )
+        if lacking:
+            at = self.skipped.index("capture")
+            self.todo = [*self.skipped[at:], *self.todo]
+            self.skipped = self.skipped[:at]
+            self.forced.add("capture")
 
 
 def is_current(record: StageRecord, inputs: StageInputs) -> bool:

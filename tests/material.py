@@ -140,32 +140,56 @@ def plain_records(log_p: np.ndarray, k: int, temperatures: list[float]) -> tuple
     return ids, kept, np.stack(tails, axis=-1)
 
 
-def plain_cache(
-    cache: Any, teacher: Any, corpus: Any, k: int, temperatures: list[float], **how: Any
-) -> None:
-    """A logit cache of the whole corpus, written from plain forward passes."""
-    from trainer.logits.codec import Records
-    from trainer.logits.store import write_shard
+def plain_cache(cache: Any, teacher: Any, corpus: Any, spec: Any, **how: Any) -> None:
+    """A logit cache of the whole corpus as `spec` (a CacheSpec) has it, from plain forward passes;
+    numpy draws."""
+    from trainer.logits.codebook import Codebook
+    from trainer.logits.codec import encode
+    from trainer.logits.coding import coding_of, train_kinds
+    from trainer.logits.store import publish_codebook, write_shard
 
+    draw = np.random.default_rng(11)
     for name in ("train", "select", "report"):
         part = corpus.part(name)
         batch = part.batch(np.arange(len(part)))
         log_p = log_softmax(plain_logits(teacher, batch, **how))
-        keys, records = [], []
-        for i, row in enumerate(log_p):
-            ids, kept, tails = plain_records(row, k if name == "train" else 256, temperatures)
-            labels = np.append(batch.input_ids[i, 1:], 0)
-            true = row[np.arange(len(row)), labels]
-            entropy = -(np.exp(row) * row).sum(axis=-1)
-            is_eval = name != "train"
-            keys.append(batch.keys[i].tobytes())
-            records.append(
-                Records(
-                    ids.astype(np.int32),
-                    kept.astype(np.float32),
-                    tails.astype(np.float32),
-                    entropy.astype(np.float32) if is_eval else None,
-                    true.astype(np.float32) if is_eval else None,
-                )
-            )
-        write_shard(cache, "train" if name == "train" else "eval", keys, records)
+        labels = np.concatenate([batch.input_ids[:, 1:], np.zeros_like(batch.input_ids[:, :1])], 1)
+        for kind in train_kinds(spec) if name == "train" else ["eval"]:
+            coding = coding_of(spec, log_p.shape[-1], kind)
+            items = [
+                plain_item(coding, row, true, draw) for row, true in zip(log_p, labels, strict=True)
+            ]
+            codebook = publish_codebook(cache, kind, Codebook.fit(coding, items))
+            keys = [key.tobytes() for key in batch.keys]
+            write_shard(cache, kind, keys, [encode(item, codebook) for item in items])
+
+
+def plain_item(coding: Any, log_p: np.ndarray, labels: np.ndarray, draw: Any) -> Any:
+    """What a cache with this coding keeps of log-probabilities [positions, vocab]."""
+    from trainer.logits.records import Draws, Records
+
+    if coding.method == "sample":
+        counts = draw.multinomial(coding.k, np.exp(log_p))
+        return Draws(np.stack([np.repeat(np.arange(len(row)), row) for row in counts]).astype("i4"))
+    ids, kept, tails = plain_records(log_p, coding.k, list(coding.temperatures))
+    more = []
+    if coding.method == "exact":
+        entropy = -(np.exp(log_p) * log_p).sum(axis=-1)
+        true = log_p[np.arange(len(log_p)), labels]
+        more = [entropy.astype(np.float32), true.astype(np.float32)]
+    return Records(ids.astype(np.int64), kept.astype("f4"), tails.astype("f4"), *more)
+
+
+def stored_records(cache: Any) -> dict[tuple[str, bytes], list[bytes]]:
+    """The stored bytes of all records of a cache by kind and key: a list, if there are several."""
+    from trainer.logits.store import SHARDS, cache_fingerprint, list_shards, read_index
+
+    result: dict[tuple[str, bytes], list[bytes]] = {}
+    for files in list_shards(cache):
+        index = read_index(cache, files, cache_fingerprint(cache))
+        assert index is not None
+        data = cache.read_bytes(f"{SHARDS}/{files.name}.bin")
+        ends = index.starts() + index.lengths
+        for key, first, end in zip(index.keys, index.starts(), ends, strict=True):
+            result.setdefault((index.kind, key.tobytes()), []).append(data[first:end])
+    return result

@@ -38,6 +38,7 @@ from trainer.spec import (
     StudentSpec,
     TeacherSpec,
     TokenizerSpec,
+    temperature_fault,
 )
 
 IGNORED = ("resources", "sweep", "tracking")
@@ -114,11 +115,9 @@ def check(spec: TrainerSpec) -> None:
             f"data.max_tokens: got {data.max_tokens}; may be auto or a whole number from "
             f"data.sequence_length ({data.sequence_length})"
         )
-    if distill.temperature not in spec.cache.temperatures:
-        raise ValueError(
-            f"distill.temperature: got {distill.temperature}; may be one of cache.temperatures "
-            f"({', '.join(map(str, spec.cache.temperatures))})"
-        )
+    fault = temperature_fault(distill, spec.cache)
+    if fault is not None:
+        raise ValueError(fault)
     if spec.teacher is None and (distill.control or distill.losses.get("forward_kl")):
         raise ValueError(
             "distill: forward_kl and control need a teacher; without one give losses: {ce: 1.0}"

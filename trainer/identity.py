@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.fingerprint import flatten
-from trainer.logits.codec import VERSION as CACHE_FORMAT
+from trainer.logits.records import VERSION as CACHE_FORMAT
 from trainer.models import find_model, identity, tokenizer_identity
 from trainer.spec import CacheSpec, DataSpec, StudentSpec, TeacherSpec, TokenizerSpec
 
@@ -94,6 +94,6 @@ class Identities:
             "format": CACHE_FORMAT,
             **flatten(self.teacher, "teacher"),
             **flatten(self.tokenizer, "tokenizer"),
-            **flatten(self.cache_spec.model_dump(), "cache"),
+            **flatten(self.cache_spec.identity(), "cache"),
             "attention": self.data.packing,
         }

@@ -128,6 +128,11 @@ def schedule_inputs(spec: Sections) -> dict[str, Any]:
     }
 
 
+def draws_inputs(spec: Sections) -> dict[str, Any]:
+    """How many sets of draws are read, which may grow and is in no cache's identity; flat."""
+    return {"cache.redraws": spec.cache.redraws} if spec.cache.method == "sample" else {}
+
+
 def training_inputs(
     spec: Sections, student: Mapping[str, Any], corpus: str, cache: str | None
 ) -> dict[str, Any]:
@@ -142,6 +147,7 @@ def training_inputs(
     inputs["corpus"] = corpus
     if spec.teacher is not None:
         inputs["cache"] = cache
+        inputs |= draws_inputs(spec)
     return inputs
 
 
@@ -189,7 +195,7 @@ def make_trainings(
                 student=spec.student,
                 distill=spec.distill.model_copy(update={"losses": losses}),
                 data=spec.data,
-                temperatures=tuple(spec.cache.temperatures),
+                cache_spec=spec.cache,
                 seed=spec.seed,
                 corpus=corpus,
                 cache=cache,

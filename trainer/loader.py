@@ -8,27 +8,27 @@ the mean over tokens, whatever the number of ranks and micro-batches.
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.cached import CachedTeacher
 from trainer.corpus.corpus import Part
-from trainer.logits.codec import Records
-from trainer.logits.store import CacheReader
 
 
 class Order(Protocol):
-    """Which sequences a step reads; see `trainer.schedule.Schedule`."""
+    """Which sequences a step reads, and in which epoch; see `trainer.schedule.Schedule`."""
 
     def step_indices(self, step: int) -> NDArray[np.int64]: ...
+    def step_epochs(self, step: int) -> NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True)
@@ -86,42 +86,41 @@ def deal(indices: NDArray[np.int64], rank: int, world: int, multiple: int) -> ND
 
 def make_micro_batch(
     part: Part,
-    share: NDArray[np.int64],
-    scale: float,
-    reader: CacheReader | None,
-    tail: int,
+    rows: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    teacher: CachedTeacher | None,
+    epochs: NDArray[np.int64] | None = None,
 ) -> MicroBatch:
-    """The sequences `share` of a part (-1: weight 0), token weights = loss mask x `scale`.
+    """The sequences `rows` of a part, token weights = loss mask x `weights` (one per sequence).
 
-    `tail`: which of the cache's temperatures the log tail is of.
+    epochs: in which each is read (None: the first); they choose among a cache's sets of draws.
     """
-    batch = part.batch(np.where(share < 0, 0, share))
-    real = (share >= 0).astype(np.float32)[:, None]
+    batch = part.batch(rows)
     micro = MicroBatch(
         torch.from_numpy(batch.input_ids),
         torch.from_numpy(batch.position_ids),
-        torch.from_numpy((batch.loss_mask * real * np.float32(scale)).reshape(-1)),
+        torch.from_numpy((batch.loss_mask * weights[:, None]).reshape(-1)),
         torch.from_numpy(next_tokens(batch.input_ids).reshape(-1)),
     )
-    if reader is None:
+    if teacher is None:
         return micro
-    records: list[Records] = [reader.read(key.tobytes()) for key in batch.keys]
+    keys = [key.tobytes() for key in batch.keys]
+    records = teacher.read(keys, np.zeros(len(rows), np.int64) if epochs is None else epochs)
     return replace(
         micro,
-        ids=torch.from_numpy(np.concatenate([item.ids for item in records]).astype(np.int64)),
-        log_probs=torch.from_numpy(np.concatenate([item.log_probs for item in records])),
-        log_tail=torch.from_numpy(np.concatenate([item.log_tails[:, tail] for item in records])),
+        ids=torch.from_numpy(records.ids),
+        log_probs=torch.from_numpy(records.log_probs),
+        log_tail=torch.from_numpy(records.log_tails[:, teacher.tail]),
     )
 
 
 @dataclass(frozen=True)
 class StepLoader:
-    """Makes the steps of one rank, ahead of time, in a background thread."""
+    """Makes the steps of one rank."""
 
     part: Part
     order: Order
-    reader: CacheReader | None
-    tail: int
+    teacher: CachedTeacher | None
     micro_batch: int
     rank: int
     world: int
@@ -132,61 +131,78 @@ class StepLoader:
 
     def step(self, number: int) -> Step:
         """Step `number`, made now."""
-        indices = self.order.step_indices(number)
+        indices, epochs = self.order.step_indices(number), self.order.step_epochs(number)
         tokens = int(self.part.loss_tokens[indices].sum())
-        share = deal(indices, self.rank, self.world, self.micro_batch)
+        share = deal(np.arange(len(indices)), self.rank, self.world, self.micro_batch)
+        real = (share >= 0).astype(np.float32)
+        # Filled up with a sequence of the step: of others the cache may hold nothing.
+        share = np.maximum(share, 0)
         # The engine divides by the micro-batches of a step, its reduction by the ranks.
         scale = len(share) // self.micro_batch * self.world / max(tokens, 1)
+        weights = real * np.float32(scale)
         micros = [
-            make_micro_batch(self.part, rows, scale, self.reader, self.tail)
-            for rows in share.reshape(-1, self.micro_batch)
+            make_micro_batch(self.part, indices[rows], weights[at], self.teacher, epochs[rows])
+            for at, rows in _batches(share, self.micro_batch)
         ]
         return Step(number, micros, tokens)
 
-    def steps(self, start: int, stop: int, ahead: int = 2) -> Iterator[Step]:
-        """Steps from `start` to `stop`, at most `ahead` of them made before they are asked for.
+    def steps(self, start: int, stop: int, ahead: int = 2, threads: int = 1) -> Prefetched:
+        """Steps from `start` to `stop`, `ahead` of them made before they are asked for."""
+        return Prefetched(self.step, start, stop, ahead, threads)
 
-        Each carries the seconds that the consumer waited for it. Errors of the thread are raised
-        where the step is asked for.
-        """
-        ready: queue.Queue[Any] = queue.Queue(maxsize=ahead)
-        over = threading.Event()
 
-        def put(item: Any) -> None:
-            while not over.is_set():
-                try:
-                    return ready.put(item, timeout=0.2)
-                except queue.Full:
-                    continue
+class Prefetched:
+    """Steps that threads make ahead of time, from the moment this exists.
 
-        def make() -> None:
-            try:
-                for number in range(start, stop):
-                    if over.is_set():
-                        return
-                    put(self.step(number))
-            except BaseException as error:  # handed over, raised by the consumer
-                put(error)
+    Iterating gives the steps in their order, each with the seconds that the consumer waited for
+    it; what `make` raises is raised where its step is asked for. At most `ahead` steps wait or are
+    being made. Close it: the threads end with their step.
 
-        thread = threading.Thread(target=make, name="loader", daemon=True)
-        thread.start()
-        try:
-            for _ in range(start, stop):
-                began = time.perf_counter()
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield replace(item, wait_s=time.perf_counter() - began)
-        finally:
-            over.set()
-            thread.join(timeout=10)
+    `make` runs while a model is built, which changes torch's defaults of the whole process: it may
+    make tensors from arrays alone.
+    """
+
+    def __init__(
+        self, make: Callable[[int], Step], start: int, stop: int, ahead: int, threads: int
+    ) -> None:
+        self._make = make
+        self._numbers = iter(range(start, stop))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._made: deque[Future[Step]] = deque()
+        for _ in range(ahead):
+            self._ask()
+
+    def _ask(self) -> None:
+        number = next(self._numbers, None)
+        if number is not None:
+            self._made.append(self._pool.submit(self._make, number))
+
+    def __iter__(self) -> Iterator[Step]:
+        while self._made:
+            began = time.perf_counter()
+            step = self._made.popleft().result()
+            wait_s = time.perf_counter() - began
+            self._ask()
+            yield replace(step, wait_s=wait_s)
+
+    def close(self) -> None:
+        """Ends the threads; steps that are not begun are not made."""
+        self._pool.shutdown(cancel_futures=True)
 
 
 def evaluation_batches(
-    part: Part, reader: CacheReader | None, tail: int, micro_batch: int, rank: int, world: int
+    part: Part, teacher: CachedTeacher | None, micro_batch: int, rank: int, world: int
 ) -> Iterator[tuple[MicroBatch, Sequence[bytes]]]:
     """A whole part dealt to ranks, weights = loss mask; equally many batches on every rank."""
     share = deal(np.arange(len(part), dtype=np.int64), rank, world, micro_batch)
-    for rows in share.reshape(-1, micro_batch):
-        keys = [part.keys[row].tobytes() for row in rows if row >= 0]
-        yield make_micro_batch(part, rows, 1.0, reader, tail), keys
+    real = (share >= 0).astype(np.float32)
+    for at, rows in _batches(np.maximum(share, 0), micro_batch):
+        keys = [part.keys[row].tobytes() for row in rows[real[at] > 0]]
+        yield make_micro_batch(part, rows, real[at], teacher), keys
+
+
+def _batches(rows: NDArray[np.int64], size: int) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+    """(place, rows) of the micro-batches."""
+    for start in range(0, len(rows), size):
+        at = slice(start, start + size)
+        yield at, rows[at]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,33 +16,38 @@ import torch
 
 from cluster.storage import Store
 from trainer import checkpoint
+from trainer.cached import CachedTeacher
 from trainer.corpus.corpus import Corpus, open_corpus
 from trainer.corpus.tokenizer import load_tokenizer
-from trainer.loader import Step, StepLoader, evaluation_batches
-from trainer.logits.store import CacheReader
+from trainer.loader import Prefetched, Step, StepLoader, evaluation_batches
 from trainer.losses import make_losses
 from trainer.models import build_model, count_parameters, find_model, hash_files, new_config
 from trainer.optimizer import learning_rate, make_optimizer, training_config
 from trainer.schedule import Schedule
-from trainer.spec import DataSpec, DistillSpec, StudentSpec
+from trainer.spec import CacheSpec, DataSpec, DistillSpec, StudentSpec
 from trainer.student import StudentWithLoss, check_head, save_student, whole_state
 from trainer.worker import Stopped, Worker, torch_dtype
+
+# Steps are read ahead up to so many bytes, and so many steps.
+AHEAD_BYTES, AHEAD_STEPS = 256 << 20, 16
+# Steps that are read at once, where reading means waiting for another machine.
+REMOTE_READS = 4
 
 
 @dataclass(frozen=True)
 class Training:
     """Everything a rank needs to know of one training; picklable.
 
-    stage: "distill" or "control". cache: the teacher's records, None without a teacher.
-    checkpoints: a folder of this training alone. output: where the student's folder goes.
-    No `auto` is left in the specs.
+    stage: "distill" or "control". cache: the teacher's records, None without a teacher; cache_spec:
+    which they are. checkpoints: a folder of this training alone. output: where the student's folder
+    goes. No `auto` is left in the specs.
     """
 
     stage: str
     student: StudentSpec
     distill: DistillSpec
     data: DataSpec
-    temperatures: tuple[float, ...]
+    cache_spec: CacheSpec
     seed: int
     corpus: Store
     cache: Store | None
@@ -79,9 +86,16 @@ def train(job: Training, worker: Worker) -> dict[str, Any]:
     if done is not None:
         return {**done, "seconds": 0.0}  # what it cost was told when it was made
     began = time.time()
-    run = _Run(job, worker)
-    run.resume()
-    run.run()
+    corpus = open_corpus(job.corpus)
+    found = worker.share(checkpoint.find_latest(job.checkpoints) if worker.is_main else None)
+    loader = make_loader(job, worker, corpus)
+    # The first steps are read, and what reads them warms up, while the model is built.
+    with closing(read_ahead(job, loader, 0 if found is None else found.step)) as steps:
+        run = _Run(job, worker, corpus, loader)
+        run.resume(found)
+        run.run(steps)
+    if loader.teacher is not None:
+        loader.teacher.close()
     metrics = run.evaluate()
     metrics["seconds"] = time.time() - began
     run.publish(metrics)
@@ -103,15 +117,51 @@ def weights_hash(folder: Path) -> str:
     return hash_files(sorted(folder.glob("*.safetensors")))
 
 
+def make_loader(job: Training, worker: Worker, corpus: Corpus) -> StepLoader:
+    """What makes this rank's steps."""
+    spec = job.distill
+    teacher = None
+    needs_teacher = any(
+        loss.needs_teacher for _, loss in make_losses(spec.losses, spec.temperature).values()
+    )
+    if job.cache is not None and needs_teacher:
+        teacher = CachedTeacher.for_training(job.cache, job.cache_spec, spec.temperature)
+    micro_batch = min(int(spec.micro_batch), -(-job.sequences_per_step // worker.world))
+    return StepLoader(
+        corpus.part("train"),
+        job.schedule(corpus),
+        teacher,
+        micro_batch,
+        worker.rank,
+        worker.world,
+    )
+
+
+def read_ahead(job: Training, loader: StepLoader, start: int) -> Prefetched:
+    """The steps from `start` on, being read from now on."""
+    cache = job.cache_spec
+    width = cache.draws if cache.method == "sample" else cache.k
+    per_token = 28 if loader.teacher is None else 32 + 12 * width
+    sequences = loader.accumulation(job.sequences_per_step) * loader.micro_batch
+    fits = AHEAD_BYTES // (sequences * job.data.sequence_length * per_token)
+    remote = job.cache is not None and job.cache.local() is None
+    return loader.steps(
+        start,
+        job.distill.steps,
+        ahead=min(max(fits, 2), AHEAD_STEPS),
+        threads=REMOTE_READS if remote else 1,
+    )
+
+
 class _Run:
     """One rank's engine, data and counters."""
 
-    def __init__(self, job: Training, worker: Worker) -> None:
+    def __init__(self, job: Training, worker: Worker, corpus: Corpus, loader: StepLoader) -> None:
         import deepspeed
 
         self.job, self.worker = job, worker
+        self.corpus, self.loader = corpus, loader
         spec = job.distill
-        self.corpus = open_corpus(job.corpus)
         self.tokenizer = load_tokenizer(self.corpus.tokenizer_folder())
         vocab = int(self.corpus.manifest["vocab_size"])
         model = self._build()
@@ -121,23 +171,9 @@ class _Run:
         if spec.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.losses = make_losses(spec.losses, spec.temperature)
-        reader = None
-        if job.cache is not None and any(loss.needs_teacher for _, loss in self.losses.values()):
-            reader = CacheReader(job.cache, "train")
-        tail = job.temperatures.index(spec.temperature) if job.cache is not None else 0
-        micro_batch = min(int(spec.micro_batch), -(-job.sequences_per_step // worker.world))
-        self.loader = StepLoader(
-            self.corpus.part("train"),
-            job.schedule(self.corpus),
-            reader,
-            tail,
-            micro_batch,
-            worker.rank,
-            worker.world,
-        )
-        self.accumulation = self.loader.accumulation(job.sequences_per_step)
+        self.accumulation = loader.accumulation(job.sequences_per_step)
         module = StudentWithLoss(model, self.losses, vocab)
-        config = training_config(spec, micro_batch, self.accumulation, worker.world)
+        config = training_config(spec, loader.micro_batch, self.accumulation, worker.world)
         self.engine, *_ = deepspeed.initialize(
             model=module.to(worker.device),
             optimizer=make_optimizer(module, spec),
@@ -145,6 +181,7 @@ class _Run:
         )
         self.start = 0
         self.tokens_read = 0
+        self.waits_ms: list[float] = []
         self.saved_at = time.monotonic()
 
     def _build(self) -> Any:
@@ -165,10 +202,9 @@ class _Run:
             folder=folder, config=config, init=student.init, dtype=dtype, seed=job.seed
         )
 
-    def resume(self) -> None:
+    def resume(self, found: checkpoint.Checkpoint | None) -> None:
         """Continues from the newest complete checkpoint, if there is one."""
         worker, job = self.worker, self.job
-        found = worker.share(checkpoint.find_latest(job.checkpoints) if worker.is_main else None)
         pids = worker.gather(os.getpid())
         if found is None:
             worker.emit("training_start", stage=job.stage, pids=pids, parameters=self.parameters)
@@ -178,12 +214,12 @@ class _Run:
         self.tokens_read = int(found.state["tokens"])
         worker.emit("resume", stage=job.stage, step=found.step, pids=pids)
 
-    def run(self) -> None:
+    def run(self, steps: Iterable[Step]) -> None:
         """The steps that are left, with checkpoints on the way."""
         job, worker = self.job, self.worker
         self.engine.train()
         began = time.perf_counter()
-        for step in self.loader.steps(self.start, job.distill.steps):
+        for step in steps:
             if step.number == self.start:
                 began = time.perf_counter()  # the first batch is no part of the first step's time
             stop, due = self._step(step, began)
@@ -225,6 +261,7 @@ class _Run:
                 "distill.learning_rate or use distill.dtype=float32"
             )
         self.tokens_read += step.tokens
+        self.waits_ms.append(1000 * wait_s / worker.world)
         seconds = time.perf_counter() - began
         norm = engine.get_global_grad_norm()
         worker.emit(
@@ -238,7 +275,7 @@ class _Run:
             grad_norm=None if norm is None else float(norm),
             tokens=self.tokens_read,
             tokens_per_s=step.tokens / seconds,
-            loader_wait_ms=1000 * wait_s / worker.world,
+            loader_wait_ms=self.waits_ms[-1],
         )
         return stop > 0, save > 0
 
@@ -269,17 +306,17 @@ class _Run:
         """Means over the loss tokens of `select`: cross-entropy, perplexity, KL to the teacher."""
         job, worker = self.job, self.worker
         names = {"ce": 1.0}
-        reader = None
+        teacher = None
         if job.cache is not None:
-            reader, names = CacheReader(job.cache, "eval"), {"ce": 1.0, "forward_kl": 1.0}
+            teacher = CachedTeacher.for_evaluation(job.cache)
+            names = {"ce": 1.0, "forward_kl": 1.0}
         losses = make_losses(names, 1.0)
         totals = torch.zeros(len(losses) + 1, dtype=torch.float64)
         self.engine.eval()
         with torch.no_grad():
             for micro, _ in evaluation_batches(
                 self.corpus.part("select"),
-                reader,
-                0,
+                teacher,
                 self.loader.micro_batch,
                 worker.rank,
                 worker.world,
@@ -287,12 +324,16 @@ class _Run:
                 _, sums = self.engine(**micro.to(worker.device), losses=losses)
                 totals[:-1] += sums.cpu()
                 totals[-1] += float(micro.token_weights.sum())
+        if teacher is not None:
+            teacher.close()
         *sums_all, tokens = worker.sum(totals.tolist())
         means = {name: value / tokens for name, value in zip(losses, sums_all, strict=True)}
         metrics: dict[str, Any] = {f"select_{name}": value for name, value in means.items()}
         metrics["select_perplexity"] = float(np.exp(means["ce"]))
         return {
             **metrics,
+            "first_wait_ms": _mean(self.waits_ms[:1]),
+            "loader_wait_ms": _mean(self.waits_ms[1:]),
             "steps": job.distill.steps,
             "tokens": self.tokens_read,
             "parameters": self.parameters,
@@ -318,6 +359,10 @@ class _Run:
             checkpoint.prune(job.checkpoints, 0)
         worker.barrier()
         self.engine.destroy()
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def hash_seed(*parts: int) -> int:

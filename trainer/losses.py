@@ -28,8 +28,11 @@ class Target:
     """What the logits of a chunk of tokens are compared with.
 
     labels: int64 [tokens], the next token. ids: int64 [tokens, k] and log_probs, float32
-    [tokens, k]: the teacher's kept ids at temperature 1 (log of the full softmax). log_tail:
-    float32 [tokens], log of the sum over all other ids of p^(1/T), for the loss's temperature T.
+    [tokens, k]: the teacher's kept ids at temperature 1 (log of the full softmax), or ids that
+    were drawn and their share of the draws. A row with fewer ids repeats its first one, with a
+    log-probability of minus infinity, in the slots that are left. log_tail: float32 [tokens], log
+    of the sum over all other ids of p^(1/T), for the loss's temperature T; minus infinity without
+    a tail.
     """
 
     labels: Tensor
@@ -76,6 +79,10 @@ class ForwardKL:
 
     T squared keeps the gradient's size independent of the temperature (Hinton et al., 2015,
     Distilling the Knowledge in a Neural Network, section 2).
+
+    With ids drawn from the teacher (temperature 1, no tail) the gradient is q - p', p' the share of
+    the draws: unbiased, as p' is. The value is KL(p' || q), which is on average above
+    KL(teacher || student) by a number that does not depend on the student.
     """
 
     needs_teacher = True
@@ -93,6 +100,8 @@ class ForwardKL:
         if target.ids is None or target.log_probs is None or target.log_tail is None:
             raise ValueError("forward_kl needs the teacher's records")
         temperature = self.temperature
+        unused = target.ids == target.ids[:, :1]
+        unused[:, 0] = False
         log_p = target.log_probs / temperature
         log_norm = torch.logaddexp(torch.logsumexp(log_p, dim=1), target.log_tail)
         # A kept id may have no probability at all; 0 log 0 = 0, and 0 times infinity is not.
@@ -106,7 +115,7 @@ class ForwardKL:
         kept_logits = exps.gather(1, target.ids)
         exps.exp_().scatter_(1, target.ids, 0.0)
         tail_sum = exps.sum(dim=1).clamp_min(_TINY)
-        kept = kept_logits.exp()
+        kept = kept_logits.exp().masked_fill_(unused, 0.0)
         total = tail_sum + kept.sum(dim=1)
         log_total = total.log()
 
@@ -116,7 +125,8 @@ class ForwardKL:
         value = value + torch.where(p_tail > 0, tail_value, torch.zeros_like(tail_value))
 
         exps.mul_((1 / total - p_tail / tail_sum).unsqueeze(1))
-        exps.scatter_(1, target.ids, kept / total.unsqueeze(1) - p)
+        # Added, as unused slots name an id again; what they add is 0.
+        exps.scatter_add_(1, target.ids, kept / total.unsqueeze(1) - p)
         return value * temperature**2, exps.mul_(temperature)
 
 

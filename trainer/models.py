@@ -168,8 +168,11 @@ def cast_stored(model: Any, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> Any:
-    """A model from safetensors; raises ValueError if any weight is missing, left over or misfit."""
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    """A model from safetensors, tensor by tensor onto `device` (None = the CPU).
+
+    Raises ValueError if any weight is missing, left over or misfit.
+    """
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -177,6 +180,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
         dtype=dtype,
         trust_remote_code=False,
         use_safetensors=True,
+        device_map=None if device is None else {"": device},
         output_loading_info=True,
     )
     model, info = loaded

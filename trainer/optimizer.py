@@ -55,13 +55,3 @@ def training_config(spec: DistillSpec, micro_batch: int, accumulation: int, worl
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,
     }
-
-
-def inference_config(dtype: str, zero3: bool) -> dict:
-    """DeepSpeed's configuration for forward passes only, sharded or not."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3 if zero3 else 0},
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "steps_per_print": 1 << 30,
-    }

@@ -7,7 +7,8 @@ ran before, so a resumed run goes on exactly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from math import floor
 
 import numpy as np
@@ -17,7 +18,7 @@ CACHED_EPOCHS = 2  # a step lies in one epoch or across two
 
 
 class Schedule:
-    """The order of the train part.
+    """The order of the train part; may be asked by several threads at once.
 
     An epoch reads a sequence of a source of weight w floor(w) times, and of the rest w - floor(w)
     a share of the source's sequences: the next ones of a fixed shuffle, so that over the epochs
@@ -68,9 +69,10 @@ class Schedule:
             for source in np.unique(sources)
         ]
         self._epochs: dict[int, NDArray[np.int64]] = {}
+        self._making = threading.Lock()
         self._pool: NDArray[np.int64] | None = None
         if max_sequences is not None and max_sequences < self._sequences:
-            self._pool = self._stream(0, max_sequences)
+            self._pool = np.concatenate([piece for _, piece in self._stream(0, max_sequences)])
             self._epochs.clear()
 
     def step_indices(self, step: int) -> NDArray[np.int64]:
@@ -79,10 +81,16 @@ class Schedule:
         Raises:
             IndexError: there is no such step.
         """
-        if not 0 <= step < self.steps:
-            raise IndexError(f"step must be in [0, {self.steps}), got {step}")
-        start = step * self.sequences_per_step
-        return self._stream(start, start + self.sequences_per_step)
+        return np.concatenate([piece for _, piece in self._step(step)])
+
+    def step_epochs(self, step: int) -> NDArray[np.int64]:
+        """The epoch (from 0) in which `step` reads each of its sequences, in the order of
+        `step_indices`: int64 [sequences_per_step].
+
+        Raises:
+            IndexError: there is no such step.
+        """
+        return np.concatenate([np.full(len(piece), epoch) for epoch, piece in self._step(step)])
 
     def used(self) -> NDArray[np.int64]:
         """The sequences that all steps together read, sorted, each once: int64."""
@@ -95,16 +103,21 @@ class Schedule:
             left, epoch = left - len(order), epoch + 1
         return np.flatnonzero(seen)
 
-    def _stream(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Numbers [start, stop) of the stream."""
+    def _step(self, step: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """(epoch, sequences) of `step`."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step must be in [0, {self.steps}), got {step}")
+        start = step * self.sequences_per_step
+        return self._stream(start, start + self.sequences_per_step)
+
+    def _stream(self, start: int, stop: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Numbers [start, stop) of the stream, epoch by epoch."""
         epoch = self._epoch_of(start)
-        pieces = []
         while start < stop:
             first = self._before(epoch)
             piece = self._order(epoch)[start - first : stop - first]
-            pieces.append(piece)
+            yield epoch, piece
             start, epoch = start + len(piece), epoch + 1
-        return np.concatenate(pieces)
 
     def _before(self, epoch: int) -> int:
         """How many numbers the epochs before `epoch` hold."""
@@ -128,11 +141,12 @@ class Schedule:
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """The numbers of one epoch in the order they are read."""
-        if epoch not in self._epochs:
-            while len(self._epochs) >= CACHED_EPOCHS:
-                self._epochs.pop(next(iter(self._epochs)))
-            self._epochs[epoch] = self._make(epoch)
-        return self._epochs[epoch]
+        with self._making:
+            if epoch not in self._epochs:
+                while len(self._epochs) >= CACHED_EPOCHS:
+                    self._epochs.pop(next(iter(self._epochs)))
+                self._epochs[epoch] = self._make(epoch)
+            return self._epochs[epoch]
 
     def _make(self, epoch: int) -> NDArray[np.int64]:
         if self._pool is not None:

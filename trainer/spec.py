@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Dtype = Literal["bfloat16", "float32"]
 LossName = Literal["forward_kl", "ce"]
+Auto = Literal["auto"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -30,7 +31,8 @@ class TeacherSpec(Section):
     sharding: Literal["auto", "none", "zero3"] = Field(
         "auto",
         description="none: every worker holds the whole teacher; zero3: DeepSpeed ZeRO-3 shards "
-        "it over the workers. auto: none where it fits the worker's memory, else zero3.",
+        "it over the workers of a node, or over all where no node holds it. auto: none where it "
+        "fits the worker's memory, else zero3.",
     )
 
 
@@ -111,7 +113,7 @@ class DataSpec(Section):
     max_chars: int | None = Field(
         None, ge=1, description="Longer documents are dropped, in characters."
     )
-    max_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    max_tokens: Auto | Annotated[int, Field(ge=1)] = Field(
         "auto",
         description="Train tokens that are captured and read. auto: what the schedule reads.",
     )
@@ -129,12 +131,45 @@ class DataSpec(Section):
 class CacheSpec(Section):
     """The logit cache: how the teacher's next-token distributions are kept."""
 
-    method: Literal["topk"] = Field("topk", description="topk: the k most likely ids and a tail.")
-    k: int = Field(64, ge=1, le=4096, description="Ids kept per position.")
+    method: Literal["sample", "topk"] = Field(
+        "sample",
+        description="sample: ids drawn from the teacher's distribution, unbiased, temperature 1 "
+        "only; topk: the k most likely ids and the mass of the rest.",
+    )
+    draws: int = Field(
+        50, ge=1, le=4096, description="sample: ids drawn per position, with replacement."
+    )
+    redraws: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="sample: independent sets of draws; epoch e reads set e modulo redraws. "
+        "Sets are added to a cache when this grows.",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="sample: seed of the draws.")
+    k: int = Field(64, ge=1, le=4096, description="topk: ids kept per position.")
+    keep: float = Field(
+        0.0,
+        ge=0,
+        le=4,
+        description="topk: ids whose root of the probability is below keep x step go to the tail, "
+        "so confident positions keep fewer; 0: all k are kept.",
+    )
+    step: Auto | Annotated[float, Field(ge=0.001, le=0.1)] = Field(
+        "auto",
+        description="topk: quantization step of the root of a probability. "
+        "auto: 0.0155 x (50 / k)^0.36.",
+    )
     temperatures: list[Annotated[float, Field(gt=0)]] = Field(
         default=[1.0],
         min_length=1,
-        description="Temperatures whose tail mass is kept; training may use these and no others.",
+        description="topk: temperatures whose tail mass is kept; training may use these and no "
+        "others.",
+    )
+    remap: Literal["frequency", "none"] = Field(
+        "frequency",
+        description="frequency: ids are numbered by how often the corpus has them, which makes "
+        "records smaller; none: as the tokenizer numbers them.",
     )
 
     @field_validator("temperatures")
@@ -143,6 +178,32 @@ class CacheSpec(Section):
         if len(set(value)) != len(value):
             raise ValueError(f"repeated temperatures in {value}; list each once")
         return value
+
+    @model_validator(mode="after")
+    def _of_this_method(self) -> CacheSpec:
+        other, method = ("topk", "sample") if self.method == "sample" else ("sample", "topk")
+        for name in METHOD_KEYS[other]:
+            default = type(self).model_fields[name].get_default(call_default_factory=True)
+            # Without a method the key says which one was meant, also where it has its default.
+            meant = "method" not in self.model_fields_set and name in self.model_fields_set
+            if meant or getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is for method: {other}, and this cache is of method: {method}; "
+                    f"remove {name} or change the method"
+                )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the content of a record; further sets of draws are further records."""
+        names = {"method", "remap", *METHOD_KEYS[self.method]} - {"redraws"}
+        return self.model_dump(include=names)
+
+
+# Keys of `cache` that one method alone reads.
+METHOD_KEYS = {
+    "sample": ("draws", "redraws", "seed"),
+    "topk": ("k", "keep", "step", "temperatures"),
+}
 
 
 class DistillSpec(Section):
@@ -167,11 +228,11 @@ class DistillSpec(Section):
         description="Tokens per optimizer step over all workers; a multiple of "
         "data.sequence_length.",
     )
-    micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    micro_batch: Auto | Annotated[int, Field(ge=1)] = Field(
         "auto",
         description="Sequences per forward pass on one worker. auto: as many as 16,384 tokens.",
     )
-    learning_rate: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+    learning_rate: Auto | Annotated[float, Field(gt=0)] = Field(
         "auto",
         description="Peak learning rate. auto: 1e-3 x (768 / width)^0.5 from random weights, at "
         "most 3e-3; 2e-5 from pretrained ones.",
@@ -204,3 +265,16 @@ class DistillSpec(Section):
         if not value or any(weight < 0 for weight in value.values()) or not any(value.values()):
             raise ValueError("needs at least one loss with a weight above 0, and none below 0")
         return value
+
+
+def temperature_fault(distill: DistillSpec, cache: CacheSpec) -> str | None:
+    """One line if the cache does not serve the temperature of the training, else None."""
+    if distill.temperature in cache.temperatures:
+        return None
+    got = f"distill.temperature: got {distill.temperature}"
+    if cache.method == "sample":
+        return (
+            f"{got}; may be 1 with cache.method: sample; others need method: topk, which keeps "
+            "the tails of cache.temperatures"
+        )
+    return f"{got}; may be one of cache.temperatures ({', '.join(map(str, cache.temperatures))})"

@@ -9,7 +9,7 @@ import datetime
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,18 @@ class Stopped(Exception):
 
 @dataclass
 class Worker:
-    """This process's rank in an initialised process group."""
+    """This process's rank in an initialised process group.
+
+    group: the torch process group that `rank` and `world` are of; None = all ranks, or one rank by
+    itself. timeout: how long ranks wait for each other at most.
+    """
 
     rank: int
     world: int
     device: torch.device
     hooks: Hooks = field(default_factory=Hooks)
+    group: Any = None
+    timeout: datetime.timedelta | None = None
 
     @property
     def is_main(self) -> bool:
@@ -73,21 +79,26 @@ class Worker:
             return [float(value) for value in values]
         device = self.device if group is None else torch.device("cpu")
         tensor = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(tensor, group=group)
+        dist.all_reduce(tensor, group=self.group if group is None else group)
         return tensor.tolist()
 
     def patient_group(self) -> Any:
         """A group for ranks that work apart and may wait a day for each other; collective."""
         if self.world == 1:
             return None
-        return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        return dist.new_group(
+            None if self.group is None else dist.get_process_group_ranks(self.group),
+            backend="gloo",
+            timeout=datetime.timedelta(days=1),
+            use_local_synchronization=self.group is not None,
+        )
 
     def share(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, group_src=0, group=self.group, device=self.device)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -95,13 +106,47 @@ class Worker:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+    def nodes(self) -> list[list[int]]:
+        """The ranks by the machine they run on, as the launcher named it; collective."""
+        # Ray Train, torchrun, and what is left to go by under any other launcher.
+        named = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK"))
+        if named is None:
+            named = str(self.rank // int(os.environ.get("LOCAL_WORLD_SIZE", self.world)))
+        found: dict[str, list[int]] = {}
+        for rank, node in enumerate(self.gather(named)):
+            found.setdefault(node, []).append(rank)
+        return list(found.values())
+
+    def split(self, groups: Sequence[Sequence[int]]) -> Worker:
+        """This rank within its one of `groups`, which hold every rank once; collective.
+
+        Ranks of other groups neither take part in what a group shares nor wait for it. Of all
+        groups' main ranks only the one of the whole still emits events.
+        """
+        assert self.group is None, "only the group of all ranks can be split"
+        mine = next(list(ranks) for ranks in groups if self.rank in ranks)
+        if len(mine) == self.world:
+            return self
+        made = None
+        if any(len(ranks) > 1 for ranks in groups):  # also for a rank that will be alone
+            made, _ = dist.new_subgroups_by_enumeration(
+                [list(ranks) for ranks in groups], timeout=self.timeout
+            )
+        return replace(
+            self,
+            rank=mine.index(self.rank),
+            world=len(mine),
+            hooks=self.hooks if self.is_main else replace(self.hooks, emit=_nothing),
+            group=made,
+        )
 
 
 def start_worker(hooks: Hooks, *, threads: int, uses_gpu: bool, timeout_minutes: float) -> Worker:
@@ -125,17 +170,16 @@ def start_worker(hooks: Hooks, *, threads: int, uses_gpu: bool, timeout_minutes:
     device = torch.device("cuda", local_rank) if uses_gpu else torch.device("cpu")
     if uses_gpu:
         torch.cuda.set_device(device)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if uses_gpu else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes)
-        )
+        dist.init_process_group("nccl" if uses_gpu else "gloo", timeout=timeout)
     import deepspeed
 
     # DeepSpeed wraps the group that exists; it must neither look for MPI nor make its own.
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
     )
-    return Worker(dist.get_rank(), dist.get_world_size(), device, hooks)
+    return Worker(dist.get_rank(), dist.get_world_size(), device, hooks, timeout=timeout)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -4,35 +4,53 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster.storage import Store, open_store
+from jobs.inputs import Outputs
+from jobs.spec import JobSpec
 from jobs.stages.base import Context
 from jobs.stages.ranks import run_ranks
 
 
 def run(context: Context) -> dict[str, Any]:
     """Adds what the cache lacks; returns the cache's name and the capture's metrics."""
-    from trainer.corpus.corpus import open_corpus
     from trainer.fingerprint import fingerprint
-    from trainer.job import make_capture
     from trainer.logits.store import open_cache
-    from trainer.teacher import missing
 
     spec = context.spec
     identity = context.inputs.identities.cache
     name = fingerprint(identity)
     cache = open_cache(context.shared.sub("_logits"), identity)
-    asked = spec.resources.capture
-    job = make_capture(
-        spec,
-        context.corpus,
-        cache,
-        batch_tokens=asked.batch_tokens,
-        shard_seconds=asked.shard_seconds,
-    )
-    absent = sum(len(numbers) for _, _, numbers in missing(job, open_corpus(context.corpus)))
-    if not absent:  # no need to load the teacher
+    job = _capture(spec, context.corpus, cache)
+    if not _lacking(job):  # no need to load the teacher
         return {"cache": name, "metrics": {"sequences": 0}}
-    results, group = run_ranks(context, "capture", [job], asked)
+    results, group = run_ranks(context, "capture", [job], spec.resources.capture)
     return {"cache": name, "metrics": {**results[0], **devices(group, results)}}
+
+
+def count_lacking(spec: JobSpec, outputs: Outputs) -> int:
+    """Records that the cache lacks of those that the spec reads; `outputs`: of prepare, capture.
+
+    Raises ValueError, one line, for a cache that is damaged.
+    """
+    shared = open_store(spec.storage)
+    corpus = shared.sub("_corpora", outputs["prepare"]["corpus"])
+    return _lacking(_capture(spec, corpus, shared.sub("_logits", outputs["capture"]["cache"])))
+
+
+def _capture(spec: JobSpec, corpus: Store, cache: Store) -> Any:
+    from trainer.job import make_capture
+
+    asked = spec.resources.capture
+    return make_capture(
+        spec, corpus, cache, batch_tokens=asked.batch_tokens, shard_seconds=asked.shard_seconds
+    )
+
+
+def _lacking(job: Any) -> int:
+    from trainer.corpus.corpus import open_corpus
+    from trainer.teacher import missing
+
+    return sum(len(numbers) for _, _, numbers in missing(job, open_corpus(job.corpus)))
 
 
 def devices(group: Any, results: list[dict[str, Any]]) -> dict[str, Any]:

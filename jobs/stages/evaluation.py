@@ -17,7 +17,7 @@ import numpy as np
 from cluster.storage import Attempt, Store
 from quant.spec import QuantSpec, SweepSpec
 from trainer.corpus.corpus import Batch, open_corpus
-from trainer.logits.store import CacheReader
+from trainer.logits.reader import CacheReader
 from trainer.models import find_model
 from trainer.spec import TeacherSpec
 
@@ -66,15 +66,16 @@ class TeacherBatch:
 
 
 def teacher_batch(reader: CacheReader, batch: Batch) -> TeacherBatch:
-    """The cached records of a batch, stacked; the tail at temperature 1."""
-    records = [reader.read(key.tobytes()) for key in batch.keys]
-    tails = np.stack([item.log_tails[:, 0] for item in records])
+    """The cached records of a batch, by sequence; the tail at temperature 1."""
+    found = reader.read_many([key.tobytes() for key in batch.keys])
+    assert found.entropy is not None and found.true_log_prob is not None  # the kind is eval
+    shape = batch.input_ids.shape
     return TeacherBatch(
-        np.stack([item.ids for item in records]),
-        np.stack([item.log_probs for item in records]),
-        np.exp(tails),
-        np.stack([item.entropy for item in records if item.entropy is not None]),
-        np.stack([item.true_log_prob for item in records if item.true_log_prob is not None]),
+        found.ids.reshape(*shape, -1),
+        found.log_probs.reshape(*shape, -1),
+        np.exp(found.log_tails[:, 0]).reshape(shape),
+        found.entropy.reshape(shape),
+        found.true_log_prob.reshape(shape),
     )
 
 

@@ -111,6 +111,7 @@ def _config(data: RunData, rows: list[Row], key: str, cell: Row | None = None) -
     how = cell["technique"] if cell else technique(spec, ROLE_OF[key]) if key in ROLE_OF else None
     named = {row["role"]: row for row in rows if row["role"] != "cell"}
     losses = train.get("losses") or {}
+    drawn = cache.get("method") == "sample"
     return {
         "run": data.name,
         "key": key,
@@ -126,7 +127,9 @@ def _config(data: RunData, rows: list[Row], key: str, cell: Row | None = None) -
         "seed": spec.get("seed"),
         "sequence_length": _section(spec, "data").get("sequence_length"),
         "cache_method": cache.get("method"),
-        "cache_k": cache.get("k"),
+        "cache_k": None if drawn else cache.get("k"),
+        "cache_draws": cache.get("draws") if drawn else None,
+        "cache_redraws": cache.get("redraws") if drawn else None,
         "losses": losses_in_words(losses) or None,
         "temperature": train.get("temperature"),
         "steps": train.get("steps"),

@@ -155,7 +155,7 @@ def test_stopped_in_every_stage(world: World, how: signal.Signals) -> None:
 
 def assert_same_records(spec: dict[str, Any], world: World) -> None:
     """The cache holds the sequences of the undisturbed one, each once read, with equal records."""
-    from trainer.logits.store import CacheReader
+    from trainer.logits.reader import CacheReader
 
     found, wanted = (
         open_store(storage).sub("_logits")
@@ -164,9 +164,9 @@ def assert_same_records(spec: dict[str, Any], world: World) -> None:
     for kind in ("train", "eval"):
         (name,) = wanted.list()
         one, other = CacheReader(found.sub(name), kind), CacheReader(wanted.sub(name), kind)
-        assert set(one._where) == set(other._where)
-        for key in one._where:
-            a, b = one.read(key), other.read(key)
+        assert np.array_equal(one.keys, other.keys)
+        for key in one.keys:
+            a, b = one.read(key.tobytes()), other.read(key.tobytes())
             assert np.array_equal(a.ids, b.ids) and np.array_equal(a.log_probs, b.log_probs)
 
 

@@ -279,3 +279,14 @@ def test_no_process_of_ray_is_left(done: Done) -> None:
     out = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True).stdout
     left = [line for line in out.splitlines() if "gcs_server" in line and line.split()[0] == mine]
     assert left == []
+
+
+def test_the_cache_is_whole_and_says_what_the_teacher_says(done: Done) -> None:
+    code, out, err = tiny.stillhouse("cache", "verify", str(done.path), "--json", cwd=done.folder)
+    told = json.loads(out)
+    assert code == 0 and told["ok"], err
+    assert {kind["kind"] for kind in told["kinds"]} == {"train", "eval"}
+    code, out, err = tiny.stillhouse("cache", "info", str(done.path), "--json", cwd=done.folder)
+    told = json.loads(out)
+    assert code == 0 and told["used_by"] == ["job"], err
+    assert all(item["present"] == item["wanted"] > 0 for item in told["coverage"])

@@ -41,7 +41,7 @@ def spec(tmp_path_factory) -> Path:
         "teacher": {"model": str(teacher), "dtype": "float32", "sharding": "none"},
         "student": {"init": "random", "config": config_values("llama")},
         "data": data,
-        "cache": {"k": 8},
+        "cache": {"method": "topk", "k": 8},
         "distill": {
             "dtype": "float32",
             "steps": STEPS,

@@ -30,7 +30,11 @@ from tests.material import (
 from tests.ranks import Log, Told, spawn, start
 
 STEPS = 6
-TEMPERATURES = [1.0, 2.0]
+# So fine that the losses can be compared with float64.
+KEPT = {"method": "topk", "k": 8, "step": 0.001, "temperatures": [1.0, 2.0]}
+# Two sets of draws, read in turns by epochs of 12 sequences: 1.5 steps.
+DRAWN = {"method": "sample", "draws": 6, "redraws": 2}
+POOL = 12
 STAGES, TIES = (1, 2, 3), (True, False)
 RESUMES = [(2, "float32"), (3, "float32"), (2, "bfloat16"), (3, "bfloat16")]
 
@@ -89,7 +93,8 @@ def engine_logits(run: Any) -> np.ndarray:
             seen.append(logits.clone())
             return logits.new_zeros(len(logits)), torch.zeros_like(logits)
 
-    micro = make_micro_batch(run.corpus.part("report"), np.arange(4), 1.0, None, 0)
+    ones = np.ones(4, np.float32)
+    micro = make_micro_batch(run.corpus.part("report"), np.arange(4), ones, None)
     run.engine.eval()
     with torch.no_grad():
         run.engine(**micro.to(run.worker.device), losses={"spy": (1.0, Spy())})
@@ -112,7 +117,7 @@ class World:
         """A training into folders of its own."""
         from cluster.storage import open_store
         from trainer.loop import Training
-        from trainer.spec import DistillSpec, StudentSpec
+        from trainer.spec import CacheSpec, DistillSpec, StudentSpec
 
         values: dict[str, Any] = {
             "losses": {"forward_kl": 0.7, "ce": 0.3},
@@ -129,7 +134,7 @@ class World:
             student=StudentSpec(config=config_values(kind, tied=tied), init="random"),
             distill=DistillSpec(**{**values, **distill}),
             data=self.data,
-            temperatures=tuple(TEMPERATURES),
+            cache_spec=CacheSpec(**KEPT),
             seed=3,
             corpus=store.sub("corpus"),
             cache=store.sub("cache"),
@@ -137,17 +142,32 @@ class World:
             output=store.sub("students", name),
         )
 
+    def drawn_job(self, name: str, **distill: Any) -> Any:
+        """The same from drawn ids, over four epochs."""
+        from cluster.storage import open_store
+        from trainer.spec import CacheSpec
+
+        return replace(
+            self.job(name, temperature=1.0, **distill),
+            data=self.data.model_copy(update={"max_tokens": POOL * LENGTH}),
+            cache_spec=CacheSpec(**DRAWN),
+            cache=open_store(self.root).sub("drawn"),
+        )
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
     from cluster.storage import open_store
+    from trainer.spec import CacheSpec
 
     root = tmp_path_factory.mktemp("training")
     data = data_spec(write_texts(root / "texts"))
     store = open_store(root)
     corpus = make_corpus(store.sub("corpus"), data)
     teacher = save_model(root / "teacher", corpus.tokenizer_folder(), kind="llama", width=48)
-    plain_cache(store.sub("cache"), load_plain(teacher), corpus, 8, TEMPERATURES, by_document=True)
+    for name, values in (("cache", KEPT), ("drawn", DRAWN)):
+        spec = CacheSpec(**values)
+        plain_cache(store.sub(name), load_plain(teacher), corpus, spec, by_document=True)
     return World(root, data, corpus, teacher)
 
 
@@ -161,6 +181,12 @@ def stage_jobs(world: World, ranks: int) -> dict[str, Any]:
             jobs[name] = world.job(name, tied=tied, zero_stage=stage)
         name = f"w{ranks}-z{stage}-ragged"
         jobs[name] = world.job(name, zero_stage=stage, tokens_per_step=5 * LENGTH)
+    name = f"w{ranks}-drawn"
+    jobs[name] = world.drawn_job(name)
+    once = world.drawn_job(f"{name}-once")
+    jobs[f"{name}-once"] = replace(
+        once, cache_spec=once.cache_spec.model_copy(update={"redraws": 1})
+    )
     return jobs
 
 
@@ -173,6 +199,7 @@ def resume_jobs(world: World, suffix: str) -> dict[str, Any]:
         jobs[name] = world.job(
             name, kind=kind, zero_stage=stage, dtype=dtype, checkpoint_steps=1, keep_checkpoints=2
         )
+    jobs[f"drawn{suffix}"] = world.drawn_job(f"drawn{suffix}")
     return jobs
 
 
@@ -279,15 +306,8 @@ def expected_loss(
 
 def test_the_first_loss_is_the_mean_over_the_global_batch(world, one, two) -> None:
     """Averaged per token, not per micro-batch: micro-batches hold unequally many loss tokens."""
-    import torch
-
-    from trainer.corpus.tokenizer import load_tokenizer
-    from trainer.models import build_model, new_config
-
     job = world.job("unused")
-    tokenizer = load_tokenizer(world.corpus.tokenizer_folder())
-    config = new_config("student.config", job.student.config, tokenizer, LENGTH)
-    model = build_model(folder=None, config=config, init="random", dtype=torch.float32, seed=3)
+    model = untrained(world, job)
     numbers = job.schedule(world.corpus).step_indices(0)
     batch = world.corpus.part("train").batch(numbers)
     assert len(set(batch.loss_mask.sum(axis=1))) > 1
@@ -297,8 +317,55 @@ def test_the_first_loss_is_the_mean_over_the_global_batch(world, one, two) -> No
     for told in (one["w1-z2-tied"], two[0]["w2-z3-tied"]):
         step = told.first("step")
         assert step["ce"] == pytest.approx(truth["ce"], rel=1e-5)
-        assert step["forward_kl"] == pytest.approx(truth["forward_kl"], rel=2e-3)  # float16 records
+        assert step["forward_kl"] == pytest.approx(truth["forward_kl"], rel=2e-3)  # rounded records
         assert step["loss"] == pytest.approx(0.7 * step["forward_kl"] + 0.3 * step["ce"], rel=1e-6)
+
+
+def test_drawn_ids_are_read_set_by_set(world, one, two) -> None:
+    """An epoch ends within step 2: from there on the second set is read, on one rank and on two.
+
+    The first loss is told from the draws themselves.
+    """
+    alone, together = one["w1-drawn"], two[0]["w2-drawn"]
+    np.testing.assert_allclose(together.values(), alone.values(), rtol=1e-4)
+    job = world.drawn_job("unused")
+    schedule = job.schedule(world.corpus)
+    assert [sorted(set(schedule.step_epochs(s).tolist())) for s in range(STEPS)] == [
+        [0], [0, 1], [1], [2], [2, 3], [3],
+    ]  # fmt: skip
+    truth = first_loss_of_draws(world, job, schedule.step_indices(0))
+    assert alone.first("step")["forward_kl"] == pytest.approx(truth, rel=1e-5)
+    once = one["w1-drawn-once"]
+    assert once.losses()[0] == alone.losses()[0] and once.losses()[1] != alone.losses()[1]
+
+
+def first_loss_of_draws(world: World, job: Any, numbers: np.ndarray) -> float:
+    """KL(share of the draws || untrained student), mean over the loss tokens, in float64."""
+    from trainer.logits.reader import CacheReader
+
+    batch = world.corpus.part("train").batch(numbers)
+    log_q = log_softmax(plain_logits(untrained(world, job).eval(), batch, by_document=True))
+    reader, total = CacheReader(job.cache, "train"), 0.0
+    for key, rows, mask in zip(batch.keys, log_q, batch.loss_mask, strict=True):
+        found = reader.read(key.tobytes())
+        p = np.exp(found.log_probs.astype(np.float64))
+        kept = np.take_along_axis(rows, found.ids, axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = np.where(p > 0, p * (np.log(p) - kept), 0.0).sum(axis=1)
+        total += float((values * mask).sum())
+    return total / float(batch.loss_mask.sum())
+
+
+def untrained(world: World, job: Any) -> Any:
+    """The student as its training starts from it."""
+    import torch
+
+    from trainer.corpus.tokenizer import load_tokenizer
+    from trainer.models import build_model, new_config
+
+    tokenizer = load_tokenizer(world.corpus.tokenizer_folder())
+    config = new_config("student.config", job.student.config, tokenizer, LENGTH)
+    return build_model(folder=None, config=config, init="random", dtype=torch.float32, seed=3)
 
 
 def test_the_loss_on_select_is_a_mean_over_tokens(world, one) -> None:
@@ -341,7 +408,7 @@ print(json.dumps(result))
 @pytest.fixture(scope="module")
 def loaded(world, two, resumed) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
     """What transformers alone, in a process that knows nothing of this project, reads and says."""
-    names = [*stage_jobs(world, 2), "z2-bfloat16"]
+    names = [name for name in stage_jobs(world, 2) if "drawn" not in name] + ["z2-bfloat16"]
     report = world.corpus.part("report").batch(np.arange(4))
     np.savez(world.root / "ids.npz", ids=report.input_ids, positions=report.position_ids)
     folders = [str(world.root / "students" / name) for name in names]
@@ -412,11 +479,8 @@ def test_names_of_a_wrapper_are_no_names_of_a_student(world, tmp_path) -> None:
 # Stop and resume.
 
 
-@pytest.mark.parametrize("stage, dtype", RESUMES)
-def test_a_resumed_training_repeats_the_undisturbed_one_to_the_last_bit(
-    two, resumed, stage, dtype
-) -> None:
-    name = f"z{stage}-{dtype}"
+@pytest.mark.parametrize("name", [f"z{stage}-{dtype}" for stage, dtype in RESUMES] + ["drawn"])
+def test_a_resumed_training_repeats_the_undisturbed_one_to_the_last_bit(two, resumed, name) -> None:
     whole, head, tail = two[0][name], two[0][f"{name}-stopped"], resumed[0][f"{name}-stopped"]
     assert head.error.startswith("Stopped:") and head.metrics is None
     assert tail.first("resume")["step"] == 3
@@ -428,6 +492,14 @@ def test_a_resumed_training_repeats_the_undisturbed_one_to_the_last_bit(
         assert tail.metrics[key].hex() == whole.metrics[key].hex()
     assert tail.metrics["tokens"] == whole.metrics["tokens"]
     np.testing.assert_array_equal(tail.logits, whole.logits)
+
+
+def test_waits_for_the_loader_are_told(two, resumed) -> None:
+    """Per step, and in the end as a mean without the first step of the process."""
+    for told in (two[0]["z2-float32"], resumed[0]["z2-float32-stopped"]):
+        waits = [event["loader_wait_ms"] for event in told.events if event["event"] == "step"]
+        assert told.metrics["first_wait_ms"] == waits[0] >= 0
+        assert told.metrics["loader_wait_ms"] == pytest.approx(np.mean(waits[1:]))
 
 
 def test_only_rank_zero_speaks(two) -> None:

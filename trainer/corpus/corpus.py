@@ -90,6 +90,18 @@ class Part:
             mask[places], keys[places] = table.loss_mask[rows], table.keys[rows]
         return Batch(ids, position_ids(starts), mask, keys)
 
+    def mixed(self, indices: ArrayLike) -> NDArray[np.bool_]:
+        """Which of the sequences `indices` ([b]) hold parts of several documents: [b]."""
+        wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+        result = np.empty(len(wanted), bool)
+        files = np.searchsorted(self._first, wanted, side="right") - 1
+        for file in np.unique(files):
+            places = np.flatnonzero(files == file)
+            starts = self._table(int(file)).document_start
+            for some in np.array_split(places, -(-len(places) // 4096)):
+                result[some] = starts[wanted[some] - self._first[file], 1:].any(axis=1)
+        return result
+
     def _table(self, file: int) -> tables.Table:
         if file not in self._tables:
             self._tables[file] = tables.read(self._store.fetch(self._names[file]))

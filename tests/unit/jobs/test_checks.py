@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +138,15 @@ def test_a_size_the_architecture_does_not_know(faults: Run) -> None:
 def test_sizes_that_build_no_model(faults: Run) -> None:
     line = only(faults("student.config.hidden_size=30"))
     assert line.startswith(("student.config: ", "sweep.group_size: "))
+
+
+def test_a_teacher_that_zero3_cannot_shard(faults: Run, teacher: Path) -> None:
+    folder = shutil.copytree(teacher / "runs" / "teacher" / "student", teacher / "quantized")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    line = only(faults(teacher={"model": str(folder), "sharding": "zero3"}))
+    assert line.startswith("teacher.sharding: zero3 does not work for a quantized llama")
 
 
 def test_all_faults_are_told_at_once(faults: Run) -> None:

@@ -95,12 +95,32 @@ def faults_of(file: Path, text: str) -> list[str]:
             "distill.losses: needs at least one loss with a weight above 0, and none below 0",
         ),
         ("cache.k=5000", "cache.k: got 5000; may be a whole number from 1 to 4096"),
+        ("cache.method=both", 'cache.method: got "both"; may be sample or topk'),
+        ("cache.draws=0", "cache.draws: got 0; may be a whole number from 1 to 4096"),
+        ("cache.step=1", "cache.step: got 1; may be auto or a number from 0.001 to 0.1"),
+        ("cache.remap=no", 'cache.remap: got "no"; may be frequency or none'),
+        (
+            "cache={method: sample, k: 50}",
+            "cache: k is for method: topk, and this cache is of method: sample; remove k or "
+            "change the method",
+        ),
+        (
+            "cache={method: topk, redraws: 2}",
+            "cache: redraws is for method: sample, and this cache is of method: topk; remove "
+            "redraws or change the method",
+        ),
+        # Its default was topk once: a key of topk without a method is no cache of draws.
+        (
+            "cache={k: 64}",
+            "cache: k is for method: topk, and this cache is of method: sample; remove k or "
+            "change the method",
+        ),
         ("cache.temperatures=[0]", "cache.temperatures.0: got 0; may be a number above 0"),
         (
             "cache.temperatures=[1, 1]",
             "cache.temperatures: got [1, 1]; repeated temperatures in [1.0, 1.0]; list each once",
         ),
-        ("cache=null", "cache: got null; may be a section (method, k, temperatures)"),
+        ("cache=null", "cache: got null; may be a section (method, draws, redraws, seed, ...)"),
         ("teacher.dtype=fp16", 'teacher.dtype: got "fp16"; may be bfloat16 or float32'),
         ("teacher.model=", "teacher.model: got null; may be text, not empty"),
         ('teacher.model=""', 'teacher.model: got ""; may be text, not empty'),
@@ -192,7 +212,8 @@ sweep: {bits: [8], tasks: []}
         "steps: unknown key; did you mean distill.steps?",
         "distill.tokens_per_step: got 1001; may be a multiple of data.sequence_length (100), "
         "e.g. 1000",
-        "distill.temperature: got 2.0; may be one of cache.temperatures (1.0)",
+        "distill.temperature: got 2.0; may be 1 with cache.method: sample; others need method: "
+        "topk, which keeps the tails of cache.temperatures",
         'student.revision: got "v2"; only hub ids have revisions, student.model is "./x"',
     ]
 
@@ -413,6 +434,25 @@ def test_dump_has_every_key_in_the_order_of_the_schema(file: Path) -> None:
     properties: dict[str, Any] = json_schema()["properties"]
     assert list(data) == list(properties)
     assert list(data["distill"]) == list(json_schema()["$defs"]["DistillSpec"]["properties"])
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        "{}",
+        "{draws: 20, redraws: 3}",
+        "{method: topk, k: 64}",
+        "{method: topk, k: 64, keep: 0.86, step: 0.02, temperatures: [1.0, 2.0]}",
+    ],
+)
+def test_the_cache_of_a_run_loads_again(file: Path, tmp_path: Path, cache: str) -> None:
+    """The dump has the keys of both methods; those of the other one are no contradiction."""
+    file.write_text(GOOD + f"cache: {cache}\n")
+    spec = load_spec(file)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_spec(spec))
+    assert load_spec(path) == spec
+    assert load_spec(path).cache.identity() == spec.cache.identity()
 
 
 def test_schema_refuses_what_the_loader_refuses() -> None:

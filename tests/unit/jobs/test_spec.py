@@ -47,7 +47,8 @@ def test_a_sound_spec_has_the_defaults_of_its_floors() -> None:
     assert (spec.seed, spec.storage, spec.tokenizer) == (17, "./runs", None)
     assert spec.sweep is not None and spec.sweep.bits == [8, 4, 3, 2]
     assert spec.tracking.mode == "auto" and spec.tracking.project == "stillhouse"
-    assert spec.cache.k == 64 and spec.resources.max_failures == 3
+    assert (spec.cache.method, spec.cache.draws, spec.cache.redraws) == ("sample", 50, 1)
+    assert spec.resources.max_failures == 3
     with pytest.raises(ValidationError):
         spec.seed = 3  # type: ignore[misc]
 
@@ -88,8 +89,13 @@ ALONE = {"teacher": None, "distill__losses": {"ce": 1.0}}
             "data.max_tokens: got 63; may be auto or a whole number from data.sequence_length (64)",
         ),
         (
-            {"distill__temperature": 2.0, "cache__temperatures": [1.0, 4]},
+            {"distill__temperature": 2.0, "cache": {"method": "topk", "temperatures": [1.0, 4]}},
             "distill.temperature: got 2.0; may be one of cache.temperatures (1.0, 4.0)",
+        ),
+        (
+            {"distill__temperature": 2.0, "cache": {"method": "sample", "draws": 20}},
+            "distill.temperature: got 2.0; may be 1 with cache.method: sample; others need method: "
+            "topk, which keeps the tails of cache.temperatures",
         ),
         (
             {"teacher": None},
@@ -175,7 +181,9 @@ def test_a_broken_rule_is_one_line(changes: dict[str, Any], line: str) -> None:
         {"sweep": None},
         {"distill__losses": {"ce": 1.0}},  # the teacher still judges
         {"distill__control": True},
-        {"distill__temperature": 2, "cache__temperatures": [1, 2]},
+        {"distill__temperature": 2, "cache": {"method": "topk", "temperatures": [1, 2]}},
+        {"cache": {"draws": 20, "redraws": 4, "seed": 3}},
+        {"cache": {"method": "topk", "k": 64}},
         {"data__max_tokens": 64},
         {"teacher__revision": "v2"},
         {"student__model": "gpt2", "student__revision": "v2"},

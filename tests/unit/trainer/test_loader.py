@@ -1,9 +1,11 @@
-"""Micro-batches: dealing to ranks, weights, labels, and the thread that makes them ahead."""
+"""Micro-batches: dealing to ranks, weights, labels, records, and the threads that read ahead."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.storage import open_store
+from trainer.cached import CachedTeacher
 from trainer.corpus import pack, tables
 from trainer.corpus.corpus import Part
 from trainer.loader import StepLoader, deal, evaluation_batches, make_micro_batch, next_tokens
-from trainer.logits.codec import Records
-from trainer.logits.store import CacheReader, write_shard
+from trainer.logits.codebook import Codebook
+from trainer.logits.codec import encode
+from trainer.logits.coding import coding_of, train_kinds
+from trainer.logits.reader import CacheReader
+from trainer.logits.records import Draws, Records
+from trainer.logits.store import open_cache, publish_codebook, write_shard
 from trainer.schedule import Schedule
+from trainer.spec import CacheSpec
 
 LENGTH, K = 8, 3
 
@@ -36,32 +44,44 @@ def part(tmp_path) -> Part:
     return Part(store, {"files": [info.as_dict()]}, LENGTH)
 
 
-@pytest.fixture
-def reader(part, tmp_path) -> CacheReader:
-    """Records whose first id is the position, and whose tails say sequence and temperature."""
-    cache = open_store(tmp_path).sub("cache")
-    keys = [row.tobytes() for row in part.keys]
-    ids = np.tile(np.arange(LENGTH, dtype=np.int32)[:, None], (1, K))
-    records = [
-        Records(
-            ids,
-            np.full((LENGTH, K), -2.0, np.float32),
-            np.stack([np.full(LENGTH, -float(i)), np.full(LENGTH, -100.0 - i)], -1).astype("f4"),
-        )
-        for i in range(len(keys))
-    ]
-    order = np.random.default_rng(2).permutation(len(keys))  # storage has an order of its own
-    write_shard(cache, "train", [keys[i] for i in order], [records[i] for i in order])
-    return CacheReader(cache, "train")
+class Shelf:
+    """One set of records that say what they are of: the first id is the position, the tails are
+    - (sequence + 1000 x set) and 100 less."""
+
+    def __init__(self, part: Part, number: int = 0, width: int = K) -> None:
+        self.numbers = {key.tobytes(): i for i, key in enumerate(part.keys)}
+        self.number, self.width = number, width
+        self.asked: list[bytes] = []
+        self.given: Records | None = None
+
+    def read_many(self, keys: Sequence[bytes]) -> Records:
+        self.asked += keys
+        ids = np.arange(LENGTH)[:, None] + 10 * np.arange(self.width)
+        said = [-float(self.numbers[key] + 1000 * self.number) for key in keys]
+        tails = np.repeat(np.array(said, np.float32), LENGTH)[:, None] - np.array([0, 100], "f4")
+        log_probs = np.full((LENGTH * len(keys), self.width), -2.0, np.float32)
+        self.given = Records(np.tile(ids, (len(keys), 1)), log_probs, tails)
+        return self.given
+
+    def close(self) -> None:
+        pass
 
 
-def loader(part: Part, reader: CacheReader | None = None, **how: Any) -> StepLoader:
-    values = {"per_step": 7, "steps": 5, "micro_batch": 2, "rank": 0, "world": 1, "tail": 0, **how}
-    schedule = Schedule(part.sources, [1.0], 3, values["per_step"], values["steps"])
+def taught(part: Part, sets: int = 1, tail: int = 0) -> CachedTeacher:
+    return CachedTeacher([Shelf(part, i, K + i) for i in range(sets)], tail)  # type: ignore[misc]
+
+
+def ones(count: int) -> np.ndarray:
+    return np.ones(count, np.float32)
+
+
+def loader(part: Part, teacher: CachedTeacher | None = None, **how: Any) -> StepLoader:
+    values = {"per_step": 7, "steps": 5, "micro_batch": 2, "rank": 0, "world": 1, **how}
+    most = values.get("most")
+    schedule = Schedule(part.sources, [1.0], 3, values["per_step"], values["steps"], most)
     return StepLoader(
-        part, schedule, reader, values["tail"], values["micro_batch"], values["rank"],
-        values["world"],
-    )  # fmt: skip
+        part, schedule, teacher, values["micro_batch"], values["rank"], values["world"]
+    )
 
 
 @given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 6))
@@ -81,9 +101,9 @@ def test_labels_are_the_next_tokens() -> None:
     assert next_tokens(ids).tolist() == [[6, 7, 0], [9, 10, 0]]
 
 
-def test_positions_are_not_shifted(part, reader) -> None:
+def test_positions_are_not_shifted(part) -> None:
     """Labels, records and mask at position t are all about token t + 1."""
-    micro = make_micro_batch(part, np.array([4, 1]), 1.0, reader, 0)
+    micro = make_micro_batch(part, np.array([4, 1]), ones(2), taught(part))
     batch = part.batch([4, 1])
     labels = micro.labels.reshape(2, LENGTH).numpy()
     counts = micro.token_weights.reshape(2, LENGTH).numpy() > 0
@@ -96,10 +116,103 @@ def test_positions_are_not_shifted(part, reader) -> None:
     assert micro.log_tail.reshape(2, LENGTH).tolist() == [[-4.0] * LENGTH, [-1.0] * LENGTH]
 
 
-def test_the_tail_is_of_the_temperature_asked_for(part, reader) -> None:
-    micro = make_micro_batch(part, np.array([4]), 1.0, reader, 1)
+def test_the_tail_is_of_the_temperature_asked_for(part) -> None:
+    micro = make_micro_batch(part, np.array([4]), ones(1), taught(part, tail=1))
     assert micro.log_tail is not None
     assert micro.log_tail.tolist() == [-104.0] * LENGTH
+
+
+def test_records_are_read_at_once_and_not_copied(part) -> None:
+    teacher = taught(part)
+    micro = make_micro_batch(part, np.array([4, 1, 2]), ones(3), teacher)
+    given_ = teacher.readers[0].given  # type: ignore[attr-defined]
+    assert micro.ids is not None and micro.log_probs is not None and micro.log_tail is not None
+    assert np.shares_memory(micro.ids.numpy(), given_.ids)
+    assert np.shares_memory(micro.log_probs.numpy(), given_.log_probs)
+    assert np.shares_memory(micro.log_tail.numpy(), given_.log_tails)
+
+
+def test_every_epoch_reads_its_own_set_of_draws(part) -> None:
+    """Also where a step, or one micro-batch, lies across two epochs."""
+    sets, steps = 3, 12
+    maker = loader(part, taught(part, sets), steps=steps, micro_batch=4, most=10)
+    schedule, seen, across = maker.order, set(), 0
+    for number in range(steps):
+        indices, epochs = schedule.step_indices(number), schedule.step_epochs(number)
+        step = maker.step(number)
+        assert len(step.micros) == 2
+        for start, micro in zip((0, 4), step.micros, strict=True):
+            assert micro.ids is not None and micro.log_probs is not None
+            assert micro.log_tail is not None
+            said = -micro.log_tail.reshape(4, LENGTH)
+            found = indices[start : start + 4], epochs[start : start + 4] % sets
+            across += len(set(found[1])) > 1
+            for i, (sequence, number_) in enumerate(zip(*found, strict=True)):
+                assert said[i].tolist() == [sequence + 1000 * number_] * LENGTH
+                ids = micro.ids.reshape(4, LENGTH, -1)[i].numpy()
+                log_probs = micro.log_probs.reshape(4, LENGTH, -1)[i].numpy()
+                width = K + number_
+                assert (ids[:, :width] == np.arange(LENGTH)[:, None] + 10 * np.arange(width)).all()
+                assert (log_probs[:, :width] == -2.0).all()
+                # Unused slots repeat the row's first id without probability.
+                assert (ids[:, width:] == ids[:, :1]).all()
+                assert np.isneginf(log_probs[:, width:]).all()
+                seen.add((int(sequence), int(number_)))
+    assert across > 0 and {number for _, number in seen} == {0, 1, 2}
+
+
+def test_ragged_ends_need_no_sequence_that_was_not_captured(part) -> None:
+    """They were filled up with sequence 0, of which the cache may hold nothing."""
+    for rank, world in ((1, 2), (3, 4)):  # half a micro-batch of filling, and nothing else
+        maker = loader(part, taught(part), per_step=3, world=world, rank=rank, micro_batch=2)
+        read = maker.order.step_indices(1)
+        assert 0 not in read
+        maker.step(1)
+        asked = maker.teacher.readers[0].asked  # type: ignore[union-attr]
+        assert len(asked) == 2 and set(asked) <= {part.keys[i].tobytes() for i in read}
+
+
+@pytest.mark.parametrize("method", ["sample", "topk"])
+def test_records_of_a_real_cache(part, tmp_path, method) -> None:
+    """Those of each sequence by itself, one after the other."""
+    settings = {"sample": {"draws": 9, "redraws": 2}, "topk": {"k": 5, "keep": 0.9}}
+    spec = CacheSpec(method=method, **settings[method])
+    cache = open_cache(open_store(tmp_path).sub("caches"), {"format": 1, **spec.identity()})
+    draw = np.random.default_rng(5)
+    for kind in train_kinds(spec):
+        coding = coding_of(spec, 90, kind)
+        records: list[Records | Draws] = []
+        for _ in part.keys:
+            p = draw.dirichlet(np.full(90, 0.05), size=LENGTH)
+            if method == "sample":
+                ids = np.stack([np.sort(draw.choice(90, size=9, p=row)) for row in p])
+                records.append(Draws(ids.astype(np.int32)))
+                continue
+            ids = np.argsort(-p, axis=1)[:, :5]
+            kept = np.take_along_axis(p, ids, axis=1)
+            tails = np.log(np.maximum(1 - kept.sum(axis=1), 1e-9)).astype(np.float32)[:, None]
+            records.append(Records(ids.astype(np.int64), np.log(kept).astype(np.float32), tails))
+        codebook = publish_codebook(cache, kind, Codebook.fit(coding, records))
+        blobs = [encode(item, codebook) for item in records]
+        write_shard(cache, kind, [row.tobytes() for row in part.keys], blobs)
+    teacher = CachedTeacher.for_training(cache, spec, 1.0)
+    rows, epochs = np.array([4, 1, 7, 1]), np.array([0, 0, 1, 1])
+    micro = make_micro_batch(part, rows, ones(4), teacher, epochs)
+    assert micro.ids is not None and micro.log_probs is not None and micro.log_tail is not None
+    widths = []
+    for i, (row, epoch) in enumerate(zip(rows, epochs, strict=True)):
+        kind = train_kinds(spec)[epoch % len(train_kinds(spec))]
+        alone = CacheReader(cache, kind).read(part.keys[row].tobytes())
+        width = alone.ids.shape[1]
+        at = slice(i * LENGTH, (i + 1) * LENGTH)
+        assert np.array_equal(micro.ids[at, :width], alone.ids)
+        assert np.array_equal(micro.log_probs[at, :width], alone.log_probs)
+        assert np.array_equal(micro.log_tail[at], alone.log_tails[:, 0])
+        assert np.isneginf(micro.log_probs[at, width:]).all()
+        assert (micro.ids[at, width:] == micro.ids[at, :1]).all()
+        widths.append(width)
+    assert micro.ids.shape == (4 * LENGTH, max(widths))
+    teacher.close()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -163,6 +276,9 @@ class Slow:
     def __init__(self, seconds: float = 0.0, broken: int | None = None) -> None:
         self.seconds, self.broken, self.asked = seconds, broken, 0
 
+    def step_epochs(self, step: int) -> np.ndarray:
+        return np.zeros(1, np.int64)
+
     def step_indices(self, step: int) -> np.ndarray:
         self.asked += 1
         time.sleep(self.seconds)
@@ -181,42 +297,66 @@ def test_steps_are_made_ahead_of_time(part) -> None:
     assert max(waits[2:]) < 0.03
 
 
+def test_reading_begins_before_the_first_step_is_asked_for(part) -> None:
+    """A model is built meanwhile, which takes longer."""
+    order = Slow(0.05)
+    steps = replace(loader(part, micro_batch=1), order=order).steps(0, 6, ahead=3)
+    time.sleep(0.4)
+    assert order.asked == 3
+    first = next(iter(steps))
+    assert first.number == 0 and first.wait_s < 0.03
+    steps.close()
+
+
+def test_several_steps_are_read_at_once_and_come_in_order(part) -> None:
+    """Where reading is waiting for another machine."""
+    maker = replace(loader(part, micro_batch=1), order=Slow(0.1))
+    began = time.perf_counter()
+    with closing(maker.steps(0, 12, ahead=8, threads=4)) as steps:
+        assert [step.number for step in steps] == list(range(12))
+    assert time.perf_counter() - began < 0.8  # one after the other takes 1.2
+
+
 def test_only_so_many_steps_are_held(part) -> None:
     order = Slow()
     steps = replace(loader(part, micro_batch=1), order=order).steps(0, 100, ahead=2)
-    next(steps)
+    next(iter(steps))
     time.sleep(0.3)
     assert order.asked <= 5
     steps.close()
 
 
 def test_an_error_of_the_thread_is_raised_where_the_step_is_asked_for(part) -> None:
-    steps = replace(loader(part, micro_batch=1), order=Slow(broken=2)).steps(0, 5)
-    assert next(steps).number == 0 and next(steps).number == 1
-    with pytest.raises(KeyError, match="not in the logit cache"):
-        next(steps)
+    with closing(replace(loader(part, micro_batch=1), order=Slow(broken=2)).steps(0, 5)) as made:
+        steps = iter(made)
+        assert next(steps).number == 0 and next(steps).number == 1
+        with pytest.raises(KeyError, match="not in the logit cache"):
+            next(steps)
 
 
-def test_the_thread_ends_with_its_consumer(part) -> None:
+def test_the_threads_end_with_their_consumer(part) -> None:
     before = threading.active_count()
-    steps = loader(part).steps(0, 5)
-    next(steps)
+    order = Slow(0.02)
+    steps = replace(loader(part, micro_batch=1), order=order).steps(0, 500, ahead=100, threads=3)
+    next(iter(steps))
     steps.close()
     assert threading.active_count() == before
+    assert order.asked < 50
 
 
 def test_a_sequence_that_was_not_captured_is_an_error_not_a_guess(part, tmp_path) -> None:
     """Falling back to plain cross-entropy with a warning would train something else."""
-    empty = CacheReader(open_store(tmp_path).sub("empty"), "train")
-    with pytest.raises(KeyError, match="run the capture stage"):
-        next(loader(part, empty).steps(0, 5))
+    empty = CachedTeacher([CacheReader(open_store(tmp_path).sub("empty"), "train")])
+    with closing(loader(part, empty).steps(0, 5)) as steps, pytest.raises(KeyError) as caught:
+        next(iter(steps))
+    assert "run the capture stage" in str(caught.value)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_an_evaluation_reads_every_sequence_once(part, reader, world) -> None:
+def test_an_evaluation_reads_every_sequence_once(part, world) -> None:
     keys, tokens, rounds = [], 0.0, set()
     for rank in range(world):
-        batches = list(evaluation_batches(part, reader, 0, 4, rank, world))
+        batches = list(evaluation_batches(part, taught(part), 4, rank, world))
         rounds.add(len(batches))
         for micro, found in batches:
             keys += found

@@ -171,6 +171,119 @@ def test_kept_ids_may_have_no_probability(logits) -> None:
     torch.testing.assert_close(grad, expected_grad)
 
 
+def ragged_rows(teacher: Tensor, temperature: float) -> tuple[list[Target], Target]:
+    """Records of 1 to 9 ids per row, ascending: a target for each row alone, and one for all rows.
+
+    Of some rows an id that is kept has no probability at all.
+    """
+    log_p = torch.log_softmax(teacher, dim=-1)
+    rows = []
+    for i, row in enumerate(log_p):
+        count = 1 + i % 9
+        ids = row.topk(count).indices.sort().values
+        tail = row.scatter(0, ids, float("-inf"))
+        kept = row[ids].clone()
+        if i % 4 == 3:
+            kept[i % count] = float("-inf")
+        log_tail = torch.logsumexp(tail / temperature, dim=0)
+        rows.append(Target(torch.zeros(1).long(), ids[None], kept[None], log_tail[None]))
+    ids = torch.full((TOKENS, 9), -1)
+    log_probs = torch.full((TOKENS, 9), float("-inf"), dtype=teacher.dtype)
+    for i, row in enumerate(rows):
+        assert row.ids is not None and row.log_probs is not None
+        ids[i] = row.ids[0, 0]
+        ids[i, : row.ids.shape[1]] = row.ids[0]
+        log_probs[i, : row.ids.shape[1]] = row.log_probs[0]
+    tails = torch.cat([row.log_tail for row in rows if row.log_tail is not None])
+    return rows, Target(torch.zeros(TOKENS).long(), ids, log_probs, tails)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_unused_slots_of_ragged_rows_change_nothing(logits, temperature) -> None:
+    """They repeat an id that is kept: its mass must not count twice, nor its gradient be undone."""
+    student, teacher = logits
+    student = student.double()
+    rows, together = ragged_rows(teacher, temperature)
+    value, grad = ForwardKL(temperature).value_and_grad(student.clone(), together)
+    assert grad.isfinite().all()
+    for i, alone in enumerate(rows):
+        row_value, row_grad = ForwardKL(temperature).value_and_grad(student[i : i + 1], alone)
+        torch.testing.assert_close(value[i : i + 1], row_value, rtol=1e-13, atol=1e-14)
+        torch.testing.assert_close(grad[i : i + 1], row_grad, rtol=1e-13, atol=1e-14)
+
+
+def test_ragged_rows_with_ids_of_no_probability(logits) -> None:
+    """Such an id is kept: the student's mass on it is no part of the tail's."""
+    student, teacher = logits
+    exact = student.double().requires_grad_()
+    _, target = ragged_rows(teacher, 1.0)
+    value, grad = ForwardKL().value_and_grad(student.double(), target)
+    assert target.ids is not None and target.log_probs is not None and target.log_tail is not None
+    truth = []
+    log_q = torch.log_softmax(exact, dim=-1)
+    for i in range(TOKENS):
+        kept = target.ids[i, : 1 + i % 9]
+        p = torch.cat([target.log_probs[i, : len(kept)], target.log_tail[i, None]]).exp()
+        p = p / p.sum()  # the id without probability was taken away
+        others = torch.ones(VOCAB, dtype=torch.bool)
+        others[kept] = False
+        buckets = torch.cat([log_q[i, kept], torch.logsumexp(log_q[i, others], 0)[None]])
+        truth.append(torch.special.xlogy(p, p).sum() - (p * buckets).sum())
+    total = torch.stack(truth)
+    total.sum().backward()
+    torch.testing.assert_close(value, total.detach())
+    assert exact.grad is not None
+    torch.testing.assert_close(grad, exact.grad)
+
+
+def drawn(teacher: Tensor, draws: int, seed: int) -> Target:
+    """Records of ids drawn from float64 teacher logits [tokens, vocab], as the cache gives them."""
+    noise = torch.Generator().manual_seed(seed)
+    ids = torch.multinomial(torch.softmax(teacher, -1), draws, replacement=True, generator=noise)
+    width = max(len(row.unique()) for row in ids)
+    unique = torch.zeros(len(ids), width, dtype=torch.int64)
+    log_probs = torch.full((len(ids), width), float("-inf"))
+    for i, row in enumerate(ids):
+        found, counts = row.unique(return_counts=True)
+        unique[i] = found[0]
+        unique[i, : len(found)] = found
+        log_probs[i, : len(found)] = (counts / draws).log()
+    tails = torch.full((len(ids),), float("-inf"))
+    return Target(torch.zeros(len(ids)).long(), unique, log_probs, tails)
+
+
+def test_the_gradient_of_drawn_ids_is_q_minus_their_share(logits) -> None:
+    student, teacher = logits
+    target = drawn(teacher, 12, 0)
+    assert target.ids is not None and target.log_probs is not None
+    share = torch.zeros(TOKENS, VOCAB, dtype=torch.float64)
+    share.scatter_add_(1, target.ids, target.log_probs.double().exp())
+    torch.testing.assert_close(share.sum(dim=1), torch.ones(TOKENS).double())
+    value, grad = ForwardKL().value_and_grad(student.clone(), target)
+    log_q = torch.log_softmax(student.double(), dim=-1)
+    assert relative(grad, log_q.exp() - share) <= 1e-6
+    truth = (torch.special.xlogy(share, share) - share * log_q).sum(dim=1)
+    assert relative(value, truth) <= 1e-6
+
+
+def test_drawn_ids_are_unbiased(logits) -> None:
+    """Their mean gradient is the full KL's, within what chance allows; a cut tail's is not."""
+    student, teacher = logits
+    rounds, draws = 400, 10
+    p, q = torch.softmax(teacher, -1), torch.softmax(student.double(), -1)
+    many = drawn(teacher.repeat(rounds, 1), draws, 1)
+    _, grad = ForwardKL().value_and_grad(student.repeat(rounds, 1), many)
+    mean = grad.double().reshape(rounds, TOKENS, VOCAB).mean(dim=0)
+    error = (p * (1 - p) / (draws * rounds)).sqrt()
+    z = (mean - (q - p)) / error
+    assert 0.9 < z.square().mean().sqrt() < 1.1
+    cut = target_of(teacher, draws, 1.0)
+    _, biased = ForwardKL().value_and_grad(
+        student.clone(), Target(cut.labels, cut.ids, cut.log_probs, torch.full((TOKENS,), -1e9))
+    )
+    assert ((biased.double() - (q - p)) / error).square().mean().sqrt() > 3
+
+
 def test_a_student_that_has_no_tail_gets_finite_numbers(logits) -> None:
     _, teacher = logits
     target = target_of(teacher, 5, 1.0)

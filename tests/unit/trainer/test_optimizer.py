@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trainer.auto import auto_learning_rate, auto_micro_batch
-from trainer.optimizer import inference_config, learning_rate, make_optimizer, training_config
+from trainer.optimizer import learning_rate, make_optimizer, training_config
 from trainer.spec import DistillSpec
 
 
@@ -81,13 +81,6 @@ def test_the_training_configuration(stage) -> None:
     assert made["bf16"]["enabled"] and made["data_types"]["grad_accum_dtype"] == "fp32"
     assert made["gradient_clipping"] == 0.5
     assert not training_config(spec(dtype="float32"), 1, 1, 1)["bf16"]["enabled"]
-
-
-def test_a_teacher_is_sharded_or_whole() -> None:
-    assert inference_config("bfloat16", True)["zero_optimization"]["stage"] == 3
-    assert inference_config("float32", False)["zero_optimization"]["stage"] == 0
-    assert not inference_config("float32", False)["bf16"]["enabled"]
-    assert "optimizer" not in inference_config("float32", True)
 
 
 def test_auto_values() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -51,6 +53,45 @@ def test_any_step_without_the_ones_before_it(counts, weights, per_step, steps, m
     assert other.used().tolist() == sorted(set(expected.tolist()))
     if most is not None:
         assert len(other.used()) <= max(most, 1) or most >= sum(counts)
+
+
+@pytest.mark.parametrize("most", [None, 7])
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [2.0, 0.5]])
+def test_epochs_of_a_step_are_those_of_its_sequences(weights, most) -> None:
+    """By counting: an epoch is so many numbers of the stream, its odd ones a sequence more."""
+    schedule = make((6, 4), weights, per_step=4, steps=30, most=most)
+    sizes = [7] * 30 if most else [round(6 * weights[0] + 4 * weights[1])] * 30
+    expected = np.repeat(np.arange(30), sizes)[: 4 * 30]
+    found = [schedule.step_epochs(step) for step in range(30)]
+    assert all(epochs.dtype == np.int64 and epochs.shape == (4,) for epochs in found)
+    assert np.concatenate(found).tolist() == expected.tolist()
+    assert make((6, 4), weights, per_step=4, steps=30, most=most).step_epochs(17).tolist() == (
+        found[17].tolist()
+    )
+
+
+def test_a_source_may_be_absent_from_an_epoch() -> None:
+    epochs = make((4,), [0.1], per_step=1, steps=3).step_epochs
+    assert [epochs(step).tolist() for step in range(3)] == [[2], [4], [7]]
+
+
+class Slow(dict):
+    """A dictionary that lets other threads go on after it was looked at."""
+
+    def __contains__(self, key: object) -> bool:
+        found = super().__contains__(key)
+        time.sleep(0.001)
+        return found
+
+
+def test_threads_may_ask_at_once() -> None:
+    """Two epochs are kept; one that was just found must not be dropped before it is read."""
+    schedule, alone = make((5,), per_step=3, steps=40), make((5,), per_step=3, steps=40)
+    schedule._epochs = Slow()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(schedule.step_indices, range(40)))
+    for step, read in enumerate(found):
+        assert read.tolist() == alone.step_indices(step).tolist()
 
 
 def test_weights_are_how_often_a_source_is_read() -> None:

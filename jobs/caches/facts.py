@@ -1,0 +1,159 @@
+"""What a logit cache holds: sequences, tokens, bytes, and how much of the distributions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.storage import Store
+from trainer.logits.index import kind_of
+from trainer.logits.reader import CacheReader
+from trainer.logits.records import VERSION, Coding, Records
+from trainer.logits.store import CacheDamaged, list_shards, read_codebook, read_identity
+
+# Lower ends of the bins of a histogram: of retained mass, and of unique ids per position.
+MASSES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
+UNIQUES = (1, 2, 3, 5, 9, 17, 33, 65, 129, 257, 513, 1025, 2049, 4097)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Shares of positions by bin. what: "retained mass" or "unique ids"; edges: lower ends."""
+
+    what: str
+    edges: tuple[float, ...]
+    shares: tuple[float, ...]
+    mean: float
+    positions: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The records of one kind.
+
+    bytes: of records and indexes. tokens: by the lengths of the sequences looked at, of which
+    there are `seen`; exact unless those differ.
+    """
+
+    kind: str
+    sequences: int
+    shards: int
+    bytes: int
+    tokens: int = 0
+    tokens_exact: bool = True
+    seen: int = 0
+    histogram: Histogram | None = None
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Stored bytes per position."""
+        return self.bytes / self.tokens if self.tokens else None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One cache. bytes: of all its files; age: seconds since it was begun; fault: why it cannot
+    be read, and whether repairing mends that."""
+
+    url: str
+    name: str
+    identity: dict[str, Any] = field(default_factory=dict)
+    bytes: int = 0
+    age: float | None = None
+    kinds: tuple[Kind, ...] = ()
+    fault: str = ""
+    mendable: bool = False
+
+    @property
+    def method(self) -> str:
+        """How the training records are kept, in few words."""
+        values = self.identity
+        if values.get("cache.method") == "sample":
+            return f"sample {values.get('cache.draws')}"
+        ragged = " ragged" if values.get("cache.keep") else ""
+        return f"{values.get('cache.method', '?')} {values.get('cache.k', '')}".strip() + ragged
+
+
+def facts_of(cache: Store, look_at: int) -> Facts:
+    """Reads a cache's indexes, and the records of `look_at` sequences of each kind.
+
+    Damage, and a format of another version, do not raise: they are the `fault`.
+    """
+    values: dict[str, Any] = {"url": cache.url, "name": cache.name}
+    try:
+        values["identity"] = identity = read_identity(cache)
+        values["age"] = max(0.0, time.time() - cache.modified("identity.json"))
+        values["bytes"] = sum(
+            sum(cache.sizes(folder).values()) for folder in ("", "codebooks", "shards")
+        )
+        values["fault"] = other_format(identity)
+        if not values["fault"]:
+            kinds = [_kind(cache, kind, look_at) for kind in kinds_of(cache)]
+            values["kinds"] = tuple(kinds)
+    except CacheDamaged as error:
+        values |= {"fault": f"{error.path} {error.why}", "mendable": True}
+    return Facts(**values)
+
+
+def other_format(identity: dict[str, Any]) -> str:
+    """Why a cache of this identity cannot be read by this version; "" if it can."""
+    found = identity.get("format", VERSION)
+    if found == VERSION:
+        return ""
+    return f"is of format {found}, and this version reads {VERSION}; stillhouse cache rm removes it"
+
+
+def kinds_of(cache: Store) -> list[str]:
+    """The kinds of records that a cache holds: train, its further draws, eval."""
+    names = {kind_of(files.name) for files in list_shards(cache) if files.idx is not None}
+    kinds = (name for name in names if name)
+    return sorted(kinds, key=lambda name: (name == "eval", len(name), name))
+
+
+def spread(keys: NDArray[np.uint8], count: int) -> list[bytes]:
+    """At most `count` of the sorted keys [n, 16], evenly spaced; keys are hashes, so at random."""
+    places = np.unique(np.linspace(0, len(keys) - 1, min(count, len(keys))).astype(np.int64))
+    return [keys[place].tobytes() for place in places]
+
+
+def _kind(cache: Store, kind: str, look_at: int) -> Kind:
+    with CacheReader(cache, kind) as reader:
+        shards = len(reader.shards())
+        records = [reader.read(key) for key in spread(reader.keys, look_at)]
+        sequences, size = len(reader), reader.bytes
+    book = read_codebook(cache, kind)
+    if not records or book is None:
+        return Kind(kind, sequences, shards, size)
+    lengths = [len(item.ids) for item in records]
+    tokens = round(sequences * sum(lengths) / len(lengths))
+    made = _masses(records, book.coding) if book.coding.temperatures else _uniques(records)
+    same = len(set(lengths)) == 1
+    return Kind(kind, sequences, shards, size, tokens, same, len(records), made)
+
+
+def _masses(records: Sequence[Records], coding: Coding) -> Histogram:
+    """How much probability the kept ids have, by the tail at temperature 1 where that is kept."""
+    if 1.0 in coding.temperatures:
+        column = coding.temperatures.index(1.0)
+        parts = [-np.expm1(r.log_tails[:, column].astype(np.float64)) for r in records]
+    else:
+        parts = [np.exp(r.log_probs.astype(np.float64)).sum(axis=1) for r in records]
+    return _histogram("retained mass", MASSES, np.concatenate(parts).clip(0.0, 1.0))
+
+
+def _uniques(records: Sequence[Records]) -> Histogram:
+    """How many different ids were drawn."""
+    counts = np.concatenate([np.isfinite(r.log_probs).sum(axis=1) for r in records])
+    return _histogram("unique ids", UNIQUES, counts.astype(np.float64))
+
+
+def _histogram(what: str, edges: tuple[float, ...], values: NDArray[np.float64]) -> Histogram:
+    bins = np.bincount(np.searchsorted(edges, values, side="right") - 1, minlength=len(edges))
+    last = int(np.flatnonzero(bins)[-1]) + 1 if what == "unique ids" else len(edges)
+    shares = tuple((bins[:last] / len(values)).tolist())
+    return Histogram(what, edges[:last], shares, float(values.mean()), len(values))

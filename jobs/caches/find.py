@@ -1,0 +1,111 @@
+"""Which logit cache a command means: a path, a URL, the start of its fingerprint, or a spec's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.storage import Store, open_store
+from jobs.errors import SpecErrors
+from jobs.load import load_spec, recipes
+from jobs.spec import JobSpec
+from trainer.fingerprint import fingerprint
+from trainer.identity import Identities
+from trainer.job import CACHES, CORPORA, identities, resolve
+
+# Fewer characters of a fingerprint are taken for a mistake.
+SHORTEST = 4
+_START = re.compile(rf"[0-9a-f]{{{SHORTEST},32}}")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A cache; where it was asked for by a spec also that spec, resolved, and what it is made of.
+
+    `cache` of a spec need not be there yet.
+    """
+
+    cache: Store
+    spec: JobSpec | None = None
+    made_of: Identities | None = None
+
+    @property
+    def corpus(self) -> Store:
+        """The corpus of the spec, which need not be there yet."""
+        assert self.spec is not None and self.made_of is not None
+        return open_store(self.spec.storage).sub(CORPORA, fingerprint(self.made_of.corpus))
+
+
+def caches_in(storage: Store) -> list[Store]:
+    """The caches of a storage, by fingerprint."""
+    folder = storage.sub(CACHES)
+    return [cache for name in folder.list() if holds_cache(cache := folder.sub(name))]
+
+
+def holds_cache(place: Store) -> bool:
+    """Whether a folder is a logit cache, also one that has lost some of its files."""
+    return place.exists("identity.json") or place.exists("shards")
+
+
+def storage_of(cache: Store) -> Store | None:
+    """The storage that a cache belongs to; None for a folder that was copied elsewhere."""
+    above, mark, _ = cache.url.rpartition(f"/{CACHES}/")
+    return open_store(above) if mark and above else None
+
+
+def find_cache(text: str, storage: str) -> Store:
+    """The cache at a path or URL, or below `storage` by the start of its fingerprint.
+
+    Raises:
+        SpecErrors: there is none, or there are several; the line names those below `storage`.
+    """
+    root = open_store(storage)
+    if "://" in text or Path(text).is_dir():
+        place = open_store(text)
+        if holds_cache(place):
+            return place
+    known = caches_in(root)
+    if _START.fullmatch(text):
+        found = [cache for cache in known if cache.name.startswith(text)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(cache.name for cache in found)
+            raise SpecErrors([f"{text}: several caches start so: {names}; give more characters"])
+    names = ", ".join(cache.name[:12] for cache in known[:8])
+    there = f"the caches in {storage} are {names}" if names else f"{storage} holds no caches"
+    raise SpecErrors(
+        [
+            f"{text}: no such logit cache; {there}; may be its folder, a URL, or at least "
+            f"{SHORTEST} characters of its fingerprint"
+        ]
+    )
+
+
+def find(text: str, overrides: Sequence[str], storage: str) -> Asked:
+    """The cache that `text` names: a spec's (file or bundled recipe), or as in `find_cache`.
+
+    Raises:
+        SpecErrors: as `load_spec` and `find_cache` do, or for a spec without a teacher.
+    """
+    if overrides or _is_spec(text):
+        return of_spec(resolve(load_spec(text, overrides)))
+    return Asked(find_cache(text, storage))
+
+
+def of_spec(spec: JobSpec) -> Asked:
+    """The cache that a resolved spec fills. Raises SpecErrors if it has no teacher or no data."""
+    for key in ("teacher", "data"):
+        if getattr(spec, key) is None:
+            raise SpecErrors([f"{key}: got null; needed here, as a spec without it has no cache"])
+    made_of = identities(spec)
+    cache = open_store(spec.storage).sub(CACHES, fingerprint(made_of.cache))
+    return Asked(cache, spec, made_of)
+
+
+def _is_spec(text: str) -> bool:
+    if "://" in text or (Path(text).is_dir() and holds_cache(open_store(text))):
+        return False
+    return text.endswith((".yaml", ".yml")) or Path(text).is_file() or text in recipes()

@@ -1,0 +1,415 @@
+"""The capture's blocks, its codebooks, and the thread that encodes and publishes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.storage import Store, open_store
+from tests.material import LENGTH, VOCAB, data_spec, make_corpus, write_texts
+from trainer.logits.coding import coding_of
+from trainer.logits.reader import CacheReader
+from trainer.logits.store import read_codebook
+from trainer.spec import CacheSpec, DistillSpec, TeacherSpec
+from trainer.teacher import codebooks, writer
+from trainer.teacher.blocks import Block, Work, blocks, plan
+from trainer.teacher.codebooks import Codebooks
+from trainer.teacher.job import Capture, batch_size, count_wanted, missing, wanted
+from trainer.teacher.writer import Made, Writer
+from trainer.worker import Hooks
+
+DRAWS = 6
+SIZE = 4
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> Store:
+    """A corpus whose sequences have one document or several, and one that grew from it."""
+    root = tmp_path_factory.mktemp("blocks")
+    store = open_store(root)
+    texts = write_texts(root / "texts")
+    corpus = make_corpus(store.sub("small"), data_spec(texts))
+    from trainer.corpus.tokenizer import load_tokenizer
+
+    texts = write_texts(root / "texts", documents=60, seed=1)
+    make_corpus(store.sub("grown"), data_spec(texts), load_tokenizer(corpus.tokenizer_folder()))
+    return store
+
+
+def open_(job: Capture) -> Any:
+    from trainer.corpus.corpus import open_corpus
+
+    return open_corpus(job.corpus)
+
+
+@pytest.fixture
+def job(corpora, tmp_path) -> Capture:
+    return Capture(
+        teacher=TeacherSpec(model="nowhere"),
+        cache_spec=CacheSpec(draws=DRAWS, redraws=2),
+        data=data_spec("unused"),
+        distill=DistillSpec(steps=10, tokens_per_step=8 * LENGTH),
+        seed=3,
+        batch_tokens=SIZE * LENGTH,
+        shard_seconds=100.0,
+        corpus=corpora.sub("small"),
+        cache=open_store(tmp_path).sub("cache"),
+    )
+
+
+def keys_of(job: Capture, work: Work) -> list[bytes]:
+    part = open_(job).part(work.part)
+    return [part.keys[i].tobytes() for i in work.numbers]
+
+
+def results_of(keys: list[bytes], sets: int) -> tuple[torch.Tensor, ...]:
+    """What a forward pass might give: draws that are a function of the sequence key."""
+    ids = [
+        np.random.default_rng([*key, s]).integers(0, VOCAB, (LENGTH, DRAWS))
+        for key in keys
+        for s in range(sets)
+    ]
+    drawn = np.sort(np.stack(ids), axis=-1).reshape(len(keys), sets, LENGTH, DRAWS)
+    drawn = drawn.transpose(0, 2, 1, 3).reshape(-1, sets, DRAWS)
+    usable = torch.ones(len(keys) * LENGTH, dtype=torch.bool)
+    return usable, torch.from_numpy(drawn.astype(np.int32))
+
+
+def made_of(job: Capture, block: Block) -> Made:
+    part = open_(job).part(block.work.part)
+    keys = [part.keys[i].tobytes() for i in block.numbers]
+    full = [part.keys[i].tobytes() for i in block.filled(SIZE)]
+    coding = coding_of(job.cache_spec, VOCAB, block.work.family)
+    kinds = np.flatnonzero(block.lacks.any(axis=0)).tolist()
+    return Made(block, keys, LENGTH, coding, kinds, results_of(full, len(kinds)), lambda: None)
+
+
+def train_blocks(job: Capture) -> list[Block]:
+    works = [w for w in plan(job, open_(job)) if w.family == "train"]
+    return list(blocks(works, SIZE))
+
+
+@dataclass
+class Started:
+    """A writer and what was asked of its fence."""
+
+    writer: Writer
+    fences: list[float]
+
+
+def start(job: Capture, seconds: float = 100.0, **hooks: Callable[..., Any]) -> Started:
+    fences: list[float] = []
+    hooks.setdefault("fence", lambda: fences.append(time.monotonic()))
+    made = Hooks(**hooks)  # type: ignore[arg-type]
+    books = Codebooks(job, open_(job), VOCAB, made)
+    return Started(Writer(job.cache, books, made.fence, seconds), fences)
+
+
+def put_all(job: Capture, started: Started, some: list[Block]) -> None:
+    with started.writer as at_work:
+        for block in some:
+            at_work.reserve()
+            at_work.put(made_of(job, block))
+
+
+def shards(job: Capture) -> list[str]:
+    return [name for name in job.cache.list("shards") if name.endswith(".idx")]
+
+
+# Blocks.
+
+
+def test_blocks_hold_everything_wanted_once_and_one_kind_of_sequence_each(job) -> None:
+    corpus = open_(job)
+    works = plan(job, corpus)
+    assert [work.part for work in works] == sorted(
+        (work.part for work in works), key=("select", "report", "train").index
+    )
+    kinds_seen = set()
+    for name in ("train", "select", "report"):
+        part = corpus.part(name)
+        mine = [block for block in blocks(works, SIZE) if block.work.part == name]
+        numbers = np.concatenate([block.numbers for block in mine])
+        asked = next(some for kind, of, some in wanted(job, corpus) if of is part)
+        assert sorted(numbers.tolist()) == sorted(asked)
+        for block in mine:
+            positions = part.batch(block.numbers).position_ids
+            several = (positions[:, 1:] == 0).any(axis=1)
+            assert several.all() or not several.any()
+            kinds_seen.add(bool(several[0]))
+            keys = [part.keys[i].tobytes() for i in block.numbers]
+            assert keys == sorted(keys) and block.lacks.all()
+            assert set(block.filled(SIZE)) == set(block.numbers)
+            assert len(block.filled(SIZE)) == SIZE
+        ragged = [block for block in mine if len(block.numbers) < SIZE]
+        assert len(ragged) <= 2  # one for each kind of sequence
+    assert kinds_seen == {True, False}
+    firsts = [block for block in blocks(works, SIZE) if block.first]
+    assert [block.work.family for block in firsts] == ["eval", "train"]
+    assert [len(block.numbers) for block in firsts] == [SIZE, SIZE]
+    assert batch_size(job) == SIZE and count_wanted(job, corpus) == 96
+
+
+def test_what_is_left_after_some_blocks_are_the_other_blocks(job) -> None:
+    """Whichever they were: the next capture has the same ones, sequence for sequence."""
+    every = [tuple(block.numbers) for block in train_blocks(job)]
+    done = train_blocks(job)[1::3]
+    put_all(job, start(job), [replace(done[0], first=True), *done[1:]])
+    left = [tuple(block.numbers) for block in train_blocks(job)]
+    assert set(left) == set(every) - {tuple(block.numbers) for block in done}
+    assert len(left) == len(every) - len(done) > 5
+
+
+def test_a_corpus_that_grew_needs_few_more_forward_passes_than_it_has_new_batches(
+    job, corpora
+) -> None:
+    put_all(job, start(job), train_blocks(job))
+    grown = replace(job, corpus=corpora.sub("grown"))
+    left = train_blocks(grown)
+    new = sum(len(block.numbers) for block in left)
+    absent = next(numbers for kind, _, numbers in missing(grown, open_(grown)) if kind == "train")
+    assert new == len(absent) > 0
+    assert len(left) <= -(-new // SIZE) + 4
+
+
+def test_a_block_knows_which_set_of_draws_each_sequence_lacks(job) -> None:
+    one = replace(job, cache_spec=CacheSpec(draws=DRAWS))
+    some = train_blocks(one)[:3]
+    halves = [replace(b, numbers=b.numbers[1:3], lacks=b.lacks[1:3]) for b in some]
+    put_all(one, start(one), halves)
+    done = {
+        int(i)
+        for work in plan(job, open_(job))
+        if work.family == "train"
+        for i, lacks in zip(work.numbers, work.lacks, strict=True)
+        if not lacks[work.kinds.index("train")]
+    }
+    assert len(done) == 3 * 2
+    for work in plan(job, open_(job)):
+        if work.family == "train":
+            assert work.kinds == ("train", "train1")
+            assert work.lacks[:, 1].all()
+    put_all(job, start(job), train_blocks(job))
+    assert train_blocks(job) == []
+    for kind in ("train", "train1"):
+        assert sum(shard.sequences for shard in CacheReader(job.cache, kind).shards()) == 80
+
+
+# The writer.
+
+
+def test_records_are_stored_under_their_keys(job) -> None:
+    """Of every set of draws; the repeats that fill a block up are not."""
+    started = start(job)
+    put_all(job, started, train_blocks(job))
+    assert len(started.fences) == 3  # the codebook, and a shard of each kind
+    for redraw, kind in enumerate(("train", "train1")):
+        with CacheReader(job.cache, kind) as reader:
+            assert len(reader) == 80
+            for block in train_blocks(replace(job, cache=job.cache.sub("none")))[::4]:
+                for key in keys_of(job, Work(block.work.part, ("train",), block.numbers, None)):  # type: ignore[arg-type]
+                    found = reader.read(key)
+                    drawn = results_of([key], 2)[1][:, redraw].numpy()
+                    for t in range(LENGTH):
+                        ids, counts = np.unique(drawn[t], return_counts=True)
+                        held = found.log_probs[t] > -np.inf
+                        order = np.argsort(found.ids[t][held])
+                        assert found.ids[t][held][order].tolist() == ids.tolist()
+                        shares = np.exp(found.log_probs[t][held][order]) * DRAWS
+                        np.testing.assert_allclose(shares, counts, rtol=1e-5)
+    total = sum(job.cache.size(f"shards/{name}") for name in job.cache.list("shards"))
+    assert started.writer.bytes == total
+
+
+def test_shards_are_published_by_time_also_while_nothing_comes(job) -> None:
+    started = start(job, seconds=0.2)
+    with started.writer as at_work:
+        at_work.reserve()
+        at_work.put(made_of(job, train_blocks(job)[0]))
+        waited = time.monotonic()
+        while len(shards(job)) < 2 and time.monotonic() - waited < 10:
+            time.sleep(0.02)
+        assert len(shards(job)) == 2
+
+
+def test_shards_are_published_by_size(job, monkeypatch) -> None:
+    monkeypatch.setattr(writer, "SHARD_BYTES", 3000)
+    some = train_blocks(job)
+    put_all(job, start(job), some)
+    assert 4 < len(shards(job)) < 2 * len(some)
+
+
+def test_no_more_than_two_batches_are_on_the_host(job, monkeypatch) -> None:
+    """While the thread encodes one, room is given for one more and no further."""
+    go, encoding = threading.Event(), threading.Event()
+    plain = writer.encode
+
+    def slow(item: Any, book: Any) -> bytes:
+        encoding.set()
+        assert go.wait(20)
+        return plain(item, book)
+
+    monkeypatch.setattr(writer, "encode", slow)
+    some = train_blocks(job)
+    started = start(job)
+    with started.writer as at_work:
+        for block in some[:2]:
+            at_work.reserve()
+            at_work.put(made_of(job, block))
+        assert encoding.wait(20)
+        waiting = threading.Thread(target=at_work.reserve)
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        go.set()
+        waiting.join(20)
+        assert not waiting.is_alive()
+        at_work.put(made_of(job, some[2]))
+    assert started.writer.wait_s > 0.4
+    assert len(CacheReader(job.cache, "train")) == 3 * SIZE
+
+
+@pytest.mark.parametrize("where", ["fence", "encode", "publish"])
+def test_an_error_of_the_thread_surfaces_at_the_next_batch(job, monkeypatch, where) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError("no space left")
+
+    hooks = {"fence": fail} if where == "fence" else {}
+    if where == "encode":
+        monkeypatch.setattr(writer, "encode", fail)
+    if where == "publish":
+        monkeypatch.setattr(writer, "write_shard", fail)
+    started = start(job, seconds=0.0, **hooks)
+    some = train_blocks(job)
+    put = 0
+    with pytest.raises(OSError, match="no space left"), started.writer as at_work:
+        for _ in range(100):
+            at_work.reserve()
+            at_work.put(made_of(job, some[0]))
+            put += 1
+            time.sleep(0.05)
+    assert put < 60
+    assert shards(job) == []
+
+
+def test_an_error_at_the_end_is_not_lost(job, monkeypatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(writer, "write_shard", fail)
+    with pytest.raises(OSError, match="no space left"):
+        put_all(job, start(job), train_blocks(job)[:1])
+
+
+def test_an_error_of_the_forward_passes_ends_the_thread_without_publishing(job) -> None:
+    started = start(job)
+    with pytest.raises(ZeroDivisionError), started.writer as at_work:
+        at_work.reserve()
+        at_work.put(made_of(job, train_blocks(job)[0]))
+        raise ZeroDivisionError
+    assert shards(job) == []
+    assert not any(thread.name == "cache-writer" for thread in threading.enumerate())
+
+
+def test_logits_that_are_no_numbers_name_the_sequence(job) -> None:
+    block = train_blocks(job)[0]
+    made = made_of(job, block)
+    made.results[0][2 * LENGTH + 5] = False
+    started = start(job)
+    with pytest.raises(ValueError, match="NaN") as caught, started.writer as at_work:
+        at_work.reserve()
+        at_work.put(made)
+    text = str(caught.value)
+    assert made.keys[2].hex() in text and "position 5" in text and "\n" not in text
+    # What fills a block up does not count.
+    ragged = next(b for b in train_blocks(job) if len(b.numbers) < SIZE)
+    made = made_of(job, replace(ragged, first=True))
+    made.results[0][-1] = False
+    put_all(job, start(job), [])
+    assert len(made.records()[0]) == len(ragged.numbers)
+
+
+# Codebooks.
+
+
+def test_one_rank_fits_and_the_others_wait(job, monkeypatch) -> None:
+    """Batches that came before there was a codebook wait, and are stored in the end."""
+    monkeypatch.setattr(codebooks, "POLL_SECONDS", 0.05)
+    some = train_blocks(job)
+    second = start(job)
+    other = threading.Thread(target=put_all, args=(job, second, some[1::2]))
+    other.start()
+    time.sleep(0.5)
+    assert other.is_alive() and read_codebook(job.cache, "train") is None
+    put_all(job, start(job), some[0::2])
+    other.join(30)
+    assert not other.is_alive()
+    assert len(CacheReader(job.cache, "train")) == 80
+    assert second.writer.wait_s > 0.2 and not second.writer.gave_up
+
+
+def test_a_codebook_that_never_comes_is_an_error(job, monkeypatch) -> None:
+    monkeypatch.setattr(codebooks, "WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(codebooks, "POLL_SECONDS", 0.05)
+    with pytest.raises(TimeoutError, match="no codebook for train") as caught:
+        put_all(job, start(job), train_blocks(job)[1:2])
+    assert "\n" not in str(caught.value) and job.cache.url in str(caught.value)
+
+
+def test_a_stop_before_there_is_a_codebook_loses_the_batches_and_says_so(job, monkeypatch) -> None:
+    monkeypatch.setattr(codebooks, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(codebooks, "POLL_SECONDS", 0.05)
+    started = start(job, stop_requested=lambda: True)
+    put_all(job, started, train_blocks(job)[1:4])
+    assert started.writer.gave_up and shards(job) == []
+
+
+def test_the_codebook_counts_the_ids_of_the_wanted_sequences(job, monkeypatch) -> None:
+    """All of them, or so many of them evenly over the keys; without remap none."""
+    corpus = open_(job)
+    seen: list[Any] = []
+    plain = codebooks.Codebook.fit
+
+    def spy(coding: Any, sample: Any, counts: Any = None) -> Any:
+        seen.append(counts)
+        return plain(coding, sample, counts)
+
+    monkeypatch.setattr(codebooks.Codebook, "fit", staticmethod(spy))
+    items = made_of(job, train_blocks(job)[0]).records()[0]
+    part = corpus.part("train")
+    numbers = next(some for kind, _, some in wanted(job, corpus) if kind == "train")
+    for number, (remap, most) in enumerate((("frequency", 4096), ("frequency", 5), ("none", 9))):
+        monkeypatch.setattr(codebooks, "COUNTED", most)
+        spec = CacheSpec(draws=DRAWS, redraws=2, remap=remap)
+        mine = replace(job, cache_spec=spec, cache=job.cache.sub(str(number)))
+        Codebooks(mine, corpus, VOCAB, Hooks()).get("train", items)
+    truth = np.bincount(part.batch(numbers).input_ids.ravel(), minlength=VOCAB)
+    assert (seen[0] == truth).all()
+    ordered = sorted(numbers, key=lambda i: part.keys[i].tobytes())
+    few = [ordered[round(at)] for at in (0, 79 / 4 - 0.5, 79 / 2 - 0.5, 59, 79)]
+    assert seen[1].sum() == 5 * LENGTH
+    assert (seen[1] <= truth).all()
+    assert (seen[1] == np.bincount(part.batch(few).input_ids.ravel(), minlength=VOCAB)).all()
+    assert seen[2] is None
+
+
+def test_a_codebook_of_other_settings_is_refused(job) -> None:
+    put_all(job, start(job), train_blocks(job)[:1])
+    other = replace(job, cache_spec=CacheSpec(draws=DRAWS + 1))
+    with pytest.raises(ValueError, match="codebook for train") as caught:
+        Codebooks(other, open_(job), VOCAB, Hooks()).get("train", None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_that_is_published_is_whole(job, tmp_path: Path) -> None:
+    put_all(job, start(job), train_blocks(job))
+    names = job.cache.list("shards")
+    assert len(names) == 4 and {Path(name).suffix for name in names} == {".bin", ".idx"}

@@ -1,0 +1,119 @@
+"""Who shares a copy of the teacher, and which teachers can be shared out at all."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from trainer.teacher import placement
+from trainer.teacher.experts import check_shardable, has_experts, mark_leaves
+from trainer.teacher.placement import groups_for, memory_of
+
+GB = 1e9
+TWO_NODES = [[0, 1, 2, 3], [4, 5, 6, 7]]
+EIGHTY = [80 * GB] * 8
+
+
+@pytest.mark.parametrize(
+    ("sharding", "weights", "groups"),
+    [
+        ("auto", 16 * GB, [[rank] for rank in range(8)]),
+        ("none", 500 * GB, [[rank] for rank in range(8)]),
+        ("auto", 140 * GB, TWO_NODES),
+        ("zero3", 16 * GB, TWO_NODES),
+        ("auto", 300 * GB, [list(range(8))]),
+        ("zero3", 300 * GB, [list(range(8))]),
+    ],
+)
+def test_a_copy_is_spread_over_as_few_as_hold_it(sharding, weights, groups) -> None:
+    assert groups_for(sharding, weights, 2 * GB, EIGHTY, TWO_NODES) == groups
+
+
+def test_the_smallest_worker_decides() -> None:
+    memory = [80 * GB] * 7 + [24 * GB]
+    assert groups_for("auto", 16 * GB, GB, memory, TWO_NODES) == TWO_NODES
+
+
+def test_ranks_of_a_node_need_not_follow_each_other() -> None:
+    nodes = [[0, 2], [1, 3]]
+    assert groups_for("zero3", GB, GB, [80 * GB] * 4, nodes) == nodes
+
+
+def test_the_largest_layer_counts_beside_the_share() -> None:
+    nodes = [[0, 1], [2, 3]]
+    assert groups_for("auto", 80 * GB, 5 * GB, [80 * GB] * 4, nodes) == nodes
+    assert groups_for("auto", 80 * GB, 20 * GB, [80 * GB] * 4, nodes) == [[0, 1, 2, 3]]
+
+
+def test_nodes_of_one_worker_each_share_one_copy_where_sharding_is_asked_for() -> None:
+    assert groups_for("zero3", GB, GB, [80 * GB] * 2, [[0], [1]]) == [[0, 1]]
+    assert groups_for("zero3", GB, GB, [80 * GB], [[0]]) == [[0]]
+
+
+def test_what_fits_nowhere_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ValueError, match=r"^teacher.model: 900.0 GB .* 8 workers of 80.0 GB"):
+        groups_for("auto", 900 * GB, 2 * GB, EIGHTY, TWO_NODES)
+
+
+def test_a_containers_limit_counts_where_it_is_below_the_machines_memory(
+    monkeypatch, tmp_path
+) -> None:
+    worker = SimpleNamespace(device=torch.device("cpu"), world=4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(placement, "LIMITS", (str(tmp_path / "absent"), str(limit)))
+    machine = psutil.virtual_memory().total
+    for text, memory in (("1000000\n", 1e6), ("max\n", machine), ("9223372036854771712", machine)):
+        limit.write_text(text)
+        assert memory_of(worker) == memory / 2  # type: ignore[arg-type]
+
+
+# Mixtures of experts.
+
+MOE = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 32}
+
+
+def test_known_mixtures_of_experts_can_be_sharded() -> None:
+    for kind in ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss", "granitemoe"):
+        config = AutoConfig.for_model(kind, num_hidden_layers=2)
+        config.first_k_dense_replace = 1  # of DeepSeek: dense layers before the others
+        assert has_experts(config)
+        check_shardable(config)
+
+
+def test_experts_that_are_not_found_are_refused_by_name(monkeypatch) -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
+
+    monkeypatch.setattr("trainer.models.meta_model", lambda config: Hidden())
+    with pytest.raises(ValueError, match="zero3 does not work for mixtral, a mixture of experts"):
+        check_shardable(AutoConfig.for_model("mixtral", **MOE))
+
+
+def test_models_without_experts_are_not_looked_into(monkeypatch) -> None:
+    monkeypatch.setattr("trainer.models.meta_model", lambda config: 1 / 0)
+    check_shardable(AutoConfig.for_model("llama", **MOE))
+
+
+def test_a_quantized_checkpoint_is_refused_by_name() -> None:
+    config = AutoConfig.for_model("llama", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ValueError, match="zero3 does not work for a quantized llama"):
+        check_shardable(config)
+
+
+def test_the_module_around_experts_that_are_modules_is_a_leaf() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(2, 4)
+            self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])})
+    assert mark_leaves(model) == list(model["layers"])

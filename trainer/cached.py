@@ -1,0 +1,70 @@
+"""The teacher as a training knows it: what its logit cache holds of a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.storage import Store
+from trainer.logits.coding import train_kinds
+from trainer.logits.reader import CacheReader
+from trainer.logits.records import Records
+from trainer.spec import CacheSpec
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """The records of sequences, for a loss at one temperature.
+
+    readers: one for each set of records; epoch e reads set e modulo their number. tail: which of
+    the temperatures of the records the log tail is of.
+    """
+
+    readers: Sequence[CacheReader]
+    tail: int = 0
+
+    @staticmethod
+    def for_training(cache: Store, spec: CacheSpec, temperature: float) -> CachedTeacher:
+        """For a loss at `temperature`, one of those of the spec."""
+        readers = [CacheReader(cache, kind) for kind in train_kinds(spec)]
+        return CachedTeacher(readers, spec.temperatures.index(temperature))
+
+    @staticmethod
+    def for_evaluation(cache: Store) -> CachedTeacher:
+        """For measuring models against the teacher, at temperature 1."""
+        return CachedTeacher([CacheReader(cache, "eval")])
+
+    def read(self, keys: Sequence[bytes], epochs: NDArray[np.int64]) -> Records:
+        """The records of `keys`, the i-th as epoch `epochs[i]` reads it, along the positions.
+
+        Raises KeyError for a sequence that is not there, ValueError for a damaged one.
+        """
+        sets = epochs % len(self.readers)
+        # A step may lie across two epochs, and then a micro-batch in two sets.
+        edges = [0, *(np.flatnonzero(np.diff(sets)) + 1).tolist(), len(sets)]
+        parts = [
+            self.readers[sets[start]].read_many(keys[start:stop])
+            for start, stop in zip(edges[:-1], edges[1:], strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else _join(parts)
+
+    def close(self) -> None:
+        """Closes the readers."""
+        for reader in self.readers:
+            reader.close()
+
+
+def _join(parts: Sequence[Records]) -> Records:
+    """Records for training one after the other along the positions, as wide as the widest."""
+    width = max(part.ids.shape[1] for part in parts)
+    ids, log_probs = [], []
+    for part in parts:
+        more = width - part.ids.shape[1]
+        ids.append(np.pad(part.ids, ((0, 0), (0, more))))
+        ids[-1][:, width - more :] = part.ids[:, :1]
+        log_probs.append(np.pad(part.log_probs, ((0, 0), (0, more)), constant_values=-np.inf))
+    tails = [part.log_tails for part in parts]
+    return Records(np.concatenate(ids), np.concatenate(log_probs), np.concatenate(tails))

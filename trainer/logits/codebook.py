@@ -1,0 +1,294 @@
+"""What all records of one kind in a cache share: the coding, the numbering of ids, code tables.
+
+Fitted once, on the first records of a cache, and kept beside them. Later records that look
+otherwise are coded as exactly, only in more bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.logits.model import (
+    CENTROIDS,
+    CONTEXTS,
+    COUNT,
+    GAP,
+    TAIL,
+    TAIL_BUCKETS,
+    UNIT,
+    VALUE,
+    tail_bucket,
+    tail_level,
+)
+from trainer.logits.rans import (
+    ESCAPE,
+    PRECISION,
+    SYMBOLS,
+    check_frequencies,
+    code_table,
+    decode_tables,
+    frequencies,
+)
+from trainer.logits.records import MAX_VOCABULARY, Coding, Draws, Records
+
+_MAGIC = b"SHCB"
+FORMAT = 1
+_HEAD = struct.Struct("<4sII")  # magic, format, bytes of the JSON header
+# Symbols a context must have shown to get a code of its own; fewer share one with their like.
+_ENOUGH = 128
+# How many symbols the shared code counts for in a context's own.
+_PRIOR = 24.0
+# Tokens that a fit looks at, at most.
+_FIT_ROWS = 32_768
+_MOST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """See the module's docstring.
+
+    order: int32 [vocab], id by number. centroids: float64 [TAIL_BUCKETS, CENTROIDS], the
+    probability that stands for a level. table_of: int64 [CONTEXTS], freqs: int64
+    [tables, SYMBOLS], as in `trainer.logits.rans`.
+    """
+
+    coding: Coding
+    order: NDArray[np.int32]
+    centroids: NDArray[np.float64]
+    table_of: NDArray[np.int64]
+    freqs: NDArray[np.int64]
+
+    @cached_property
+    def ranks(self) -> NDArray[np.int32]:
+        """Number by id: int32 [vocab]."""
+        ranks = np.empty_like(self.order)
+        ranks[self.order] = np.arange(len(self.order), dtype=np.int32)
+        return ranks
+
+    @cached_property
+    def codes(self) -> NDArray[np.uint64]:
+        """The coding tables, one after the other."""
+        return code_table(self.freqs)
+
+    @cached_property
+    def code_bases(self) -> NDArray[np.uint64]:
+        """Where the coding table of each context starts: uint64 [CONTEXTS]."""
+        return self.table_of.astype(np.uint64) * np.uint64(SYMBOLS)
+
+    @cached_property
+    def tables(self) -> NDArray[np.uint32]:
+        """The decoding tables, one after the other: uint32 [tables * 2^PRECISION]."""
+        return decode_tables(self.freqs)
+
+    @cached_property
+    def bases(self) -> NDArray[np.uint64]:
+        """Where the decoding table of each context starts: uint64 [CONTEXTS]."""
+        return self.table_of.astype(np.uint64) << np.uint64(PRECISION)
+
+    @cached_property
+    def units(self) -> NDArray[np.int64]:
+        """Centroids in fixed-point units, the same on every machine: int64."""
+        return np.rint(self.centroids * (UNIT / self.coding.step**2)).astype(np.int64)
+
+    @cached_property
+    def log_values(self) -> NDArray[np.float32]:
+        """Log-probability by tail bucket and level, or by count of draws: float32."""
+        if self.coding.method == "sample":
+            counts = np.maximum(np.arange(self.coding.k + 1), 1)
+            return np.log(counts / self.coding.k).astype(np.float32)[None]
+        levels = np.arange(int(1.01 / self.coding.step) + 2)
+        values = np.repeat((levels[None] * self.coding.step) ** 2, TAIL_BUCKETS, axis=0)
+        few = min(CENTROIDS, len(levels))
+        values[:, :few] = self.centroids[:, :few]
+        return np.log(np.minimum(values, 1.0)).astype(np.float32)
+
+    @staticmethod
+    def fit(
+        coding: Coding, sample: Sequence[Records | Draws], token_counts: NDArray[Any] | None = None
+    ) -> Codebook:
+        """The codebook for records like `sample`; a pure function of its arguments.
+
+        token_counts: [vocab], how often each id occurs; ids are numbered by it (None: as they
+        are). Raises ValueError for records that could not be coded.
+        """
+        from trainer.logits.codec import events_of
+
+        if not 1 <= coding.vocab <= MAX_VOCABULARY:
+            raise ValueError(f"a vocabulary of {coding.vocab}; may be 1 to {MAX_VOCABULARY}")
+        order = np.arange(coding.vocab, dtype=np.int32)
+        if token_counts is not None:
+            counts = np.zeros(coding.vocab, np.int64)
+            counts[: len(token_counts)] = token_counts[: coding.vocab]
+            order = np.argsort(-counts, kind="stable").astype(np.int32)
+        plain = Codebook(
+            coding,
+            order,
+            _fit_centroids(coding, sample),
+            np.zeros(CONTEXTS, np.int64),
+            frequencies(np.eye(SYMBOLS)[ESCAPE])[None],
+        )
+        seen = np.zeros((CONTEXTS, 256), np.int64)
+        rows = 0
+        for item in sample:
+            if rows >= _FIT_ROWS:
+                break
+            rows += len(item.ids)
+            events, _ = events_of(item, plain)
+            flat = (events >> np.uint64(40)).astype(np.int64)  # context and symbol
+            seen += np.bincount(flat, minlength=CONTEXTS * 256).reshape(CONTEXTS, 256)
+        table_of, freqs = _fit_tables(seen[:, :SYMBOLS].astype(np.float64))
+        return Codebook(coding, order, plain.centroids, table_of, freqs)
+
+    def to_bytes(self) -> bytes:
+        """The codebook as it is stored: a JSON header, packed arrays, a checksum."""
+        plain = np.array_equal(self.order, np.arange(self.coding.vocab))
+        arrays = [
+            b"" if plain else self.order.astype("<i4").tobytes(),
+            self.centroids.astype("<f8").tobytes(),
+            self.table_of.astype("<u2").tobytes(),
+            self.freqs.astype("<u2").tobytes(),
+        ]
+        header = json.dumps(
+            {"coding": asdict(self.coding), "sizes": [len(array) for array in arrays]}
+        ).encode()
+        head = _HEAD.pack(_MAGIC, FORMAT, len(header)) + header
+        body = head + zlib.compress(_planes(arrays), 9)
+        return body + hashlib.blake2b(body, digest_size=16).digest()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Codebook:
+        """The inverse of `to_bytes`. Raises ValueError for anything else."""
+        if len(data) < _HEAD.size + 16 or data[:4] != _MAGIC:
+            raise ValueError("not a codebook of a logit cache")
+        if hashlib.blake2b(data[:-16], digest_size=16).digest() != data[-16:]:
+            raise ValueError("a damaged codebook (its checksum differs)")
+        _, version, size = _HEAD.unpack_from(data)
+        if version != FORMAT:
+            raise ValueError(f"a codebook of format {version}; this version reads {FORMAT}")
+        try:
+            header = json.loads(data[_HEAD.size : _HEAD.size + size])
+            values = header["coding"]
+            values["temperatures"] = tuple(map(float, values["temperatures"]))
+            coding = Coding(**values)
+            inflate = zlib.decompressobj()
+            raw = inflate.decompress(data[_HEAD.size + size : -16], _MOST_BYTES)
+            order, centroids, table_of, freqs = _unplane(raw, header["sizes"])
+            book = Codebook(
+                coding,
+                np.frombuffer(order, "<i4").astype(np.int32)
+                if order
+                else np.arange(coding.vocab, dtype=np.int32),
+                np.frombuffer(centroids, "<f8").reshape(TAIL_BUCKETS, CENTROIDS),
+                np.frombuffer(table_of, "<u2").astype(np.int64),
+                np.frombuffer(freqs, "<u2").astype(np.int64).reshape(-1, SYMBOLS),
+            )
+            book._check()
+        except (KeyError, TypeError, zlib.error) as error:
+            raise ValueError(f"a damaged codebook ({error})") from None
+        return book
+
+    def _check(self) -> None:
+        """Raises ValueError for what no fit makes, which would lead a decoder astray."""
+        coding = self.coding
+        check_frequencies(self.freqs)
+        sound = (
+            1 <= coding.vocab <= MAX_VOCABULARY
+            and 1 <= coding.k <= 4096
+            and 0.0005 <= coding.step <= 1.0
+            and len(self.order) == coding.vocab
+            and np.array_equal(np.sort(self.order), np.arange(coding.vocab))
+            and len(self.table_of) == CONTEXTS
+            and int(self.table_of.max()) < len(self.freqs)
+            and bool((self.centroids > 0).all())
+        )
+        if not sound:
+            raise ValueError("a codebook that contradicts itself")
+
+
+def _fit_centroids(coding: Coding, sample: Sequence[Records | Draws]) -> NDArray[np.float64]:
+    """Mean probability of each level and tail bucket: what minimises the generalized KL."""
+    levels = np.arange(CENTROIDS)
+    plain = (np.maximum(levels, 0.25) * coding.step) ** 2
+    if coding.method != "topk":
+        return np.repeat(plain[None], TAIL_BUCKETS, axis=0)
+    sums = np.zeros((TAIL_BUCKETS, CENTROIDS))
+    numbers = np.zeros((TAIL_BUCKETS, CENTROIDS))
+    rows = 0
+    for item in sample:
+        assert isinstance(item, Records)
+        if rows >= _FIT_ROWS:
+            break
+        rows += len(item.ids)
+        p = np.exp(item.log_probs.astype(np.float64))
+        root = np.sqrt(p)
+        kept = (p > 0) & (root >= coding.keep * coding.step)
+        mass = 1.0 - np.where(kept, p, 0.0).sum(axis=1)
+        buckets = np.array([tail_bucket(tail_level(value)) for value in mass])
+        level = np.rint(root / coding.step).astype(np.int64)
+        used = kept & (level < CENTROIDS)
+        where = (np.broadcast_to(buckets[:, None], level.shape)[used], level[used])
+        np.add.at(sums, where, p[used])
+        np.add.at(numbers, where, 1.0)
+    # A few nominal values in each cell, so that rare ones stay near the middle of their level.
+    shared = (sums.sum(axis=0) + 2 * plain) / (numbers.sum(axis=0) + 2)
+    return (sums + 4 * shared) / (numbers + 4)
+
+
+def _fit_tables(seen: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Codes of the contexts by what each has shown [CONTEXTS, SYMBOLS]; rare ones share."""
+    table_of = np.zeros(CONTEXTS, np.int64)
+    tables: list[NDArray[np.int64]] = []
+
+    def add(weights: NDArray[np.float64]) -> int:
+        weights = weights.copy()
+        weights[ESCAPE] = max(1.0, float((weights == 1).sum()))
+        tables.append(frequencies(weights))
+        return len(tables) - 1
+
+    for start, stop, width in (
+        (TAIL, COUNT, 1),
+        (COUNT, GAP, TAIL_BUCKETS),
+        (GAP, VALUE, 9),
+        (VALUE, CONTEXTS, 3),
+    ):
+        every = seen[start:stop].sum(axis=0)
+        shared = add(every)
+        for first in range(start, stop, width):
+            family = seen[first : first + width].sum(axis=0)
+            near, likely = shared, every
+            if family.sum() >= _ENOUGH:
+                near, likely = add(family), family
+            for context in range(first, first + width):
+                table_of[context] = near
+                if _ENOUGH <= seen[context].sum() < family.sum():
+                    prior = _PRIOR * likely / likely.sum()
+                    table_of[context] = add(seen[context] + np.where(prior > 0.02, prior, 0.0))
+    return table_of, np.stack(tables)
+
+
+def _planes(arrays: list[bytes]) -> bytes:
+    """The arrays one after the other, the first (of 4-byte numbers) as byte planes."""
+    first = np.frombuffer(arrays[0], np.uint8).reshape(-1, 4).T.tobytes()
+    return b"".join([first, *arrays[1:]])
+
+
+def _unplane(raw: bytes, sizes: list[int]) -> list[bytes]:
+    """The inverse of `_planes`. Raises ValueError where the sizes do not fit."""
+    if len(sizes) != 4 or min(sizes) < 0 or sum(sizes) != len(raw) or sizes[0] % 4:
+        raise ValueError("a damaged codebook (its sizes differ)")
+    parts, at = [], 0
+    for size in sizes:
+        parts.append(raw[at : at + size])
+        at += size
+    parts[0] = np.frombuffer(parts[0], np.uint8).reshape(4, -1).T.tobytes()
+    return parts

@@ -1,0 +1,201 @@
+"""What is wrong with a logit cache, found by reading every byte of it; see `mend` for the cure."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import xxhash
+
+from cluster.storage import Store
+from trainer.fingerprint import fingerprint
+from trainer.logits.codebook_file import codebook_path, family_of, spare_path, unpack_codebook
+from trainer.logits.index import Index, kind_of, rows_in
+from trainer.logits.store import (
+    IDENTITY,
+    SHARDS,
+    CacheDamaged,
+    Files,
+    cache_fingerprint,
+    list_shards,
+    load_codebook,
+    named_by_fingerprint,
+    read_identity,
+    read_index,
+)
+
+FAMILIES = ("eval", "train")
+PIECE_BYTES = 8 << 20
+# Shards looked at together: so many pieces are in memory at once.
+TOGETHER = 4
+# A capture writes a shard's records before its index; what is older than this was abandoned.
+LEFTOVER_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One file of a cache that is not as it should be.
+
+    path: in the cache. why: goes after the path in a sentence. kind: of its records ("" for files
+    that hold none). sequences: records that mending drops, as many as the index says, or, if that
+    is damaged, as its size has room for. harmless: readers do not miss this file.
+    """
+
+    path: str
+    why: str
+    kind: str
+    sequences: int
+    harmless: bool = False
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """One shard as found: what is wrong with it, or how many sequences need which codebook."""
+
+    name: str
+    kind: str
+    damage: Damage | None = None
+    codebook: bytes = b""
+    sequences: int = 0
+
+
+def check_cache(cache: Store) -> list[Damage]:
+    """Everything that is wrong with a cache, by path; reads all of it, in bounded memory."""
+    found = _check_identity(cache)
+    if found and not named_by_fingerprint(cache):
+        return found  # nothing says what the other files should be of
+    where = cache_fingerprint(cache)
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        states = list(pool.map(lambda files: _check_shard(cache, files, where), list_shards(cache)))
+    found += [state.damage for state in states if state.damage is not None]
+    for family in FAMILIES:
+        needing = [s for s in states if s.codebook and family_of(s.kind) == family]
+        found += _check_codebook(cache, where, family, needing)
+    found += _strangers(cache)
+    return sorted(found, key=lambda damage: damage.path)
+
+
+def _check_identity(cache: Store) -> list[Damage]:
+    try:
+        found = fingerprint(read_identity(cache))
+    except CacheDamaged as error:
+        return [Damage(IDENTITY, error.why, "", 0)]
+    if found == cache.name or not named_by_fingerprint(cache):
+        return []
+    return [Damage(IDENTITY, f"is damaged: it is of another logit cache, {found}", "", 0)]
+
+
+def _check_shard(cache: Store, files: Files, where: str) -> ShardState:
+    kind, path = kind_of(files.name) or "", f"{SHARDS}/{files.name}.bin"
+    if files.idx is None:
+        return ShardState(files.name, kind, _unfinished(cache, kind, files.name))
+    try:
+        index = read_index(cache, files, where)
+    except CacheDamaged as error:
+        return ShardState(files.name, kind, Damage(error.path, error.why, kind, rows_in(files.idx)))
+    if index is None:  # dropped since the listing
+        return ShardState(files.name, kind)
+    sequences = len(index.keys)
+    try:
+        bad = _bad_records(cache, path, index)
+    except FileNotFoundError:
+        return ShardState(files.name, kind, Damage(path, "is missing", kind, sequences))
+    if bad:
+        why = f"is damaged in {bad} of its {sequences} records"
+        return ShardState(files.name, kind, Damage(path, why, kind, sequences))
+    return ShardState(files.name, kind, None, index.codebook, sequences)
+
+
+def _unfinished(cache: Store, kind: str, name: str) -> Damage | None:
+    path = f"{SHARDS}/{name}.bin"
+    try:
+        young = time.time() - cache.modified(path) < LEFTOVER_SECONDS
+    except FileNotFoundError:
+        return None
+    if young or cache.exists(f"{SHARDS}/{name}.idx"):
+        return None
+    return Damage(path, "is unfinished: its index was never written", kind, 0, harmless=True)
+
+
+def _bad_records(cache: Store, path: str, index: Index) -> int:
+    """How many records' bytes do not fit their checksums, read in pieces.
+
+    Raises FileNotFoundError.
+    """
+    whole = hashlib.blake2b(digest_size=16)
+    bad, row, left = 0, 0, int(index.lengths[0])
+    state = xxhash.xxh3_64(index.keys[0].tobytes())
+    for piece in _pieces(cache, path, index.size):
+        whole.update(piece)
+        at = 0
+        while at < len(piece):
+            part = piece[at : at + left]
+            state.update(part)
+            at, left = at + len(part), left - len(part)
+            if not left:
+                bad += state.intdigest() != index.sums[row]
+                row += 1
+                if row < len(index.keys):
+                    left = int(index.lengths[row])
+                    state = xxhash.xxh3_64(index.keys[row].tobytes())
+    return bad if whole.digest() == index.digest else max(bad, 1)
+
+
+def _pieces(cache: Store, path: str, size: int) -> Iterator[memoryview]:
+    for start in range(0, size, PIECE_BYTES):
+        yield memoryview(cache.read_range(path, start, min(start + PIECE_BYTES, size)))
+
+
+def _check_codebook(
+    cache: Store, where: str, family: str, shards: list[ShardState]
+) -> Iterator[Damage]:
+    """Damage of a family's codebook, and of the shards that it leaves without one."""
+    path = codebook_path(family)
+    why, number = "", b""
+    try:
+        loaded = load_codebook(cache, family)
+        if loaded is not None:
+            number = loaded[0]
+        elif shards:
+            why = "is missing"
+    except CacheDamaged as error:
+        why = error.why
+    if why:
+        number = restorable(cache, where, family, shards)
+        yield Damage(path, why + ("; its spare copy is intact" if number else ""), family, 0)
+    elif number and not spare(cache, where, family, number):
+        why = "is missing or damaged; it is the spare copy of the codebook"
+        yield Damage(spare_path(family, number), why, family, 0, harmless=True)
+    for shard in shards:
+        if shard.codebook != number:
+            lost = f"{SHARDS}/{shard.name}.idx"
+            yield Damage(lost, "needs a codebook that is lost", shard.kind, shard.sequences)
+
+
+def spare(cache: Store, where: str, family: str, number: bytes) -> bytes | None:
+    """The spare copy of the codebook with this hash, None unless it is intact."""
+    try:
+        data = cache.read_bytes(spare_path(family, number))
+        return data if unpack_codebook(data, family, where)[0] == number else None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def restorable(cache: Store, where: str, family: str, shards: Sequence[ShardState]) -> bytes:
+    """Of the codebooks with an intact spare copy that which most sequences need, else b""."""
+    needed: Counter[bytes] = Counter()
+    for shard in shards:
+        needed[shard.codebook] += shard.sequences
+    ranked = sorted(needed, key=lambda number: (-needed[number], number))
+    return next((n for n in ranked if spare(cache, where, family, n)), b"")
+
+
+def _strangers(cache: Store) -> Iterator[Damage]:
+    """Objects among the shards that are none."""
+    for name in cache.sizes(SHARDS):
+        if name[-4:] not in (".bin", ".idx") or kind_of(name[:-4]) is None:
+            yield Damage(f"{SHARDS}/{name}", "is no file of a logit cache", "", 0, harmless=True)

@@ -1,0 +1,87 @@
+"""The sequences that lack records cut into blocks, one per forward pass.
+
+What a forward pass makes of a sequence depends, in the last bits, on its shape, on its mask (there
+is none if every sequence is one document), on some hardware on the place in the batch, and with a
+mixture of experts on all that is beside it. So all blocks have equally many sequences, of one kind,
+in the order of the keys. And as captures store whole blocks, what a capture leaves behind, however
+it ended and with however many workers, are the same blocks for the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.corpus.corpus import Corpus
+from trainer.logits.codebook_file import family_of
+from trainer.teacher.job import Capture, missing
+
+PARTS = ("select", "report", "train")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sequences of one part, all of one document or all of several, that lack records.
+
+    kinds: of records that some lack. numbers: int64 [n], by sequence key. lacks: bool [n, kinds].
+    """
+
+    part: str
+    kinds: tuple[str, ...]
+    numbers: NDArray[np.int64]
+    lacks: NDArray[np.bool_]
+
+    @property
+    def family(self) -> str:
+        """The kinds' common family: train or eval."""
+        return family_of(self.kinds[0])
+
+
+@dataclass(frozen=True)
+class Block:
+    """The sequences of one forward pass: a slice of a `Work`. first: of the family's first."""
+
+    work: Work
+    numbers: NDArray[np.int64]
+    lacks: NDArray[np.bool_]
+    first: bool
+
+    def filled(self, size: int) -> NDArray[np.int64]:
+        """Sequence numbers for a forward pass of `size` sequences; repeats fill it up."""
+        return np.resize(self.numbers, size)
+
+
+def plan(job: Capture, corpus: Corpus) -> list[Work]:
+    """What has to be done; the parts for evaluation come first: they are small, and workers wait
+    for each other's codebooks before they are far apart."""
+    found = [(kind, part, numbers) for kind, part, numbers in missing(job, corpus) if numbers]
+    result = []
+    for name in PARTS:
+        part = corpus.part(name)
+        lists = [(kind, numbers) for kind, of, numbers in found if of is part]
+        if not lists:
+            continue
+        numbers = np.unique(np.concatenate([some for _, some in lists]))
+        numbers = numbers[np.argsort(part.keys[numbers].view("V16").ravel())]
+        lacks = np.stack([np.isin(numbers, some) for _, some in lists], axis=1)
+        mixed = part.mixed(numbers)
+        kinds = tuple(kind for kind, _ in lists)
+        works = [Work(name, kinds, numbers[rows], lacks[rows]) for rows in (mixed, ~mixed)]
+        # The larger one first: codebooks are fitted on a family's first block.
+        works.sort(key=lambda work: -len(work.numbers))
+        result += [work for work in works if len(work.numbers)]
+    return result
+
+
+def blocks(works: Sequence[Work], size: int) -> Iterator[Block]:
+    """All blocks of at most `size` sequences, in order."""
+    families: set[str] = set()
+    for work in works:
+        for start in range(0, len(work.numbers), size):
+            span = slice(start, start + size)
+            first = work.family not in families
+            families.add(work.family)
+            yield Block(work, work.numbers[span], work.lacks[span], first)

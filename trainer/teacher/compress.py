@@ -1,0 +1,134 @@
+"""The teacher's logits made into records, a few tokens at a time on the device.
+
+No [tokens, vocabulary] tensor is kept. Logits are made for a chunk of tokens that is large enough
+for the matrix product, and worked on in strips that stay in the processor's cache, in buffers that
+are used again: on a CPU fresh memory costs more than the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.fused import Head, head_of
+from trainer.logits.records import Coding
+from trainer.student import last_hidden
+from trainer.teacher.draws import draw, uniforms
+from trainer.teacher.topk import BLOCK, largest, log_tails
+
+# Tokens of one product with the output head, and elements of one float32 strip of its logits.
+CHUNK_TOKENS = 256
+CPU_STRIP, GPU_STRIP = 1 << 20, 1 << 26
+
+
+class TeacherWithRecords(nn.Module):
+    """forward(batch) -> what the records of its positions are made of."""
+
+    def __init__(self, model: Any, vocab: int) -> None:
+        super().__init__()
+        self.model = model
+        self.vocab = vocab
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        coding: Coding,
+        streams: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """input_ids, position_ids, labels (the next tokens): int64 [batch, seq].
+
+        streams: int64 [batch, redraws, 4] of `draws.stream`, for the coding "sample". Returns on
+        the device, with T = batch * seq: whether all logits are finite or minus infinity, bool [T];
+        then of "sample": ids int32 [T, redraws, draws]; of the others: ids int32 [T, k] with the
+        most likely first, log-probabilities float32 [T, k], log tails float32 [T, temperatures];
+        and of "exact" entropy and the label's log-probability, float32 [T] both.
+        """
+        hidden = last_hidden(self.model, input_ids, position_ids)
+        head = head_of(self.model, self.vocab)
+        length = input_ids.shape[1]
+        parts = []
+        for tokens, logits, probabilities in strips(head, hidden):
+            torch.softmax(logits, dim=-1, out=probabilities)
+            # One logit that is NaN or infinite makes its whole row NaN; so do none but -infinity.
+            usable = ~probabilities[:, 0].isnan()
+            if coding.method == "sample":
+                assert streams is not None
+                made = _drawn(probabilities, tokens, streams, length, coding.k)
+            else:
+                made = _kept(logits, probabilities, labels.reshape(-1)[tokens], coding)
+            parts.append((usable, *made))
+        return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+
+def strips(head: Head, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(tokens, logits, room for as many numbers) strip by strip; each overwrites the one before.
+
+    hidden: [all tokens, hidden]. tokens: int64 [n]; logits: float32 [n, width], width being the
+    vocabulary rounded up to whole blocks, minus infinity beyond it. All products have equally many
+    rows, so what a token gets does not depend on its place.
+    """
+    total, rows = hidden.shape[0], head.weight.shape[0]
+    width = -(-head.vocab // BLOCK) * BLOCK
+    on_cpu = hidden.device.type == "cpu"
+    strip = max(8, (CPU_STRIP if on_cpu else GPU_STRIP) // width // 8 * 8)
+    chunk = min(total, CHUNK_TOKENS if on_cpu else max(CHUNK_TOKENS, strip))
+    strip = min(strip, chunk)
+    raw = torch.empty(chunk, rows, dtype=hidden.dtype, device=hidden.device)
+    logits = torch.full((strip, width), -torch.inf, dtype=torch.float32, device=hidden.device)
+    room = torch.empty_like(logits)
+    numbers = torch.arange(total, device=hidden.device)
+    weight = head.weight.t()
+    for start in range(0, total, chunk):
+        first = min(start, total - chunk)  # the last product takes some tokens once more
+        states = hidden[first : first + chunk]
+        if head.bias is None:
+            torch.mm(states, weight, out=raw)
+        else:
+            torch.addmm(head.bias, states, weight, out=raw)
+        for low in range(start, min(start + chunk, total), strip):
+            high = min(low + strip, start + chunk, total)
+            part = logits[: high - low]
+            _finish(head, raw[low - first : high - first], part[:, : head.vocab])
+            yield numbers[low:high], part, room[: high - low]
+
+
+def _finish(head: Head, raw: Tensor, out: Tensor) -> None:
+    """Writes a head's logits (see `Head.logits`) into `out`, float32, from its raw products."""
+    out.copy_(raw[:, : head.vocab])
+    if head.scale != 1.0:
+        out.mul_(head.scale)
+    if head.softcap is not None:
+        out.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+def _drawn(
+    probabilities: Tensor, tokens: Tensor, streams: Tensor, length: int, draws: int
+) -> tuple[Tensor, ...]:
+    sequence, position = tokens // length, tokens % length
+    sets = [
+        draw(probabilities, uniforms(streams[sequence, redraw], position, draws))
+        for redraw in range(streams.shape[1])
+    ]
+    return (torch.stack(sets, dim=1),)
+
+
+def _kept(
+    logits: Tensor, probabilities: Tensor, labels: Tensor, coding: Coding
+) -> tuple[Tensor, ...]:
+    ids = largest(logits, coding.k)
+    chosen = logits.gather(1, ids)
+    log_first = probabilities.gather(1, ids[:, :1]).log()
+    log_sum = chosen[:, :1] - log_first
+    scalars = []
+    if coding.method == "exact":
+        # p log p is 0 where p is 0, also where log p is minus infinity.
+        logs = (logits - log_sum).clamp_min_(-1e4)
+        scalars.append(-logs.mul_(probabilities).sum(dim=-1))
+        scalars.append((logits.gather(1, labels.unsqueeze(1)) - log_sum).squeeze(1))
+    tails = log_tails(logits, probabilities, ids, log_first, coding.temperatures)
+    return (ids.int(), chosen - log_sum, tails, *scalars)

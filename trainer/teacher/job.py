@@ -1,0 +1,66 @@
+"""What a capture is asked to do, and what of it the cache lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cluster.storage import Store
+from trainer.corpus.corpus import Corpus, Part
+from trainer.logits.coding import train_kinds
+from trainer.logits.reader import CacheReader
+from trainer.loop import make_schedule
+from trainer.spec import CacheSpec, DataSpec, DistillSpec, TeacherSpec
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Everything a rank needs to know of a capture; picklable."""
+
+    teacher: TeacherSpec
+    cache_spec: CacheSpec
+    data: DataSpec
+    distill: DistillSpec | None
+    seed: int
+    batch_tokens: int
+    shard_seconds: float
+    corpus: Store
+    cache: Store
+
+
+def wanted(job: Capture, corpus: Corpus) -> Iterator[tuple[str, Part, list[int]]]:
+    """(kind, part, sequence numbers) of all that a capture of this corpus has to hold.
+
+    Every set of draws is a kind of its own.
+    """
+    if job.distill is not None:
+        part = corpus.part("train")
+        used = make_schedule(corpus, job.data, job.distill, job.seed).used().tolist()
+        for kind in train_kinds(job.cache_spec):
+            yield kind, part, used
+    for name in ("select", "report"):
+        part = corpus.part(name)
+        yield "eval", part, list(range(len(part)))
+
+
+def missing(job: Capture, corpus: Corpus) -> list[tuple[str, Part, list[int]]]:
+    """What `wanted` names and the cache does not hold, sorted by sequence key."""
+    readers: dict[str, CacheReader] = {}
+    result = []
+    for kind, part, numbers in wanted(job, corpus):
+        reader = readers.get(kind) or readers.setdefault(kind, CacheReader(job.cache, kind))
+        by_key = {part.keys[i].tobytes(): i for i in numbers}
+        result.append((kind, part, [by_key[key] for key in reader.missing(by_key)]))
+    for reader in readers.values():
+        reader.close()
+    return result
+
+
+def batch_size(job: Capture) -> int:
+    """Sequences of one forward pass."""
+    return max(1, job.batch_tokens // job.data.sequence_length)
+
+
+def count_wanted(job: Capture, corpus: Corpus) -> int:
+    """Sequences that `wanted` names, each once, however many kinds of records it has."""
+    return sum({id(part): len(numbers) for _, part, numbers in wanted(job, corpus)}.values())

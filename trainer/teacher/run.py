@@ -1,0 +1,216 @@
+"""One rank's capture: forward passes over its blocks, one writer."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.corpus.corpus import Batch, Corpus, open_corpus
+from trainer.loader import next_tokens
+from trainer.logits.coding import coding_of, train_kinds
+from trainer.teacher.blocks import Block, Work, blocks, plan
+from trainer.teacher.codebooks import Codebooks
+from trainer.teacher.draws import stream
+from trainer.teacher.engine import Teacher, load_teacher
+from trainer.teacher.job import Capture, batch_size, count_wanted
+from trainer.teacher.writer import Made, Writer
+from trainer.worker import Stopped, Worker
+
+# Progress is told at most so often.
+PROGRESS_SECONDS = 1.0
+
+
+def capture(job: Capture, worker: Worker) -> dict[str, Any]:
+    """Adds the missing records to the cache; returns metrics; collective.
+
+    Of the metrics forward_s and wait_s (forward passes, and waiting for the writer) are means over
+    the ranks. Raises `Stopped` after a clean stop that the user asked for, ValueError for logits
+    that are not numbers.
+    """
+    began = time.time()
+    corpus = open_corpus(job.corpus)
+    # One rank looks: all must leave with the same plan, also if another capture adds shards.
+    works, asked = worker.share(
+        (plan(job, corpus), count_wanted(job, corpus)) if worker.is_main else None
+    )
+    total = sum(len(work.numbers) for work in works)
+    present = asked - total
+    pids = worker.gather(os.getpid())
+    worker.emit("capture_start", stage="capture", missing=total, present=present, pids=pids)
+    metrics: dict[str, Any] = {"sequences": total, "present": present, "tokens": 0, "bytes": 0}
+    if works:
+        closing = worker.patient_group()
+        teacher = load_teacher(job, int(corpus.manifest["vocab_size"]), worker)
+        run = CaptureRun(job, worker, corpus, works, teacher)
+        try:
+            run.all_blocks()
+        finally:
+            teacher.close()
+        sums = worker.sum(
+            [run.tokens, run.bytes, run.forward_s, run.wait_s, float(run.stopped)], closing
+        )
+        metrics.update(
+            tokens=int(sums[0]),
+            bytes=int(sums[1]),
+            bytes_per_token=sums[1] / max(1.0, sums[0]),
+            forward_s=sums[2] / worker.world,
+            wait_s=sums[3] / worker.world,
+            parameters=teacher.parameters,
+        )
+        if sums[4]:
+            raise Stopped("capture stopped")
+    worker.barrier()
+    metrics["seconds"] = time.time() - began
+    metrics["world"] = worker.world
+    worker.emit("capture_done", stage="capture", metrics=metrics)
+    return metrics
+
+
+class CaptureRun:
+    """One rank's forward passes over its blocks, and its writer.
+
+    tokens: captured by it. bytes: published. forward_s, wait_s: seconds of forward passes, and of
+    waiting for the writer. stopped: whether a stop was asked for before the end.
+    """
+
+    def __init__(
+        self, job: Capture, worker: Worker, corpus: Corpus, works: list[Work], teacher: Teacher
+    ) -> None:
+        self.job, self.worker, self.corpus, self.works = job, worker, corpus, works
+        self.teacher = teacher
+        self.length = job.data.sequence_length
+        self.size = batch_size(job)
+        self.vocab = int(corpus.manifest["vocab_size"])
+        self.tokens = self.bytes = 0
+        self.forward_s = self.wait_s = 0.0
+        self.stopped = False
+        self._totals = _sequences((work.family, work.numbers) for work in works)
+        self._mine: Counter[str] = Counter()
+        self._seen: Counter[str] = Counter()
+        self._began = time.perf_counter()
+        self._told = 0.0
+
+    def all_blocks(self) -> None:
+        """Captures this rank's share of all blocks, or until a stop is asked for."""
+        job, worker, group = self.job, self.worker, self.teacher.group
+        every = list(blocks(self.works, self.size))
+        mine = list(islice(every, worker.rank, None, worker.world))
+        self._mine = _sequences((block.work.family, block.numbers) for block in mine)
+        # Ranks that share one copy of the weights make equally many forward passes.
+        rounds = max(group.gather(len(mine)))
+        codebooks = Codebooks(job, self.corpus, self.vocab, worker.hooks)
+        ahead = int(worker.device.type != "cpu")
+        running: deque[Callable[[], None]] = deque()
+        with Writer(job.cache, codebooks, worker.hooks.fence, job.shard_seconds, ahead) as writer:
+            for turn in range(rounds):
+                if self._should_stop():
+                    break
+                block = mine[turn] if turn < len(mine) else None
+                if block is not None:
+                    writer.reserve()
+                began = time.perf_counter()
+                made = self._forward(block or every[0])
+                running.append(made.ready)
+                if len(running) > ahead:  # the device works on the last one meanwhile
+                    running.popleft()()
+                self.forward_s += time.perf_counter() - began
+                if block is not None:
+                    writer.put(made)
+                    self._progress(block)
+                del made  # its memory is the writer's
+        self.bytes, self.wait_s = writer.bytes, writer.wait_s
+        self.stopped = self.stopped or writer.gave_up
+
+    def _forward(self, block: Block) -> Made:
+        work = block.work
+        part = self.corpus.part(work.part)
+        batch = part.batch(block.filled(self.size))
+        device = self.worker.device
+        coding = coding_of(self.job.cache_spec, self.vocab, work.family)
+        kinds, streams = [0], None
+        if coding.method == "sample":
+            kinds = np.flatnonzero(block.lacks.any(axis=0)).tolist()
+            streams = self._streams(batch, [work.kinds[index] for index in kinds]).to(device)
+        with torch.inference_mode(not self.teacher.sharded), torch.no_grad():
+            results = self.teacher.engine(
+                torch.from_numpy(batch.input_ids).to(device),
+                torch.from_numpy(batch.position_ids).to(device),
+                torch.from_numpy(next_tokens(batch.input_ids)).to(device),
+                coding,
+                streams,
+            )
+        keys = [key.tobytes() for key in batch.keys[: len(block.numbers)]]
+        on_host, ready = to_host(results)
+        return Made(block, keys, self.length, coding, kinds, on_host, ready)
+
+    def _streams(self, batch: Batch, kinds: list[str]) -> Tensor:
+        """int64 [batch, kinds, 4]: see `draws.stream`."""
+        spec = self.job.cache_spec
+        redraws = [train_kinds(spec).index(kind) for kind in kinds]
+        return torch.tensor(
+            [
+                [stream(spec.seed, key.tobytes(), redraw) for redraw in redraws]
+                for key in batch.keys
+            ],
+            dtype=torch.int64,
+        )
+
+    def _should_stop(self) -> bool:
+        group = self.teacher.group
+        if group.world > 1:  # they move in step: they must stop in step
+            asked = group.rank == 0 and group.hooks.stop_requested()
+            self.stopped = group.share(asked)
+        elif self.worker.hooks.stop_requested():
+            self.stopped = True
+        return self.stopped
+
+    def _progress(self, block: Block) -> None:
+        family, count = block.work.family, len(block.numbers)
+        self.tokens += count * self.length
+        self._seen[family] += count
+        now = time.perf_counter()
+        total = self._totals[family]
+        done = total * self._seen[family] // self._mine[family]  # if the others are as far
+        if done < total and now - self._told < PROGRESS_SECONDS:
+            return
+        self._told = now
+        seconds = now - self._began
+        self.worker.emit(
+            "progress",
+            stage="capture",
+            part=family,
+            done=done,
+            total=total,
+            unit="sequences",
+            tokens_per_s=self.tokens * self.worker.world / seconds,
+        )
+
+
+def _sequences(lists: Iterable[tuple[str, NDArray[np.int64]]]) -> Counter[str]:
+    """How many sequences of each family there are."""
+    totals: Counter[str] = Counter()
+    for family, numbers in lists:
+        totals[family] += len(numbers)
+    return totals
+
+
+def to_host(results: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    """The tensors on the host, and what waits until they have arrived there."""
+    if results[0].device.type == "cpu":
+        return results, lambda: None
+    copies = []
+    for value in results:
+        copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        copies.append(copy.copy_(value, non_blocking=True))
+    event = torch.cuda.Event()
+    event.record()
+    return tuple(copies), event.synchronize

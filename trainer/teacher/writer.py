@@ -1,0 +1,206 @@
+"""Encoding and publishing beside the forward passes, in a thread, within bounded memory.
+
+writer.reserve()          # before a forward pass: waits for room
+writer.put(made)          # what it made; encoded and published by the thread
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from cluster.storage import Store
+from trainer.logits.codec import encode
+from trainer.logits.records import Coding, Draws, Records
+from trainer.logits.store import write_shard
+from trainer.teacher.blocks import Block
+from trainer.teacher.codebooks import Codebooks
+
+# Encoded records are published after so many bytes, if not by time before.
+SHARD_BYTES = 64 << 20
+# Batches on the host, made or in the making.
+BATCHES = 2
+# How often a waiting thread looks whether the other one is still there.
+LOOK_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a forward pass made of a block: results of `TeacherWithRecords`, on the host.
+
+    keys: of the block's sequences; the results may be of more. length: tokens per sequence.
+    kinds: which of the work's kinds the sets of draws are of, by index (one index without draws).
+    ready: waits until the results have arrived from the device.
+    """
+
+    block: Block
+    keys: list[bytes]
+    length: int
+    coding: Coding
+    kinds: list[int]
+    results: tuple[Tensor, ...]
+    ready: Callable[[], None]
+
+    def records(self) -> list[list[Records | Draws]]:
+        """The records of every kind in `kinds`, of every sequence.
+
+        Raises ValueError, naming the sequence, for logits that are NaN or infinite.
+        """
+        self.ready()
+        count = len(self.keys)
+        arrays: list[Any] = [
+            value.numpy().reshape(-1, self.length, *value.shape[1:])[:count]
+            for value in self.results
+        ]
+        usable = arrays[0].all(axis=1)
+        if not usable.all():
+            bad = int(np.argmin(usable))
+            position = int(np.argmin(arrays[0][bad]))
+            raise ValueError(
+                f"teacher.model: NaN or infinite logits at position {position} of sequence "
+                f"{self.keys[bad].hex()} ({self.block.work.part}); check the model's weights, or "
+                "try teacher.dtype=float32"
+            )
+        if self.coding.method == "sample":
+            draws = arrays[1]
+            return [[Draws(draws[i, :, j]) for i in range(count)] for j in range(draws.shape[2])]
+        ids, log_probs, tails, *scalars = arrays[1:]
+        ids = ids.astype(np.int64)
+        return [
+            [
+                Records(ids[i], log_probs[i], tails[i], *(values[i] for values in scalars))
+                for i in range(count)
+            ]
+        ]
+
+
+@dataclass
+class _Shard:
+    """Encoded records that wait to be published, by sequence key, and the time of the first."""
+
+    blobs: dict[bytes, bytes]
+    since: float
+    size: int = 0
+
+
+class Writer:
+    """The thread that encodes and publishes; one per rank.
+
+    bytes: published. wait_s: seconds that the forward passes waited for it. gave_up: whether
+    records were lost, because a stop came before there was a codebook.
+    """
+
+    def __init__(
+        self,
+        cache: Store,
+        codebooks: Codebooks,
+        fence: Callable[[], None],
+        shard_seconds: float,
+        ahead: int = 0,
+    ) -> None:
+        """ahead: batches that are in the making on the device, beside those on the host."""
+        self.bytes, self.wait_s, self.gave_up = 0, 0.0, False
+        self._cache, self._codebooks, self._fence = cache, codebooks, fence
+        self._seconds = shard_seconds
+        self._room = threading.Semaphore(BATCHES + ahead)
+        self._made: queue.Queue[Made | None] = queue.Queue()
+        self._open: dict[str, _Shard] = {}
+        self._error: BaseException | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="cache-writer", daemon=True)
+
+    def __enter__(self) -> Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Publishes what is left, unless an error ends the capture; raises the thread's error."""
+        if kind is not None:
+            self._over.set()
+        self._made.put(None)
+        began = time.perf_counter()
+        while self._thread.is_alive():
+            self._thread.join(LOOK_SECONDS)
+        self.wait_s += time.perf_counter() - began
+        if kind is None:
+            self._check()
+
+    def reserve(self) -> None:
+        """Waits for room for one more batch. Raises the thread's error."""
+        began = time.perf_counter()
+        while not self._room.acquire(timeout=LOOK_SECONDS):
+            self._check()
+        self.wait_s += time.perf_counter() - began
+        self._check()
+
+    def put(self, made: Made) -> None:
+        """Hands over a batch that room was reserved for."""
+        self._made.put(made)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while not self._over.is_set():
+                made = self._next()
+                if made is None:
+                    break
+                self._encode(made)
+                del made  # before there is room for another one
+                self._room.release()
+            if not self._over.is_set():
+                self._publish(list(self._open))
+        except BaseException as error:  # raised by the thread of the forward passes
+            self._error = error
+
+    def _next(self) -> Made | None:
+        """The next batch; None at the end. Publishes what is due meanwhile."""
+        while True:
+            now = time.monotonic()
+            due = [kind for kind, shard in self._open.items() if now - shard.since >= self._seconds]
+            self._publish(due)
+            left = min((shard.since for shard in self._open.values()), default=now + 1e6)
+            try:
+                return self._made.get(timeout=max(0.0, left + self._seconds - now))
+            except queue.Empty:
+                continue
+
+    def _encode(self, made: Made) -> None:
+        block = made.block
+        records = made.records()
+        book = self._codebooks.get(block.work.family, records[0] if block.first else None)
+        if book is None:
+            self.gave_up = True
+            return
+        for index, items in zip(made.kinds, records, strict=True):
+            kind = block.work.kinds[index]
+            for key, item, lacks in zip(made.keys, items, block.lacks[:, index], strict=True):
+                if lacks:
+                    blob = encode(item, book)
+                    shard = self._open.setdefault(kind, _Shard({}, time.monotonic()))
+                    shard.blobs[key] = blob  # the same sequence may be in two parts
+                    shard.size += len(blob)
+        if sum(shard.size for shard in self._open.values()) >= SHARD_BYTES:
+            self._publish(list(self._open))
+
+    def _publish(self, kinds: list[str]) -> None:
+        for kind in kinds:
+            shard = self._open.pop(kind)
+            keys, blobs = list(shard.blobs), list(shard.blobs.values())
+            self._fence()
+            self.bytes += write_shard(self._cache, kind, keys, blobs, self._codebooks.used(kind))[1]
