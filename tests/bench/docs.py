@@ -1,0 +1,169 @@
+"""Writes the measured tables into docs/cache.md, so that they are what results/*.json say.
+
+    .venv/bin/python -m tests.bench.docs
+
+Both benches do it at their end. A table stands between `<!-- NAME: begin -->` and
+`<!-- NAME: end -->`; one whose figures were not measured yet stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "cache.md"
+# Settings in the order of the tables, and how the docs call them.
+SETTINGS = {
+    "topk_50": "`topk`, k: 50",
+    "topk_50_ragged": "`topk`, k: 50, keep: 0.5",
+    "topk_128": "`topk`, k: 128",
+    "topk_128_ragged": "`topk`, k: 128, keep: 0.86, step: 0.0225",
+    "sample_50": "`sample`, draws: 50",
+}
+TOKENS = 10**12
+SHARD = 64 << 20
+INDEX_ROW, READER_ROW, LENGTH = 28, 40, 2048
+Json = dict[str, Any]
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table: the first column is text, the others are figures."""
+    rule = "|---|" + "---:|" * (len(heads) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" if row else rule for row in (heads, [], *rows))
+
+
+def figure(value: float | None, digits: int) -> str:
+    """A number for a table, a dash where there is none."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def sizes(found: Json) -> str:
+    """Bytes and errors on one set of shapes."""
+    rows = []
+    for name, words in SETTINGS.items():
+        uniform, ordered = found["bytes_per_token"], found["bytes_per_token_ordered"]
+        planes = f"{name}_byte_planes"
+        rows.append(
+            [
+                words,
+                figure(found["ids_per_token"][name], 1),
+                figure(uniform[name], 1),
+                figure(uniform.get(planes), 1),
+                figure(ordered[name], 1),
+                figure(ordered.get(planes), 1),
+                figure(found["gkl"].get(name), 4),
+                figure(found["kl_full"].get(name), 3),
+            ]
+        )
+    heads = ["cache", "ids", "bytes, uniform ids", "byte planes + zstd-3", "bytes, ordered ids"]
+    return table([*heads, "byte planes + zstd-3", "gKL kept", "KL full"], rows)
+
+
+def demo(found: Json) -> str:
+    """The same on the demo's teacher."""
+    rows = []
+    for name, words in SETTINGS.items():
+        ours, planes = found["settings"][name], found["settings"].get(f"{name}_byte_planes", {})
+        rows.append(
+            [
+                words,
+                figure(ours["ids"], 1),
+                figure(ours["bytes"], 1),
+                figure(planes.get("bytes"), 1),
+                figure(ours.get("gkl"), 4),
+                figure(ours.get("kl_full"), 3),
+            ]
+        )
+    return table(["cache", "ids", "bytes", "byte planes + zstd-3", "gKL kept", "KL full"], rows)
+
+
+def speeds(found: Json) -> str:
+    """Tokens per second of the codec."""
+    rows = [
+        [SETTINGS[name], *(figure(values[f"{work}_{threads}"] / 1e6, 2) for work in
+         ("encode", "decode") for threads in ("1_thread", "2_threads"))]
+        for name, values in found.items()
+    ]  # fmt: skip
+    heads = ["million tokens/s", "encode, 1 thread", "2 threads", "decode, 1 thread", "2 threads"]
+    return table(heads, rows)
+
+
+def on_paper(found: Json) -> str:
+    """What a cache of 10^12 tokens would be, by the bytes measured with ordered ids."""
+    sequences = TOKENS // LENGTH
+    rows = []
+    for name, words in SETTINGS.items():
+        size = found["bytes_per_token_ordered"][name] * TOKENS
+        rows.append([words, figure(size / 1e12, 1), f"{2 * size / SHARD:,.0f}"])
+    rows = [
+        [*row, figure(INDEX_ROW * sequences / 1e9, 1), figure(READER_ROW * sequences / 1e9, 1)]
+        for row in rows
+    ]
+    heads = ["cache", "TB", "objects", "GB of indexes", "GB of memory in a reader"]
+    return table(heads, rows)
+
+
+def angles(found: Json) -> str:
+    """Angles of one student."""
+    heads = ["tokens", *(f"{n // 1024}k" for n in found["tokens"]), "slope"]
+    heads += ["slope of the error", "norm"]
+    rows = [
+        [
+            f"`{name}`",
+            *(figure(value, 2) for value in values),
+            figure(found["slope"][name], 2),
+            figure(found["error_slope"][name], 2),
+            figure(found["norm_ratio"][name][-1], 2),
+        ]
+        for name, values in found["angle"].items()
+    ]
+    return table(heads, rows)
+
+
+def trainings(found: Json) -> str:
+    """Held-out figures after 1 and 4 epochs."""
+    rows = [
+        [name, *(figure(runs[epochs][key], 4) for epochs in ("1", "4") for key in ("kl", "ce"))]
+        for name, runs in found["held_out"].items()
+    ]
+    heads = ["signal", "1 epoch: KL to the teacher", "cross-entropy"]
+    return table([*heads, "4 epochs: KL to the teacher", "cross-entropy"], rows)
+
+
+def write(page: Path = PAGE, results: Path = HERE / "results") -> list[str]:
+    """Fills in the tables whose figures are there; returns their names.
+
+    Raises ValueError for a table that the page has no place for.
+    """
+    parts: dict[str, str] = {}
+    cache, angle = _read(results / "cache.json"), _read(results / "cache_angle.json")
+    if "any_shapes" in cache:
+        parts |= {"sizes": sizes(cache), "any": sizes(cache["any_shapes"])}
+        parts["paper"] = on_paper(cache)
+    if "demo" in cache:
+        parts["demo"] = demo(cache["demo"])
+    if "speeds" in cache:
+        parts["speeds"] = speeds(cache["speeds"])
+    for student, found in angle.get("angle", {}).items():
+        parts[f"angle-{student}"] = angles(found)
+    if "trainings" in angle:
+        parts["trainings"] = trainings(angle["trainings"])
+    text = page.read_text()
+    for name, part in parts.items():
+        pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
+        text, count = re.subn(pattern, rf"\g<1>{part}\n\g<2>", text, flags=re.S)
+        if count != 1:
+            raise ValueError(f"{page}: {count} places for the table {name}; needs one")
+    page.write_text(text)
+    return list(parts)
+
+
+def _read(path: Path) -> Json:
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+if __name__ == "__main__":
+    print("written:", ", ".join(write()) or "nothing, no figures yet")
