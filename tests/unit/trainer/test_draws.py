@@ -110,7 +110,8 @@ def test_the_sums_are_made_in_float64() -> None:
     """In float32 a sure id would swallow all unlikely ones: 1 + 1e-9 is 1."""
     p = torch.full((1, 40 * BLOCK), 1e-9)
     p[0, 5] = 1.0
-    u = 1 - torch.logspace(-4, -15, 200, dtype=torch.float64).unsqueeze(0)
+    edge = torch.linspace(1.2e-6, 1.3e-6, 200, dtype=torch.float64)  # within its own block
+    u = 1 - torch.cat([edge, torch.logspace(-4, -15, 200, dtype=torch.float64)]).unsqueeze(0)
     truth = plain_draw(p[0].numpy(), u[0].numpy())
     assert (draw(p, u)[0].numpy() == truth).all() and len(set(truth)) > 40
 
