@@ -41,7 +41,7 @@ def figure(value: float | None, digits: int) -> str:
 
 
 def sizes(found: Json) -> str:
-    """Bytes and errors on one set of shapes."""
+    """Bytes and errors on the synthetic distributions."""
     rows = []
     for name, words in SETTINGS.items():
         uniform, ordered = found["bytes_per_token"], found["bytes_per_token_ordered"]
@@ -140,8 +140,8 @@ def write(page: Path = PAGE, results: Path = HERE / "results") -> list[str]:
     """
     parts: dict[str, str] = {}
     cache, angle = _read(results / "cache.json"), _read(results / "cache_angle.json")
-    if "any_shapes" in cache:
-        parts |= {"sizes": sizes(cache), "any": sizes(cache["any_shapes"])}
+    if "bytes_per_token" in cache:
+        parts["sizes"] = sizes(cache)
         parts["paper"] = on_paper(cache)
     if "demo" in cache:
         parts["demo"] = demo(cache["demo"])

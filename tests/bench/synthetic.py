@@ -5,13 +5,6 @@ the ranks 1, 2, ..., where a = 1.15 + 2.6 u^1.3 and offset = exp(4 u' - 3). Conf
 positions both occur. Which id has which rank: "uniform", all orders
 equally likely, the worst case for a codec; or "ordered", Plackett-Luce with weights 1 / (id + 1),
 as if ids were numbered by how often they occur.
-
-Means over positions depend on few very uncertain ones. "any" draws u and u' anew at every position,
-as the formula says: mean entropy 2.4 nats, 14.1 different ids in 50 draws, an exact top-50 is .31
-nats from the whole. "reference" repeats 1,000 pairs (noise and ids are fresh) that are easier: 2.3
-nats, 13.3 ids, .283 nats. They are a reconstruction: earlier figures came without their seed and
-number of positions, and of 260 guesses at these (2 generators, 10 seeds, 13 sizes) this one fits
-their full KL best. It does not fit all of them: they had 13.5 ids and 2.4 nats.
 """
 
 from __future__ import annotations
@@ -26,9 +19,7 @@ from numpy.typing import NDArray
 
 VOCAB = 151_936
 Ids = Literal["uniform", "ordered"]
-Shapes = Literal["any", "reference"]
 
-_REFERENCE = 1000
 # Positions that share a random generator: the result does not depend on the number of threads.
 _CHUNK = 64
 
@@ -73,25 +64,17 @@ def positions(
     k: int = 128,
     draws: int = 50,
     seed: int = 0,
-    shapes: Shapes = "any",
 ) -> Positions:
     """`count` positions; settings of `ids` differ in the ids alone, not in the distributions."""
 
     def chunk(start: int) -> Positions:
         stop = min(start + _CHUNK, count)
-        return _chunk(_shapes(start, stop, shapes, seed), ids, k, draws, (seed, start))
+        shapes = np.random.default_rng([seed, start, 2]).random((stop - start, 2))
+        return _chunk(shapes, ids, k, draws, (seed, start))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(chunk, range(0, count, _CHUNK)))
     return Positions(*(np.concatenate([getattr(part, name) for part in parts]) for name in FIELDS))
-
-
-def _shapes(start: int, stop: int, shapes: Shapes, seed: int) -> NDArray[np.float64]:
-    """u and u' of the positions from `start` to `stop`: float64 [positions, 2]."""
-    if shapes == "any":
-        return np.random.default_rng([seed, start, 2]).random((stop - start, 2))
-    pairs = np.random.default_rng(0).random((2, _REFERENCE)).T
-    return pairs[np.arange(start, stop) % _REFERENCE]
 
 
 def _chunk(
