@@ -92,6 +92,11 @@ class Schedule:
         """
         return np.concatenate([np.full(len(piece), epoch) for epoch, piece in self._step(step)])
 
+    @property
+    def epochs(self) -> int:
+        """How many epochs the steps begin."""
+        return int(self.step_epochs(self.steps - 1)[-1]) + 1
+
     def used(self) -> NDArray[np.int64]:
         """The sequences that all steps together read, sorted, each once: int64."""
         seen = np.zeros(self._sequences, dtype=np.bool_)

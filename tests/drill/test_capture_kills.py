@@ -57,7 +57,8 @@ def job(folder: Path, storage: str, workers: int = 2) -> dict[str, Any]:
         storage=str(folder / storage),
         cache={"method": "sample", "draws": 20, "redraws": 2},
         distill__losses={"forward_kl": 1.0},
-        distill__steps=150,
+        distill__steps=150,  # two epochs of 600 sequences
+        data__max_tokens=600 * 64,
         resources__capture={
             "workers": workers,
             "cpus_per_worker": 1,

@@ -105,7 +105,10 @@ class World:
         seconds: float = 20.0,
         **spec: Any,
     ) -> Any:
-        """A capture; seconds: 0 publishes every batch by itself."""
+        """A capture of as many epochs of 80 sequences as there are sets of draws.
+
+        seconds: 0 publishes every batch by itself.
+        """
         from cluster.storage import open_store
         from trainer.spec import CacheSpec, DistillSpec, TeacherSpec
         from trainer.teacher import Capture
@@ -115,8 +118,10 @@ class World:
         return Capture(
             teacher=TeacherSpec(model=str(self.root / "teacher"), dtype=dtype, sharding=sharding),
             cache_spec=CacheSpec(**(spec if "method" in spec else {**TOPK, **spec})),
-            data=data_spec(str(self.root / "unused"), packing=packing),
-            distill=DistillSpec(steps=10, tokens_per_step=8 * LENGTH),
+            data=data_spec(str(self.root / "unused"), packing=packing).model_copy(
+                update={"max_tokens": 80 * LENGTH}
+            ),
+            distill=DistillSpec(steps=10 * spec.get("redraws", 1), tokens_per_step=8 * LENGTH),
             seed=3,
             batch_tokens=BATCH * LENGTH,
             shard_seconds=seconds,
@@ -393,6 +398,15 @@ def test_further_sets_of_draws_are_added_and_are_the_same_ones(world, runs) -> N
     later, at_once = stored(world, "drawn-later"), stored(world, "drawn")
     assert {kind for kind, _ in later} == {"train", "train1", "train2", "eval"}
     assert len(later) == 3 * 80 + 16 and later == at_once
+
+
+def test_sets_of_draws_that_no_epoch_reads_are_left_out(world, runs) -> None:
+    from trainer.teacher import wanted
+
+    job = world.job("drawn", **SAMPLE, redraws=3)
+    shorter = replace(job, distill=job.distill.model_copy(update={"steps": 11}))
+    kinds = [kind for kind, _, _ in wanted(shorter, world.corpus("documents"))]
+    assert kinds == ["train", "train1", "eval", "eval"]
 
 
 # What is captured, and what is not.

@@ -31,12 +31,13 @@ class Capture:
 def wanted(job: Capture, corpus: Corpus) -> Iterator[tuple[str, Part, list[int]]]:
     """(kind, part, sequence numbers) of all that a capture of this corpus has to hold.
 
-    Every set of draws is a kind of its own.
+    Every set of draws is a kind of its own; sets that no epoch will read are left out.
     """
     if job.distill is not None:
         part = corpus.part("train")
-        used = make_schedule(corpus, job.data, job.distill, job.seed).used().tolist()
-        for kind in train_kinds(job.cache_spec):
+        schedule = make_schedule(corpus, job.data, job.distill, job.seed)
+        used = schedule.used().tolist()
+        for kind in train_kinds(job.cache_spec)[: schedule.epochs]:
             yield kind, part, used
     for name in ("select", "report"):
         part = corpus.part(name)

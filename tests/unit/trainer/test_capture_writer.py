@@ -56,7 +56,7 @@ def job(corpora, tmp_path) -> Capture:
         teacher=TeacherSpec(model="nowhere"),
         cache_spec=CacheSpec(draws=DRAWS, redraws=2),
         data=data_spec("unused"),
-        distill=DistillSpec(steps=10, tokens_per_step=8 * LENGTH),
+        distill=DistillSpec(steps=20, tokens_per_step=8 * LENGTH),
         seed=3,
         batch_tokens=SIZE * LENGTH,
         shard_seconds=100.0,
