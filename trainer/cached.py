@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.storage import Store
-from trainer.logits.coding import train_kinds
+from trainer.logits.coding import coding_of, train_kinds
 from trainer.logits.reader import CacheReader
 from trainer.logits.records import Records
+from trainer.logits.store import CacheMismatch
 from trainer.spec import CacheSpec
 
 
@@ -19,34 +20,40 @@ from trainer.spec import CacheSpec
 class CachedTeacher:
     """The records of sequences, for a loss at one temperature.
 
-    readers: one for each set of records; epoch e reads set e modulo their number. tail: which of
-    the temperatures of the records the log tail is of.
+    readers: one for each set of records; epoch e reads set e modulo their number. length: positions
+    of a sequence. tail: which of the temperatures of the records the log tail is of.
     """
 
     readers: Sequence[CacheReader]
+    length: int
     tail: int = 0
 
     @staticmethod
-    def for_training(cache: Store, spec: CacheSpec, temperature: float) -> CachedTeacher:
-        """For a loss at `temperature`, one of those of the spec."""
-        readers = [CacheReader(cache, kind) for kind in train_kinds(spec)]
-        return CachedTeacher(readers, spec.temperatures.index(temperature))
+    def for_training(
+        cache: Store, spec: CacheSpec, vocab: int, length: int, temperature: float
+    ) -> CachedTeacher:
+        """For a loss at `temperature`, one of those of the spec, over `vocab` ids.
+
+        Raises CacheMismatch if the records are of another coding.
+        """
+        readers = [_open(cache, spec, vocab, kind) for kind in train_kinds(spec)]
+        return CachedTeacher(readers, length, spec.temperatures.index(temperature))
 
     @staticmethod
-    def for_evaluation(cache: Store) -> CachedTeacher:
+    def for_evaluation(cache: Store, spec: CacheSpec, vocab: int, length: int) -> CachedTeacher:
         """For measuring models against the teacher, at temperature 1."""
-        return CachedTeacher([CacheReader(cache, "eval")])
+        return CachedTeacher([_open(cache, spec, vocab, "eval")], length)
 
     def read(self, keys: Sequence[bytes], epochs: NDArray[np.int64]) -> Records:
         """The records of `keys`, the i-th as epoch `epochs[i]` reads it, along the positions.
 
-        Raises KeyError for a sequence that is not there, ValueError for a damaged one.
+        Raises MissingRecord for a sequence that is not there, CacheDamaged for a damaged one.
         """
         sets = epochs % len(self.readers)
         # A step may lie across two epochs, and then a micro-batch in two sets.
         edges = [0, *(np.flatnonzero(np.diff(sets)) + 1).tolist(), len(sets)]
         parts = [
-            self.readers[sets[start]].read_many(keys[start:stop])
+            self.readers[sets[start]].read_many(keys[start:stop], self.length)
             for start, stop in zip(edges[:-1], edges[1:], strict=True)
         ]
         return parts[0] if len(parts) == 1 else _join(parts)
@@ -55,6 +62,16 @@ class CachedTeacher:
         """Closes the readers."""
         for reader in self.readers:
             reader.close()
+
+
+def _open(cache: Store, spec: CacheSpec, vocab: int, kind: str) -> CacheReader:
+    reader, wanted = CacheReader(cache, kind), coding_of(spec, vocab, kind)
+    if reader.coding is not None and reader.coding != wanted:
+        raise CacheMismatch(
+            f"{cache.url}: holds records of {reader.coding}, asked for {wanted}; remove it with: "
+            f"stillhouse cache rm {cache.url}"
+        )
+    return reader
 
 
 def _join(parts: Sequence[Records]) -> Records:

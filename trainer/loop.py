@@ -125,7 +125,10 @@ def make_loader(job: Training, worker: Worker, corpus: Corpus) -> StepLoader:
         loss.needs_teacher for _, loss in make_losses(spec.losses, spec.temperature).values()
     )
     if job.cache is not None and needs_teacher:
-        teacher = CachedTeacher.for_training(job.cache, job.cache_spec, spec.temperature)
+        vocab, length = int(corpus.manifest["vocab_size"]), job.data.sequence_length
+        teacher = CachedTeacher.for_training(
+            job.cache, job.cache_spec, vocab, length, spec.temperature
+        )
     micro_batch = min(int(spec.micro_batch), -(-job.sequences_per_step // worker.world))
     return StepLoader(
         corpus.part("train"),
@@ -308,7 +311,8 @@ class _Run:
         names = {"ce": 1.0}
         teacher = None
         if job.cache is not None:
-            teacher = CachedTeacher.for_evaluation(job.cache)
+            vocab, length = int(self.corpus.manifest["vocab_size"]), job.data.sequence_length
+            teacher = CachedTeacher.for_evaluation(job.cache, job.cache_spec, vocab, length)
             names = {"ce": 1.0, "forward_kl": 1.0}
         losses = make_losses(names, 1.0)
         totals = torch.zeros(len(losses) + 1, dtype=torch.float64)

@@ -67,7 +67,7 @@ class TeacherBatch:
 
 def teacher_batch(reader: CacheReader, batch: Batch) -> TeacherBatch:
     """The cached records of a batch, by sequence; the tail at temperature 1."""
-    found = reader.read_many([key.tobytes() for key in batch.keys])
+    found = reader.read_many([key.tobytes() for key in batch.keys], batch.input_ids.shape[1])
     assert found.entropy is not None and found.true_log_prob is not None  # the kind is eval
     shape = batch.input_ids.shape
     return TeacherBatch(

@@ -27,8 +27,7 @@ from trainer.logits.model import (
     TAIL_BUCKETS,
     UNIT,
     VALUE,
-    tail_bucket,
-    tail_level,
+    tail_buckets,
 )
 from trainer.logits.rans import (
     ESCAPE,
@@ -123,8 +122,7 @@ class Codebook:
         """
         from trainer.logits.codec import events_of
 
-        if not 1 <= coding.vocab <= MAX_VOCABULARY:
-            raise ValueError(f"a vocabulary of {coding.vocab}; may be 1 to {MAX_VOCABULARY}")
+        _check_coding(coding)
         order = np.arange(coding.vocab, dtype=np.int32)
         if token_counts is not None:
             counts = np.zeros(coding.vocab, np.int64)
@@ -178,8 +176,8 @@ class Codebook:
         try:
             header = json.loads(data[_HEAD.size : _HEAD.size + size])
             values = header["coding"]
-            values["temperatures"] = tuple(map(float, values["temperatures"]))
-            coding = Coding(**values)
+            coding = Coding(**{**values, "temperatures": tuple(values["temperatures"])})
+            _check_coding(coding)
             inflate = zlib.decompressobj()
             raw = inflate.decompress(data[_HEAD.size + size : -16], _MOST_BYTES)
             order, centroids, table_of, freqs = _unplane(raw, header["sizes"])
@@ -193,7 +191,7 @@ class Codebook:
                 np.frombuffer(freqs, "<u2").astype(np.int64).reshape(-1, SYMBOLS),
             )
             book._check()
-        except (KeyError, TypeError, zlib.error) as error:
+        except (KeyError, TypeError, OverflowError, RecursionError, zlib.error) as error:
             raise ValueError(f"a damaged codebook ({error})") from None
         return book
 
@@ -202,10 +200,7 @@ class Codebook:
         coding = self.coding
         check_frequencies(self.freqs)
         sound = (
-            1 <= coding.vocab <= MAX_VOCABULARY
-            and 1 <= coding.k <= 4096
-            and 0.0005 <= coding.step <= 1.0
-            and len(self.order) == coding.vocab
+            len(self.order) == coding.vocab
             and np.array_equal(np.sort(self.order), np.arange(coding.vocab))
             and len(self.table_of) == CONTEXTS
             and int(self.table_of.max()) < len(self.freqs)
@@ -213,6 +208,26 @@ class Codebook:
         )
         if not sound:
             raise ValueError("a codebook that contradicts itself")
+
+
+def _check_coding(coding: Coding) -> None:
+    """Raises ValueError for a coding that no spec makes, TypeError for values of other types."""
+    numbers = (coding.vocab, coding.k, coding.step, coding.keep, *coding.temperatures)
+    whole = isinstance(coding.vocab, int) and isinstance(coding.k, int)
+    if not (whole and all(isinstance(number, (int, float)) for number in numbers)):
+        raise TypeError("values of other types")
+    sound = (
+        coding.method in ("topk", "sample", "exact")
+        and 1 <= coding.vocab <= MAX_VOCABULARY
+        and 1 <= coding.k <= 4096
+        and 0.0005 <= coding.step <= 1.0
+        and 0.0 <= coding.keep <= 16.0
+        and bool(coding.temperatures) == (coding.method != "sample")
+        and all(1e-3 <= temperature <= 1e3 for temperature in coding.temperatures)
+        and (coding.method != "exact" or coding.temperatures == (1.0,))
+    )
+    if not sound:
+        raise ValueError(f"a codebook of a coding that there is not: {coding}")
 
 
 def _fit_centroids(coding: Coding, sample: Sequence[Records | Draws]) -> NDArray[np.float64]:
@@ -233,7 +248,7 @@ def _fit_centroids(coding: Coding, sample: Sequence[Records | Draws]) -> NDArray
         root = np.sqrt(p)
         kept = (p > 0) & (root >= coding.keep * coding.step)
         mass = 1.0 - np.where(kept, p, 0.0).sum(axis=1)
-        buckets = np.array([tail_bucket(tail_level(value)) for value in mass])
+        buckets = tail_buckets(mass)
         level = np.rint(root / coding.step).astype(np.int64)
         used = kept & (level < CENTROIDS)
         where = (np.broadcast_to(buckets[:, None], level.shape)[used], level[used])

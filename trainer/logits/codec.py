@@ -25,7 +25,10 @@ from trainer.logits.symbols import exact_rows, sample_rows, topk_rows
 _HEAD = struct.Struct("<BBHI")  # version, method, width, positions
 _METHODS = {"topk": 0, "sample": 1, "exact": 2}
 _ALL = 128  # in the method's byte: every row has all k ids
-_MOST_ENTRIES = 1 << 30
+# What a stream may claim to hold: a row takes 1/1024 of a bit at least, as no symbol has more than
+# 2,047 of 2,048 slots; and of sequences of unknown length no more than so much.
+_ROWS_PER_BIT = 1024
+_MOST_POSITIONS, _MOST_ENTRIES = 1 << 22, 1 << 28
 _HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
@@ -107,9 +110,11 @@ def _checked(events: NDArray[np.uint64], count: int, ids: NDArray) -> NDArray[np
 
 
 def encode(item: Records | Draws, book: Codebook) -> bytes:
-    """The bytes of one sequence. Raises ValueError for NaN, and for ids that repeat in a row or
-    are outside of the vocabulary."""
+    """The bytes of one sequence. Raises ValueError for NaN, for ids that repeat in a row or are
+    outside of the vocabulary, and for too many positions."""
     coding = book.coding
+    if len(item.ids) > _MOST_POSITIONS:
+        raise ValueError(f"{len(item.ids)} positions in a sequence; may be {_MOST_POSITIONS}")
     events, width = events_of(item, book)
     rows = len(item.ids)
     words = np.empty(2 * len(events) + 4, np.uint32)
@@ -135,14 +140,23 @@ def decode(data: bytes | memoryview, book: Codebook) -> Records:
     return decode_many([data], book)
 
 
-def decode_many(blobs: Sequence[bytes | memoryview], book: Codebook) -> Records:
+def decode_many(
+    blobs: Sequence[bytes | memoryview], book: Codebook, length: int | None = None
+) -> Records:
     """The records of several sequences, one after the other along the positions; the width is
-    that of the widest row. Raises ValueError when a blob is no record of this codebook."""
+    that of the widest row.
+
+    length: positions of every sequence, where it is known. Raises ValueError when a blob is no
+    record of this codebook, or of another length.
+    """
     heads = [_head(blob, book.coding) for blob in blobs]
     rows = sum(head[1] for head in heads)
     width = max((head[0] for head in heads), default=1)
-    if rows * width > _MOST_ENTRIES:
-        raise ValueError(f"records of {rows} x {width} entries; too many to be true")
+    if length is not None and any(head[1] != length for head in heads):
+        found = next(head[1] for head in heads if head[1] != length)
+        raise ValueError(f"a record of {found} positions; its sequence has {length}")
+    if length is None and rows * width > _MOST_ENTRIES:
+        raise ValueError(f"a record of {rows} x {width} ids; too many to be true")
     coding = book.coding
     ids = np.empty((rows, width), np.int64)
     log_probs = np.empty((rows, width), np.float32)
@@ -200,7 +214,8 @@ def _head(data: bytes | memoryview, coding: Coding) -> tuple[int, int, bool]:
     everything = bool(method & _ALL)
     size = len(data) - _HEAD.size
     tails = 12 * rows if coding.method == "exact" else 0
-    fits = 1 <= width <= coding.k and rows <= 8 * size and tails <= size
+    fits = 1 <= width <= coding.k and tails <= size
+    fits = fits and rows <= min(_MOST_POSITIONS, 8 * size * _ROWS_PER_BIT)
     if not fits or (size - tails) % 4 or (everything and width != coding.k):
         raise ValueError(f"a record of {rows} x {width} ids in {len(data)} bytes")
     return width, rows, everything

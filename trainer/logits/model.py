@@ -145,3 +145,12 @@ def tail_mass(level: int) -> float:
 def tail_bucket(level: int) -> int:
     """The bucket of a tail symbol."""
     return level * TAIL_BUCKETS // (TAIL_LEVELS + 1)
+
+
+@jit
+def tail_buckets(masses: NDArray[np.float64]) -> Any:
+    """The buckets of tails of these masses: int64, as long."""
+    buckets = np.empty(len(masses), np.int64)
+    for row in range(len(masses)):
+        buckets[row] = tail_bucket(tail_level(masses[row]))
+    return buckets

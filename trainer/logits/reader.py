@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from cluster.storage import Store
 from trainer.logits.codebook import Codebook
 from trainer.logits.codebook_file import codebook_path, family_of
-from trainer.logits.codec import decode, decode_many
+from trainer.logits.codec import decode_many
 from trainer.logits.index import KEY_BYTES, Index, checksum, kind_of
-from trainer.logits.records import Records
+from trainer.logits.records import Coding, Records
 from trainer.logits.store import (
     SHARDS,
     CacheDamaged,
@@ -35,6 +35,13 @@ from trainer.logits.store import (
 Key: TypeAlias = bytes  # spelled before the classes, where `bytes` is a size
 Blob: TypeAlias = bytes
 THREADS = 16  # requests under way at once; a request waits far longer than it computes
+
+
+class MissingRecord(KeyError):
+    """A sequence that the cache does not hold."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError's own text comes in quotes
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,11 @@ class CacheReader:
         return bool(self._rows(_array([key]))[0] >= 0)
 
     @property
+    def coding(self) -> Coding | None:
+        """What is kept of every distribution; None of an empty cache."""
+        return None if self._codebook is None else self._codebook.coding
+
+    @property
     def bytes(self) -> int:
         """Stored bytes of this kind: records and indexes."""
         return sum(shard.bytes for shard in self._shards)
@@ -119,32 +131,33 @@ class CacheReader:
         return [absent[i : i + KEY_BYTES] for i in range(0, len(absent), KEY_BYTES)]
 
     def read(self, key: Key) -> Records:
-        """The records of one sequence. Raises KeyError, naming the way out, if it is not there,
-        and CacheDamaged."""
+        """The records of one sequence. Raises MissingRecord, naming the way out, if it is not
+        there, and CacheDamaged."""
         return self.read_many([key])
 
-    def read_many(self, keys: Sequence[Key]) -> Records:
+    def read_many(self, keys: Sequence[Key], length: int | None = None) -> Records:
         """The records of several sequences, one after the other along the positions.
 
-        The width is that of the widest row. Raises KeyError, naming the way out, for a sequence
-        that is not there, CacheDamaged, and ValueError for no keys at all.
+        length: positions of every sequence, where it is known. The width is that of the widest row.
+        Raises MissingRecord, naming the way out, CacheDamaged (also for another length), and
+        ValueError for no keys at all.
         """
         if not keys:
             raise ValueError("read_many needs at least one sequence key")
         rows = self._rows(_array(keys))
         for key, row in zip(keys, rows, strict=True):
             if row < 0:
-                raise KeyError(
-                    f"sequence {key.hex()} is not in the logit cache {self.cache.url}; "
-                    "run the capture stage"
+                raise MissingRecord(
+                    f"sequence {key.hex()} has no {self.kind} records in the logit cache "
+                    f"{self.cache.url}; add them with: stillhouse run SPEC --redo capture"
                 )
         read = map if self._pool is None or len(keys) == 1 else self._pool.map
         blobs = list(read(self._record, rows.tolist()))
         assert self._codebook is not None  # there are sequences
         try:
-            return decode_many(blobs, self._codebook)
+            return decode_many(blobs, self._codebook, length)
         except ValueError as error:
-            raise self._undecodable(rows.tolist(), blobs, error) from error
+            raise self._undecodable(rows.tolist(), blobs, length, error) from error
 
     def close(self) -> None:
         """Ends the threads that read from a bucket."""
@@ -188,12 +201,14 @@ class CacheReader:
     def _path(self, row: int) -> str:
         return f"{SHARDS}/{self._shards[self._shard[row]].name}.bin"
 
-    def _undecodable(self, rows: list[int], blobs: list[Blob], error: ValueError) -> CacheDamaged:
+    def _undecodable(
+        self, rows: list[int], blobs: list[Blob], length: int | None, error: ValueError
+    ) -> CacheDamaged:
         """Names the record that cannot be decoded although it is as it was written."""
         assert self._codebook is not None
         for row, blob in zip(rows, blobs, strict=True):
             try:
-                decode(blob, self._codebook)
+                decode_many([blob], self._codebook, length)
             except ValueError as its_error:
                 key = self._keys[row : row + 1].tobytes().hex()
                 why = f"holds no valid record of sequence {key}: {its_error}"

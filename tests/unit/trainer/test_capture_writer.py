@@ -55,7 +55,7 @@ def job(corpora, tmp_path) -> Capture:
     return Capture(
         teacher=TeacherSpec(model="nowhere"),
         cache_spec=CacheSpec(draws=DRAWS, redraws=2),
-        data=data_spec("unused"),
+        data=data_spec("unused").model_copy(update={"max_tokens": 80 * LENGTH}),
         distill=DistillSpec(steps=20, tokens_per_step=8 * LENGTH),
         seed=3,
         batch_tokens=SIZE * LENGTH,

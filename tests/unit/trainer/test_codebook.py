@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -55,13 +58,44 @@ def test_a_damaged_codebook_is_refused(place, bit, cut):
 
 
 def test_a_codebook_from_the_future_is_refused():
-    import hashlib
-
     body = bytearray(example()[1].to_bytes()[:-16])
     body[4] = 9
     data = bytes(body) + hashlib.blake2b(bytes(body), digest_size=16).digest()
     with pytest.raises(ValueError, match="format 9; this version reads 1"):
         Codebook.from_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"vocab": 2**60},
+        {"vocab": 0},
+        {"vocab": 501},
+        {"vocab": 499},
+        {"vocab": 500.0},
+        {"vocab": [500]},
+        {"k": 2**40},
+        {"k": 20.5},
+        {"method": "foo"},
+        {"method": "topk"},
+        {"temperatures": [1.0]},
+        {"temperatures": [10**400]},
+        {"step": 0.0},
+        {"keep": -1.0},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_codebook_with_a_right_checksum_and_wrong_settings_is_refused(changed):
+    """Before anything is made of its sizes."""
+    data = example()[1].to_bytes()
+    size = int.from_bytes(data[8:12], "little")
+    header = json.loads(data[12 : 12 + size])
+    header["coding"] |= changed
+    text = json.dumps(header).encode()
+    body = data[:8] + len(text).to_bytes(4, "little") + text + data[12 + size : -16]
+    with pytest.raises(ValueError, match="codebook"):
+        Codebook.from_bytes(body + hashlib.blake2b(body, digest_size=16).digest())
 
 
 @settings(max_examples=100, deadline=None)

@@ -332,6 +332,34 @@ def test_absurd_sizes_are_refused_before_any_memory_is_taken(method, rows):
         decode(bytes(data), book)
 
 
+@pytest.mark.parametrize("method", ["topk", "sample", "exact"])
+def test_thousands_of_rows_that_say_next_to_nothing_come_back(method):
+    """Of a sure teacher a row costs less than a bit."""
+    rows, k = 4096, 1 if method == "exact" else 3
+    coding = Coding(method, 50, k, () if method == "sample" else (1.0,), keep=0.5)
+    tail, zeros = np.full((rows, 1), -np.inf, np.float32), np.zeros(rows, np.float32)
+    item: Records | Draws
+    if method == "sample":
+        item = Draws(np.full((rows, k), 7, np.int32))
+    elif method == "topk":
+        sure = np.tile(np.array([0.0, -40.0, -40.0], np.float32), (rows, 1))
+        item = Records(np.tile(np.array([7, 3, 9]), (rows, 1)), sure, tail)
+    else:
+        item = Records(np.full((rows, 1), 7), zeros[:, None], tail, zeros, zeros)
+    got = round_trip(item, coding)
+    assert got.ids.shape == (rows, 1) and (got.ids == 7).all()
+    if method == "sample":
+        assert len(encode(item, Codebook.fit(coding, [item]))) < rows / 8
+
+
+def test_a_sequence_of_another_length_is_refused():
+    item, book = EXAMPLES["sample"]
+    data = encode(item, book)
+    assert decode_many([data, data], book, 12).ids.shape[0] == 24
+    with pytest.raises(ValueError, match="12 positions; its sequence has 13"):
+        decode_many([data], book, 13)
+
+
 def test_a_record_of_another_method_or_version_is_refused():
     item, book = EXAMPLES["sample"]
     data = encode(item, book)

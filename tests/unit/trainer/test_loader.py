@@ -24,7 +24,13 @@ from trainer.logits.codec import encode
 from trainer.logits.coding import coding_of, train_kinds
 from trainer.logits.reader import CacheReader
 from trainer.logits.records import Draws, Records
-from trainer.logits.store import open_cache, publish_codebook, write_shard
+from trainer.logits.store import (
+    CacheDamaged,
+    CacheMismatch,
+    open_cache,
+    publish_codebook,
+    write_shard,
+)
 from trainer.schedule import Schedule
 from trainer.spec import CacheSpec
 
@@ -54,7 +60,8 @@ class Shelf:
         self.asked: list[bytes] = []
         self.given: Records | None = None
 
-    def read_many(self, keys: Sequence[bytes]) -> Records:
+    def read_many(self, keys: Sequence[bytes], length: int) -> Records:
+        assert length == LENGTH
         self.asked += keys
         ids = np.arange(LENGTH)[:, None] + 10 * np.arange(self.width)
         said = [-float(self.numbers[key] + 1000 * self.number) for key in keys]
@@ -68,7 +75,8 @@ class Shelf:
 
 
 def taught(part: Part, sets: int = 1, tail: int = 0) -> CachedTeacher:
-    return CachedTeacher([Shelf(part, i, K + i) for i in range(sets)], tail)  # type: ignore[misc]
+    shelves = [Shelf(part, i, K + i) for i in range(sets)]
+    return CachedTeacher(shelves, LENGTH, tail)  # type: ignore[arg-type]
 
 
 def ones(count: int) -> np.ndarray:
@@ -195,7 +203,7 @@ def test_records_of_a_real_cache(part, tmp_path, method) -> None:
         codebook = publish_codebook(cache, kind, Codebook.fit(coding, records))
         blobs = [encode(item, codebook) for item in records]
         write_shard(cache, kind, [row.tobytes() for row in part.keys], blobs)
-    teacher = CachedTeacher.for_training(cache, spec, 1.0)
+    teacher = CachedTeacher.for_training(cache, spec, 90, LENGTH, 1.0)
     rows, epochs = np.array([4, 1, 7, 1]), np.array([0, 0, 1, 1])
     micro = make_micro_batch(part, rows, ones(4), teacher, epochs)
     assert micro.ids is not None and micro.log_probs is not None and micro.log_tail is not None
@@ -213,6 +221,12 @@ def test_records_of_a_real_cache(part, tmp_path, method) -> None:
         widths.append(width)
     assert micro.ids.shape == (4 * LENGTH, max(widths))
     teacher.close()
+    with pytest.raises(CacheMismatch, match="asked for .*vocab=91.* stillhouse cache rm"):
+        CachedTeacher.for_training(cache, spec, 91, LENGTH, 1.0)
+    other = CachedTeacher.for_training(cache, spec, 90, LENGTH - 1, 1.0)
+    with pytest.raises(CacheDamaged, match=f"{LENGTH} positions; its sequence has {LENGTH - 1}"):
+        make_micro_batch(part, rows, ones(4), other, epochs)
+    other.close()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -346,10 +360,10 @@ def test_the_threads_end_with_their_consumer(part) -> None:
 
 def test_a_sequence_that_was_not_captured_is_an_error_not_a_guess(part, tmp_path) -> None:
     """Falling back to plain cross-entropy with a warning would train something else."""
-    empty = CachedTeacher([CacheReader(open_store(tmp_path).sub("empty"), "train")])
+    empty = CachedTeacher([CacheReader(open_store(tmp_path).sub("empty"), "train")], LENGTH)
     with closing(loader(part, empty).steps(0, 5)) as steps, pytest.raises(KeyError) as caught:
         next(iter(steps))
-    assert "run the capture stage" in str(caught.value)
+    assert str(caught.value).endswith("stillhouse run SPEC --redo capture")
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
