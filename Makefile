@@ -10,10 +10,10 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo bench-demo bench-cache test test-all check format lock clean
+.PHONY: help setup demo bench-demo bench-cache bench-cache-angle test test-all check format lock clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: $(READY) ## Make .venv with everything pinned in requirements.lock
 
@@ -35,8 +35,11 @@ demo: $(READY) ## Train, distil, quantize and report on the prose that ships wit
 bench-demo: $(READY) ## Check what the demo reached, and keep the figures
 	$(BIN)/python -m tests.bench.demo
 
-bench-cache: $(READY) ## Measure the logit cache: bytes, errors, speeds (after make demo)
+bench-cache: $(READY) ## Measure the logit cache: bytes, errors, speeds (minutes, after make demo)
 	$(BIN)/python -m tests.bench.cache
+
+bench-cache-angle: $(READY) ## Measure whether cached signals are unbiased, and train on each (minutes, after make demo)
+	$(BIN)/python -m tests.bench.cache_angle
 
 test: $(READY) ## Unit and system tests
 	$(BIN)/python -m pytest tests/unit tests/system

@@ -107,6 +107,7 @@ def info(
     from jobs.caches.facts import facts_of
     from jobs.caches.find import find, holds_cache
     from jobs.caches.users import users
+    from trainer.logits.store import command
 
     asked = find(cache, overrides or [], storage)
     there = holds_cache(asked.cache)
@@ -114,7 +115,7 @@ def info(
         raise SpecErrors([f"{asked.cache.url}: no such logit cache"])
     facts = facts_of(asked.cache, DESCRIBED)
     if there and facts.mendable:
-        mended_by = show.command("repair", asked.cache)
+        mended_by = command("repair", asked.cache)
         _complain([f"{asked.cache.url}: {facts.fault}; mend the cache with: {mended_by}"])
         return FAILED
     if facts.fault and there:
@@ -170,6 +171,7 @@ def verify(
     from jobs.caches import show, verifying
     from jobs.caches.find import find, holds_cache
     from trainer.logits.damage import check_cache
+    from trainer.logits.store import command
 
     asked = find(cache, overrides or [], storage)
     if not holds_cache(asked.cache):
@@ -192,7 +194,7 @@ def verify(
     code = FAILED if bad else DONE
     lines = []
     if bad:
-        mended_by = show.command("repair", asked.cache)
+        mended_by = command("repair", asked.cache)
         lines = [f"{url}: {len(bad)} damaged files; mend the cache with: {mended_by}"]
     if not bad and asked.spec is not None:
         kinds = verifying.faithfulness_of(asked, sequences, _say, _run(cache, overrides))
@@ -232,8 +234,8 @@ def repair(cache: CacheName, storage: StorageOption = "./runs", yes: YesOption =
         return DONE
     # A codebook comes back for the shards that are left, so those that go, go first.
     for damage in sorted(found, key=lambda damage: not damage.sequences):
-        mend(place, damage)
-        typer.echo(f"mended: {damage.path}")
+        done = mend(place, damage)
+        typer.echo(f"{'mended' if done else 'no longer damaged, left alone'}: {damage.path}")
     identities = [run.identity for run in _runs(place)]
     if not place.exists(IDENTITY) and not mending.restore_identity(place, identities):
         typer.echo(f"{IDENTITY} comes back with the next run of a spec that this cache is of")
@@ -260,7 +262,7 @@ def remove(
     """Delete logit caches, after naming the runs that use them."""
     from cluster.storage import open_store
     from jobs.caches import mending, show
-    from jobs.caches.facts import facts_of
+    from jobs.caches.facts import outline_of
     from jobs.caches.find import caches_in, find_cache
     from jobs.caches.users import users
 
@@ -272,7 +274,7 @@ def remove(
         places = list(dict.fromkeys(find_cache(name, storage) for name in caches or []))
     rows = []
     for place in places:
-        facts = facts_of(place, 0)
+        facts = outline_of(place)
         used = users(place, facts.identity, _runs(place))
         if not (unused and used):
             rows.append((place, facts, used))

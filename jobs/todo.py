@@ -47,6 +47,7 @@ class Plan:
         self.todo: list[str] = []
         self.outputs: Outputs = {}
         known = True  # whether what the stages before give is what they gave
+        refilled = False  # whether an earlier attempt began to add what the cache had lost
         for stage in asked:
             record = run.record(stage)
             same = False
@@ -57,9 +58,12 @@ class Plan:
                 if record.finished:
                     _refuse_changes(stage, record.inputs["fixed"], new.fixed)
                 same = is_current(record, new)
+                if stage == "capture":
+                    refilled = not record.finished and has_inputs(record, new)
             if record is not None:
                 self.outputs[stage] = record.outputs
-            if same and not self.todo:
+            trained = stage == "distill" and refilled and self.todo == ["capture"]
+            if same and (trained or not self.todo):
                 self.skipped.append(stage)
             elif only in (None, stage):
                 self.todo.append(stage)
@@ -70,13 +74,14 @@ class Plan:
                         f"run with --until {only}"
                     ]
                 )
-        if "capture" in self.skipped and {"distill", "sweep"} & set(self.todo):
-            self._complete_cache(spec, only)
         for stage in self.todo:
             self.outputs.pop(stage, None)
+        if "capture" in self.skipped and {"distill", "sweep"} & set(self.todo):
+            self._complete_cache(spec, only)
 
     def _complete_cache(self, spec: JobSpec, only: str | None) -> None:
-        """Captures again if records that were there are gone: a repair drops damaged shards."""
+        """Captures again if records are gone that a stage in todo reads: a repair drops damaged
+        shards, and caches are removed. The stages that are done stay done."""
         from jobs.stages.capture import count_lacking
 
         lacking = count_lacking(spec, self.outputs)
@@ -88,16 +93,21 @@ class Plan:
                 ]
             )
         if lacking:
-            at = self.skipped.index("capture")
-            self.todo = [*self.skipped[at:], *self.todo]
-            self.skipped = self.skipped[:at]
+            self.skipped.remove("capture")
+            self.todo.insert(0, "capture")
             self.forced.add("capture")
+            del self.outputs["capture"]
 
 
 def is_current(record: StageRecord, inputs: StageInputs) -> bool:
     """Whether a stage has nothing left to do: same inputs, finished, and nothing in it failed."""
-    same = record.inputs == {"fixed": inputs.fixed, "growing": inputs.growing}
+    same = has_inputs(record, inputs)
     return same and record.finished and not record.outputs.get("failed")
+
+
+def has_inputs(record: StageRecord, inputs: StageInputs) -> bool:
+    """Whether a stage was made, or begun again, from these inputs."""
+    return record.inputs == {"fixed": inputs.fixed, "growing": inputs.growing}
 
 
 def _refuse_changes(stage: str, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,15 @@ from cluster.storage import Store
 from trainer.logits.index import kind_of
 from trainer.logits.reader import CacheReader
 from trainer.logits.records import VERSION, Coding, Records
-from trainer.logits.store import CacheDamaged, list_shards, read_codebook, read_identity
+from trainer.logits.store import (
+    IDENTITY,
+    SHARDS,
+    CacheDamaged,
+    command,
+    list_shards,
+    read_codebook,
+    read_identity,
+)
 
 # Lower ends of the bins of a histogram: of retained mass, and of unique ids per position.
 MASSES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
@@ -84,28 +92,36 @@ def facts_of(cache: Store, look_at: int) -> Facts:
 
     Damage, and a format of another version, do not raise: they are the `fault`.
     """
-    values: dict[str, Any] = {"url": cache.url, "name": cache.name}
+    facts = outline_of(cache)
+    if facts.fault:
+        return facts
     try:
-        values["identity"] = identity = read_identity(cache)
-        values["age"] = max(0.0, time.time() - cache.modified("identity.json"))
-        values["bytes"] = sum(
-            sum(cache.sizes(folder).values()) for folder in ("", "codebooks", "shards")
-        )
-        values["fault"] = other_format(identity)
-        if not values["fault"]:
-            kinds = [_kind(cache, kind, look_at) for kind in kinds_of(cache)]
-            values["kinds"] = tuple(kinds)
+        return replace(facts, kinds=tuple(_kind(cache, k, look_at) for k in kinds_of(cache)))
     except CacheDamaged as error:
-        values |= {"fault": f"{error.path} {error.why}", "mendable": True}
-    return Facts(**values)
+        return replace(facts, fault=f"{error.path} {error.why}", mendable=True)
 
 
-def other_format(identity: dict[str, Any]) -> str:
+def outline_of(cache: Store) -> Facts:
+    """What the identity and the listing of a cache tell; no index is opened."""
+    size = sum(sum(cache.sizes(folder).values()) for folder in ("", "codebooks", SHARDS))
+    facts = Facts(cache.url, cache.name, bytes=size)
+    try:
+        identity = read_identity(cache)
+    except CacheDamaged as error:
+        return replace(facts, fault=f"{error.path} {error.why}", mendable=True)
+    age = max(0.0, time.time() - cache.modified(IDENTITY))
+    return replace(facts, identity=identity, age=age, fault=other_format(cache, identity))
+
+
+def other_format(cache: Store, identity: dict[str, Any]) -> str:
     """Why a cache of this identity cannot be read by this version; "" if it can."""
     found = identity.get("format", VERSION)
     if found == VERSION:
         return ""
-    return f"is of format {found}, and this version reads {VERSION}; stillhouse cache rm removes it"
+    return (
+        f"is of format {found}, and this version reads {VERSION}; "
+        f"remove it with: {command('rm', cache)}"
+    )
 
 
 def kinds_of(cache: Store) -> list[str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.storage import Store, open_store
 from jobs.errors import SpecErrors
@@ -13,7 +14,8 @@ from jobs.load import load_spec, recipes
 from jobs.spec import JobSpec
 from trainer.fingerprint import fingerprint
 from trainer.identity import Identities
-from trainer.job import CACHES, CORPORA, identities, resolve
+from trainer.job import CACHES, CORPORA, identities, make_capture, resolve
+from trainer.logits.store import IDENTITY, SHARDS
 
 # Fewer characters of a fingerprint are taken for a mistake.
 SHORTEST = 4
@@ -37,6 +39,20 @@ class Asked:
         assert self.spec is not None and self.made_of is not None
         return open_store(self.spec.storage).sub(CORPORA, fingerprint(self.made_of.corpus))
 
+    @property
+    def capture(self) -> Any:
+        """The capture (`trainer.teacher.Capture`) that fills the cache of the spec."""
+        assert self.spec is not None
+        return capture_of(self.spec, self.corpus, self.cache)
+
+
+def capture_of(spec: JobSpec, corpus: Store, cache: Store) -> Any:
+    """The capture (`trainer.teacher.Capture`) of a spec, with the resources that it asks for."""
+    asked = spec.resources.capture
+    return make_capture(
+        spec, corpus, cache, batch_tokens=asked.batch_tokens, shard_seconds=asked.shard_seconds
+    )
+
 
 def caches_in(storage: Store) -> list[Store]:
     """The caches of a storage, by fingerprint."""
@@ -46,7 +62,7 @@ def caches_in(storage: Store) -> list[Store]:
 
 def holds_cache(place: Store) -> bool:
     """Whether a folder is a logit cache, also one that has lost some of its files."""
-    return place.exists("identity.json") or place.exists("shards")
+    return place.exists(IDENTITY) or place.exists(SHARDS)
 
 
 def storage_of(cache: Store) -> Store | None:

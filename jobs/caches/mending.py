@@ -14,8 +14,17 @@ from numpy.typing import NDArray
 from cluster.storage import Store, open_store
 from trainer.fingerprint import fingerprint
 from trainer.logits.damage import Damage
-from trainer.logits.index import KEY_BYTES, Index, kind_of, unpack
-from trainer.logits.store import IDENTITY, SHARDS, cache_fingerprint, list_shards, open_cache
+from trainer.logits.index import KEY_BYTES, Index, kind_of
+from trainer.logits.store import (
+    IDENTITY,
+    SHARDS,
+    CacheDamaged,
+    Files,
+    cache_fingerprint,
+    list_shards,
+    open_cache,
+    read_own_index,
+)
 
 THREADS = 8
 
@@ -44,10 +53,10 @@ def losses(cache: Store, found: Sequence[Damage]) -> list[Loss]:
         lost: list[NDArray] = []
         held: list[NDArray] = []
         unknown = 0
-        for files in listed:
-            if kind_of(files.name) != kind or files.idx is None:
-                continue
-            index = _index(cache, files.name)
+        of_kind = [f for f in listed if kind_of(f.name) == kind and f.idx is not None]
+        with ThreadPoolExecutor(THREADS) as pool:
+            indexes = list(pool.map(lambda files: _index(cache, files), of_kind))
+        for files, index in zip(of_kind, indexes, strict=True):
             if index is None:
                 unknown += shards[files.name].sequences if files.name in shards else 0
             elif index.cache == where:  # another cache's were never readable here
@@ -95,11 +104,11 @@ def _delete(cache: Store, path: str) -> None:
         cache.delete(path)
 
 
-def _index(cache: Store, name: str) -> Index | None:
-    try:
-        return unpack(cache.read_bytes(f"{SHARDS}/{name}.idx"), name)
-    except (FileNotFoundError, ValueError):
-        return None
+def _index(cache: Store, files: Files) -> Index | None:
+    """A shard's index, None if it cannot be read."""
+    with suppress(CacheDamaged):
+        return read_own_index(cache, files)
+    return None
 
 
 def _keys(index: Index) -> NDArray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +10,6 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
-from cluster.storage import Store
 from jobs.caches.coverage import Coverage
 from jobs.caches.facts import UNIQUES, Facts, Histogram, Kind
 from jobs.caches.users import Run
@@ -34,11 +32,6 @@ def table(*columns: str) -> Table:
         figure = name != column
         made.add_column(name, justify="right" if figure else "left", no_wrap=figure)
     return made
-
-
-def command(name: str, cache: Store) -> str:
-    """A command line of `stillhouse cache` for this cache."""
-    return shlex.join(["stillhouse", "cache", name, cache.url])
 
 
 def size(count: float) -> str:

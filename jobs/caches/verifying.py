@@ -10,13 +10,12 @@ from rich.console import Group
 
 from cluster.storage import Store
 from jobs.caches import show
-from jobs.caches.coverage import capture_of
 from jobs.caches.facts import other_format
 from jobs.caches.find import Asked
 from jobs.errors import SpecErrors
 from jobs.report.figures import NOTHING
 from trainer.logits.errors import Faithfulness
-from trainer.logits.store import CacheDamaged, read_identity
+from trainer.logits.store import SHARDS, CacheDamaged, command, read_identity
 
 LABELS = {
     "record": "record error (nats)",
@@ -48,7 +47,7 @@ def faithfulness_of(
     logging.disable_progress_bar()
     if not is_complete(asked.corpus):
         raise SpecErrors([f"{asked.corpus.url}: no such corpus; prepare it with: {run}"])
-    kinds = faithfulness(capture_of(asked), open_corpus(asked.corpus), sequences, say)
+    kinds = faithfulness(asked.capture, open_corpus(asked.corpus), sequences, say)
     if not kinds:
         raise SpecErrors(
             [f"{asked.cache.url}: no sequence of this spec's corpus is in it; add them with: {run}"]
@@ -59,7 +58,7 @@ def faithfulness_of(
 def readable(cache: Store) -> None:
     """Raises SpecErrors for a cache of a format that this version does not read."""
     try:
-        other = other_format(read_identity(cache))
+        other = other_format(cache, read_identity(cache))
     except CacheDamaged:  # found, and told, with all other damage
         return
     if other:
@@ -68,7 +67,7 @@ def readable(cache: Store) -> None:
 
 def size_of(cache: Store) -> str:
     """How much there is to read."""
-    sizes = cache.sizes("shards")
+    sizes = cache.sizes(SHARDS)
     return f"{show.size(sum(sizes.values()))} in {len(sizes):,} files"
 
 
@@ -100,7 +99,7 @@ def faults(cache: Store, kinds: Sequence[Faithfulness], run: str) -> list[str]:
         if over:
             lines.append(
                 f"{cache.url}: unfaithful records of {kind.kind}: {'; '.join(over)}; start anew "
-                f"with: {show.command('rm', cache)} && {run}"
+                f"with: {command('rm', cache)} && {run}"
             )
     return lines
 

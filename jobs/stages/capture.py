@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from cluster.storage import Store, open_store
@@ -20,7 +21,7 @@ def run(context: Context) -> dict[str, Any]:
     identity = context.inputs.identities.cache
     name = fingerprint(identity)
     cache = open_cache(context.shared.sub("_logits"), identity)
-    job = _capture(spec, context.corpus, cache)
+    job = _capture(spec, context.corpus, cache, context.outputs)
     if not _lacking(job):  # no need to load the teacher
         return {"cache": name, "metrics": {"sequences": 0}}
     results, group = run_ranks(context, "capture", [job], spec.resources.capture)
@@ -28,22 +29,22 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def count_lacking(spec: JobSpec, outputs: Outputs) -> int:
-    """Records that the cache lacks of those that the spec reads; `outputs`: of prepare, capture.
+    """Records that the cache lacks of those that will be read; `outputs`: of the stages done.
 
     Raises ValueError, one line, for a cache that is damaged.
     """
     shared = open_store(spec.storage)
     corpus = shared.sub("_corpora", outputs["prepare"]["corpus"])
-    return _lacking(_capture(spec, corpus, shared.sub("_logits", outputs["capture"]["cache"])))
+    cache = shared.sub("_logits", outputs["capture"]["cache"])
+    return _lacking(_capture(spec, corpus, cache, outputs))
 
 
-def _capture(spec: JobSpec, corpus: Store, cache: Store) -> Any:
-    from trainer.job import make_capture
+def _capture(spec: JobSpec, corpus: Store, cache: Store, outputs: Outputs) -> Any:
+    """What the stages to come read: once the student is trained, records for evaluation alone."""
+    from jobs.caches.find import capture_of
 
-    asked = spec.resources.capture
-    return make_capture(
-        spec, corpus, cache, batch_tokens=asked.batch_tokens, shard_seconds=asked.shard_seconds
-    )
+    job = capture_of(spec, corpus, cache)
+    return replace(job, distill=None) if "distill" in outputs else job
 
 
 def _lacking(job: Any) -> int:

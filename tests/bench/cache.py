@@ -2,8 +2,9 @@
 
     make demo && make bench-cache
 
-Prints tables, writes tests/bench/results/cache.json and the curves of docs/cache.md, and ends with
-exit code 1 if an aim is missed. Parts of it, the other figures staying as they are in the file:
+Prints tables, writes tests/bench/results/cache.json, the tables and the curves of docs/cache.md,
+and ends with exit code 1 if an aim is missed. Parts of it, the other figures staying as they are in
+the file, where `made_by` tells of each part when and on what it was measured:
 
     .venv/bin/python -m tests.bench.cache --only sizes,speed
 """
@@ -11,6 +12,7 @@ exit code 1 if an aim is missed. Parts of it, the other figures staying as they 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -291,11 +293,18 @@ def main() -> int:
         parser.error(f"--only: no part {wrong[0]!r}; may be {', '.join(PARTS)}")
     bench = Bench(given.sequences, given.runs, given.images, not given.coarse)
     result = json.loads(given.out.read_text()) if given.out.exists() else {}
+    names = ("torch", "transformers", "numpy", "numba", "pyarrow")
+    made_by = {
+        "date": datetime.date.today().isoformat(),
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
+    }
     without_demo = False
     for part in asked:
         began = time.perf_counter()
         try:
             result |= getattr(bench, part)()
+            result.setdefault("made_by", {})[part] = made_by
         except FileNotFoundError as error:
             if part != "demo":
                 raise
@@ -304,9 +313,7 @@ def main() -> int:
             print(f"error: {error}; run: make demo", file=sys.stderr)
         print(f"({part}: {time.perf_counter() - began:.0f} s)\n", flush=True)
     result["command"] = COMMAND
-    result["machine"] = {"processor": platform.machine(), "cpus": os.cpu_count()}
-    names = ("torch", "transformers", "numpy", "numba", "pyarrow")
-    result["versions"] = {"python": platform.python_version(), **{n: version(n) for n in names}}
+    result |= made_by
     reached = check(result)
     given.out.write_text(json.dumps(result, indent=2) + "\n")
     if given.out == OUT:

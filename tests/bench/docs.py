@@ -26,6 +26,8 @@ SETTINGS = {
 TOKENS = 10**12
 SHARD = 64 << 20
 INDEX_ROW, READER_ROW, LENGTH = 28, 40, 2048
+# Tokens/s of a worker's capture; seconds of a small read from a bucket, and how many at once.
+CAPTURE_SPEED, READ_SECONDS, READS_AT_ONCE = 2000, 0.05, 16
 Json = dict[str, Any]
 
 
@@ -92,18 +94,25 @@ def speeds(found: Json) -> str:
 
 
 def on_paper(found: Json) -> str:
-    """What a cache of 10^12 tokens would be, by the bytes measured with ordered ids."""
+    """What a cache of 10^12 tokens in full shards would be, by the bytes with ordered ids."""
     sequences = TOKENS // LENGTH
     rows = []
     for name, words in SETTINGS.items():
-        size = found["bytes_per_token_ordered"][name] * TOKENS
-        rows.append([words, figure(size / 1e12, 1), f"{2 * size / SHARD:,.0f}"])
-    rows = [
-        [*row, figure(INDEX_ROW * sequences / 1e9, 1), figure(READER_ROW * sequences / 1e9, 1)]
-        for row in rows
-    ]
-    heads = ["cache", "TB", "objects", "GB of indexes", "GB of memory in a reader"]
-    return table(heads, rows)
+        each = found["bytes_per_token_ordered"][name]
+        shards = each * TOKENS / SHARD
+        rows.append(
+            [
+                words,
+                figure(each * TOKENS / 1e12, 1),
+                figure(SHARD / (CAPTURE_SPEED * each), 0),
+                figure(2 * shards, 0),
+                figure(INDEX_ROW * sequences / 1e9, 1),
+                figure(shards * READ_SECONDS / READS_AT_ONCE / 60, 0),
+                figure(READER_ROW * sequences / 1e9, 1),
+            ]
+        )
+    heads = ["cache", "TB", "`shard_seconds` that fills a shard", "objects", "GB of indexes"]
+    return table([*heads, "minutes to open", "GB of memory in a reader"], rows)
 
 
 def angles(found: Json) -> str:

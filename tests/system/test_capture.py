@@ -456,13 +456,25 @@ def test_metrics_tell_bytes_and_where_the_time_went(world, runs) -> None:
         folder = world.job(name).cache
         size = sum(folder.size(f"shards/{entry}") for entry in folder.list("shards"))
         assert metrics["bytes"] == size - (name == "two") * grown_bytes(runs)
-        assert metrics["bytes_per_token"] == pytest.approx(metrics["bytes"] / (96 * LENGTH))
+        each = metrics["bytes_per_token"]
+        assert each["eval"] * 16 + each["train"] * 80 == pytest.approx(metrics["bytes"] / LENGTH)
         assert 0 < metrics["forward_s"] < metrics["seconds"]
         assert 0 <= metrics["wait_s"] < metrics["seconds"]
         assert metrics["world"] == len(runs[name]) and metrics["parameters"] > 10_000
         done = [e for e in runs[name][0].events if e["event"] == "progress"]
         assert {e["part"]: e["done"] for e in done} == {"eval": 16, "train": 80}
         assert all(e["tokens_per_s"] > 0 for e in done)
+
+
+def test_bytes_per_token_are_of_one_set_of_draws_and_of_one_family(world, runs) -> None:
+    cache = world.job("drawn", redraws=3, **SAMPLE).cache
+    sizes: dict[str, int] = {"train": 0, "eval": 0}
+    for name in cache.list("shards"):
+        sizes["eval" if name.startswith("eval") else "train"] += cache.size(f"shards/{name}")
+    each = runs["drawn"][0].metrics["bytes_per_token"]
+    assert each["eval"] == pytest.approx(sizes["eval"] / (16 * LENGTH))
+    assert each["train"] == pytest.approx(sizes["train"] / (3 * 80 * LENGTH))
+    assert each["eval"] > 2 * each["train"]
 
 
 def grown_bytes(runs: dict[str, list[Told]]) -> int:

@@ -400,6 +400,30 @@ def test_nodes_may_have_other_numbers_of_workers(folders) -> None:
     assert ranks[2]["held"] == pytest.approx(2 * ranks[0]["held"], rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("sharding", "told"),
+    [
+        ("auto", "teacher.model: 0.0 GB of weights do not fit 1 worker of 0.0 GB; give"),
+        ("zero3", "teacher.sharding: zero3 needs at least 2 workers; set resources.capture"),
+    ],
+)
+def test_one_worker_that_cannot_hold_or_share_a_teacher_is_refused(
+    folders, monkeypatch, sharding, told
+) -> None:
+    import torch
+
+    from trainer.spec import TeacherSpec
+    from trainer.teacher import engine
+    from trainer.worker import Worker
+
+    monkeypatch.setattr(engine, "memory_of", lambda worker: 1e4)
+    spec = TeacherSpec(model=str(folders["llama"]), dtype="float32", sharding=sharding)
+    job: Any = SimpleNamespace(teacher=spec)
+    with pytest.raises(ValueError, match=told) as caught:
+        engine.load_teacher(job, 160, Worker(0, 1, torch.device("cpu")))
+    assert "\n" not in str(caught.value)
+
+
 def test_host_memory_is_bounded_by_the_share_and_the_largest_layer(tmp_path) -> None:
     """A teacher of 80 million parameters. DeepSpeed's and gloo's own buffers come on top."""
     folder = save_kind(

@@ -8,15 +8,19 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import xxhash
 
 from cluster.storage import Store
 from trainer.fingerprint import fingerprint
+from trainer.logits.codebook import Codebook
 from trainer.logits.codebook_file import codebook_path, family_of, spare_path, unpack_codebook
-from trainer.logits.index import Index, kind_of, rows_in
+from trainer.logits.codec import decode
+from trainer.logits.index import MAX_SEQUENCES, Index, kind_of, rows_in
 from trainer.logits.store import (
     IDENTITY,
+    MAX_CODEBOOK_BYTES,
     SHARDS,
     CacheDamaged,
     Files,
@@ -24,13 +28,14 @@ from trainer.logits.store import (
     list_shards,
     load_codebook,
     named_by_fingerprint,
+    read_bounded,
     read_identity,
     read_index,
 )
 
 FAMILIES = ("eval", "train")
 PIECE_BYTES = 8 << 20
-# Shards looked at together: so many pieces are in memory at once.
+# Shards looked at together: so many pieces, and records, are in memory at once.
 TOGETHER = 4
 # A capture writes a shard's records before its index; what is older than this was abandoned.
 LEFTOVER_SECONDS = 3600.0
@@ -63,20 +68,76 @@ class ShardState:
     sequences: int = 0
 
 
+class _Codebooks:
+    """The codebooks of a cache, each read once.
+
+    used: by family the hash and the codebook in use, None if there is none, or what is wrong.
+    """
+
+    def __init__(self, cache: Store, where: str) -> None:
+        self.cache, self.where = cache, where
+        self.used = {family: self._used(family) for family in FAMILIES}
+        self.of = lru_cache(self._of)
+
+    def _used(self, family: str) -> tuple[bytes, Codebook] | CacheDamaged | None:
+        try:
+            return load_codebook(self.cache, family)
+        except CacheDamaged as error:
+            return error
+
+    def _of(self, family: str, number: bytes) -> Codebook | None:
+        """The codebook with this hash: the one in use, or if that is lost its spare copy."""
+        used = self.used[family]
+        if isinstance(used, tuple):
+            return used[1] if used[0] == number else None
+        found = spare(self.cache, self.where, family, number)
+        return found and found[1]
+
+
 def check_cache(cache: Store) -> list[Damage]:
-    """Everything that is wrong with a cache, by path; reads all of it, in bounded memory."""
+    """Everything that is wrong with a cache, by path; reads all of it, and decodes all records,
+    in bounded memory."""
     found = _check_identity(cache)
     if found and not named_by_fingerprint(cache):
         return found  # nothing says what the other files should be of
     where = cache_fingerprint(cache)
+    books = _Codebooks(cache, where)
     with ThreadPoolExecutor(TOGETHER) as pool:
-        states = list(pool.map(lambda files: _check_shard(cache, files, where), list_shards(cache)))
+        states = list(
+            pool.map(lambda files: _check_shard(cache, files, where, books), list_shards(cache))
+        )
     found += [state.damage for state in states if state.damage is not None]
     for family in FAMILIES:
         needing = [s for s in states if s.codebook and family_of(s.kind) == family]
-        found += _check_codebook(cache, where, family, needing)
+        found += _check_codebook(books, family, needing)
     found += _strangers(cache)
     return sorted(found, key=lambda damage: damage.path)
+
+
+def check_again(cache: Store, damage: Damage) -> Damage | None:
+    """What is wrong now with a shard or the identity that was found damaged: a run may have
+    written it anew since. None if it is sound or gone."""
+    if damage.path == IDENTITY:
+        return next(iter(_check_identity(cache) if cache.exists(IDENTITY) else []), None)
+    name = damage.path.rpartition("/")[2][:-4]
+    index = _size(cache, f"{SHARDS}/{name}.idx")  # first: it is written last
+    files = Files(name, _size(cache, f"{SHARDS}/{name}.bin"), index)
+    where = cache_fingerprint(cache)
+    books = _Codebooks(cache, where)
+    state = _check_shard(cache, files, where, books)
+    if state.damage is not None or not state.codebook:
+        return state.damage
+    used = books.used[family_of(state.kind)]
+    if isinstance(used, tuple) and used[0] == state.codebook:
+        return None
+    return _without_codebook(state)
+
+
+def _size(cache: Store, path: str) -> int | None:
+    try:
+        return cache.size(path)
+    except FileNotFoundError:
+        return None
 
 
 def _check_identity(cache: Store) -> list[Damage]:
@@ -89,23 +150,27 @@ def _check_identity(cache: Store) -> list[Damage]:
     return [Damage(IDENTITY, f"is damaged: it is of another logit cache, {found}", "", 0)]
 
 
-def _check_shard(cache: Store, files: Files, where: str) -> ShardState:
+def _check_shard(cache: Store, files: Files, where: str, books: _Codebooks) -> ShardState:
     kind, path = kind_of(files.name) or "", f"{SHARDS}/{files.name}.bin"
     if files.idx is None:
         return ShardState(files.name, kind, _unfinished(cache, kind, files.name))
     try:
         index = read_index(cache, files, where)
     except CacheDamaged as error:
-        return ShardState(files.name, kind, Damage(error.path, error.why, kind, rows_in(files.idx)))
+        room = min(rows_in(files.idx), MAX_SEQUENCES)
+        return ShardState(files.name, kind, Damage(error.path, error.why, kind, room))
     if index is None:  # dropped since the listing
         return ShardState(files.name, kind)
     sequences = len(index.keys)
     try:
-        bad = _bad_records(cache, path, index)
+        book = books.of(family_of(kind), index.codebook)
+        bad, undecodable = _bad_records(cache, path, index, book)
     except FileNotFoundError:
         return ShardState(files.name, kind, Damage(path, "is missing", kind, sequences))
-    if bad:
-        why = f"is damaged in {bad} of its {sequences} records"
+    if bad or undecodable:
+        why = f"is damaged in {bad + undecodable} of its {sequences} records"
+        if not bad:
+            why = f"holds no valid record of {undecodable} of its {sequences} sequences"
         return ShardState(files.name, kind, Damage(path, why, kind, sequences))
     return ShardState(files.name, kind, None, index.codebook, sequences)
 
@@ -121,14 +186,16 @@ def _unfinished(cache: Store, kind: str, name: str) -> Damage | None:
     return Damage(path, "is unfinished: its index was never written", kind, 0, harmless=True)
 
 
-def _bad_records(cache: Store, path: str, index: Index) -> int:
-    """How many records' bytes do not fit their checksums, read in pieces.
+def _bad_records(cache: Store, path: str, index: Index, book: Codebook | None) -> tuple[int, int]:
+    """How many records' bytes do not fit their checksums, and how many others do not decode.
 
+    The file is read in pieces, and decoded one record at a time (not at all without the codebook).
     Raises FileNotFoundError.
     """
     whole = hashlib.blake2b(digest_size=16)
-    bad, row, left = 0, 0, int(index.lengths[0])
+    bad, undecodable, row, left = 0, 0, 0, int(index.lengths[0])
     state = xxhash.xxh3_64(index.keys[0].tobytes())
+    parts: list[memoryview] = []  # of the record that the pieces have reached
     for piece in _pieces(cache, path, index.size):
         whole.update(piece)
         at = 0
@@ -136,13 +203,27 @@ def _bad_records(cache: Store, path: str, index: Index) -> int:
             part = piece[at : at + left]
             state.update(part)
             at, left = at + len(part), left - len(part)
+            if book is not None:
+                parts.append(part)
             if not left:
-                bad += state.intdigest() != index.sums[row]
+                if state.intdigest() != index.sums[row]:
+                    bad += 1
+                elif book is not None and not _decodes(parts, book):
+                    undecodable += 1
+                parts.clear()
                 row += 1
                 if row < len(index.keys):
                     left = int(index.lengths[row])
                     state = xxhash.xxh3_64(index.keys[row].tobytes())
-    return bad if whole.digest() == index.digest else max(bad, 1)
+    return bad if whole.digest() == index.digest else max(bad, 1), undecodable
+
+
+def _decodes(parts: list[memoryview], book: Codebook) -> bool:
+    try:
+        decode(parts[0] if len(parts) == 1 else b"".join(parts), book)
+    except ValueError:
+        return False
+    return True
 
 
 def _pieces(cache: Store, path: str, size: int) -> Iterator[memoryview]:
@@ -150,20 +231,18 @@ def _pieces(cache: Store, path: str, size: int) -> Iterator[memoryview]:
         yield memoryview(cache.read_range(path, start, min(start + PIECE_BYTES, size)))
 
 
-def _check_codebook(
-    cache: Store, where: str, family: str, shards: list[ShardState]
-) -> Iterator[Damage]:
+def _check_codebook(books: _Codebooks, family: str, shards: list[ShardState]) -> Iterator[Damage]:
     """Damage of a family's codebook, and of the shards that it leaves without one."""
+    cache, where = books.cache, books.where
     path = codebook_path(family)
     why, number = "", b""
-    try:
-        loaded = load_codebook(cache, family)
-        if loaded is not None:
-            number = loaded[0]
-        elif shards:
-            why = "is missing"
-    except CacheDamaged as error:
-        why = error.why
+    used = books.used[family]
+    if isinstance(used, CacheDamaged):
+        why = used.why
+    elif used is not None:
+        number = used[0]
+    elif shards:
+        why = "is missing"
     if why:
         number = restorable(cache, where, family, shards)
         yield Damage(path, why + ("; its spare copy is intact" if number else ""), family, 0)
@@ -172,17 +251,22 @@ def _check_codebook(
         yield Damage(spare_path(family, number), why, family, 0, harmless=True)
     for shard in shards:
         if shard.codebook != number:
-            lost = f"{SHARDS}/{shard.name}.idx"
-            yield Damage(lost, "needs a codebook that is lost", shard.kind, shard.sequences)
+            yield _without_codebook(shard)
 
 
-def spare(cache: Store, where: str, family: str, number: bytes) -> bytes | None:
-    """The spare copy of the codebook with this hash, None unless it is intact."""
+def _without_codebook(shard: ShardState) -> Damage:
+    path = f"{SHARDS}/{shard.name}.idx"
+    return Damage(path, "needs a codebook that is lost", shard.kind, shard.sequences)
+
+
+def spare(cache: Store, where: str, family: str, number: bytes) -> tuple[bytes, Codebook] | None:
+    """The spare copy of the codebook with this hash, as a file and read; None unless intact."""
     try:
-        data = cache.read_bytes(spare_path(family, number))
-        return data if unpack_codebook(data, family, where)[0] == number else None
+        data = read_bounded(cache, spare_path(family, number), MAX_CODEBOOK_BYTES)
+        found, codebook = unpack_codebook(data, family, where)
     except (FileNotFoundError, ValueError):
         return None
+    return (data, codebook) if found == number else None
 
 
 def restorable(cache: Store, where: str, family: str, shards: Sequence[ShardState]) -> bytes:

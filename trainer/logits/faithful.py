@@ -24,7 +24,7 @@ from trainer.logits.errors import (
 from trainer.logits.reader import CacheReader
 from trainer.logits.records import Coding
 from trainer.logits.rerun import Reruns, rerun
-from trainer.logits.store import read_codebook
+from trainer.logits.store import command, read_codebook
 from trainer.models import find_model
 from trainer.teacher import Capture, wanted
 from trainer.teacher.draws import BLOCK, draw, stream, uniforms
@@ -107,7 +107,7 @@ def _compare_one(
     if len(record.ids) != length:
         raise ValueError(
             f"{job.cache.url}: the record of sequence {key.hex()} has {len(record.ids)} positions, "
-            f"and the sequence {length}; remove the cache with stillhouse cache rm"
+            f"and the sequence {length}; remove the cache with: {command('rm', job.cache)}"
         )
     labels = torch.from_numpy(next_tokens(batch.input_ids)[0])
     others = {"batch": runs.reshaped, "dtype": runs.float32}

@@ -30,10 +30,16 @@ def jit(function: Callable[..., Any]) -> Any:
     """Compiles a function that lets go of the GIL; kept on disk for later processes.
 
     numba looks at a function's own file to see whether its kept code is stale, not at the files of
-    what it calls; so the name under which it is kept tells the sources of all kernels.
+    what it calls; so the name under which it is kept tells the sources of all kernels. Where it
+    cannot be kept, neither beside the sources nor in the user's cache, each process compiles it.
     """
     function.__qualname__ += f"_{_SOURCES}"
-    return njit(nogil=True, cache=True, error_model="numpy")(function)
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        return njit(nogil=True, error_model="numpy")(function)
 
 
 # Contexts, by the part of a row.

@@ -45,6 +45,8 @@ from trainer.logits.index import (
 
 SHARDS = "shards"
 IDENTITY = "identity.json"
+MAX_IDENTITY_BYTES = 1 << 20
+MAX_CODEBOOK_BYTES = 16 << 20
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 
 
@@ -59,12 +61,28 @@ class CacheDamaged(ValueError):
     why = ""
 
 
+def command(name: str, cache: Store) -> str:
+    """A command line of `stillhouse cache` for this cache."""
+    return shlex.join(["stillhouse", "cache", name, cache.url])
+
+
 def damaged(cache: Store, path: str, why: str) -> CacheDamaged:
     """The error for one file of a cache: one line with the command that mends it."""
-    command = f"stillhouse cache repair {shlex.quote(cache.url)}"
-    error = CacheDamaged(f"{cache.path(path)} {why}; mend the cache with: {command}")
+    mended_by = command("repair", cache)
+    error = CacheDamaged(f"{cache.path(path)} {why}; mend the cache with: {mended_by}")
     error.path, error.why = path, why  # not arguments: an exception is pickled by its arguments
     return error
+
+
+def read_bounded(cache: Store, path: str, most: int) -> bytes:
+    """A whole file of at most `most` bytes; a larger one is not read.
+
+    Raises FileNotFoundError, and CacheDamaged for a larger one.
+    """
+    size = cache.size(path)
+    if size > most:
+        raise damaged(cache, path, f"is damaged: it has {size} bytes, and may have {most}")
+    return cache.read_bytes(path)
 
 
 def open_cache(root: Store, identity: dict[str, Any]) -> Store:
@@ -83,9 +101,11 @@ def open_cache(root: Store, identity: dict[str, Any]) -> Store:
 def read_identity(cache: Store) -> dict[str, Any]:
     """What the cache's records are of. Raises CacheDamaged if that is missing or unreadable."""
     try:
-        found = json.loads(cache.read_bytes(IDENTITY))
+        found = json.loads(read_bounded(cache, IDENTITY, MAX_IDENTITY_BYTES))
     except FileNotFoundError:
         raise damaged(cache, IDENTITY, "is missing") from None
+    except CacheDamaged:
+        raise
     except (ValueError, RecursionError):
         raise damaged(cache, IDENTITY, "is damaged: it is not valid JSON") from None
     if not isinstance(found, dict):
@@ -99,9 +119,12 @@ def check_identity(cache: Store, identity: dict[str, Any]) -> None:
     found = read_identity(cache)
     for name in sorted(set(found) | set(identity)):
         if name not in found or name not in identity or found[name] != identity[name]:
+            way_out = f"remove it with: {command('rm', cache)}"
+            if cache.name == fingerprint(identity):  # only what the file says is another's
+                way_out = f"mend the cache with: {command('repair', cache)}"
             raise CacheMismatch(
-                f"{cache.url}: logit cache of another {name}: it has {found.get(name)!r}, "
-                f"asked for {identity.get(name)!r}"
+                f"{cache.path(IDENTITY)}: logit cache of another {name}: "
+                f"it has {found.get(name)!r}, asked for {identity.get(name)!r}; {way_out}"
             )
 
 
@@ -126,7 +149,7 @@ def load_codebook(cache: Store, kind: str) -> tuple[bytes, Codebook] | None:
     family = family_of(kind)
     path = codebook_path(family)
     try:
-        data = cache.read_bytes(path)
+        data = read_bounded(cache, path, MAX_CODEBOOK_BYTES)
     except FileNotFoundError:
         return None
     where = cache_fingerprint(cache)
@@ -168,20 +191,21 @@ def write_shard(
     """Publishes one shard: `blobs[i]` is the encoded record of the sequence `keys[i]`.
 
     codebook: the one that encoded them (None: the cache's own). Returns the shard's name and its
-    bytes, index included. Raises ValueError for keys and blobs that do not fit each other and
-    without the cache's codebook, CacheMismatch if the cache has another codebook by now.
+    bytes, index included. Raises ValueError for keys and blobs that do not fit each other, and if
+    the cache has no codebook or no longer, CacheMismatch if the cache has another codebook by now.
     """
     check_kind(kind)
     where = cache_fingerprint(cache)
     found = load_codebook(cache, kind)
     if found is None:
         raise ValueError(
-            f"{cache.path(codebook_path(family_of(kind)))} is missing; publish the codebook first"
+            f"{cache.path(codebook_path(family_of(kind)))} is missing: the logit cache was removed "
+            "while this capture ran; capture anew with: stillhouse run SPEC"
         )
     if codebook is not None and pack_codebook(codebook, family_of(kind), where)[0] != found[0]:
         raise CacheMismatch(
             f"{cache.path(codebook_path(family_of(kind)))} was replaced while records were made "
-            "with it; run the capture again"
+            "with it; capture again with: stillhouse run SPEC"
         )
     index = make_index(kind, where, found[0], keys, blobs)
     packed = pack(index)
@@ -211,22 +235,33 @@ def list_shards(cache: Store) -> list[Files]:
     ]
 
 
+def read_own_index(cache: Store, files: Files) -> Index | None:
+    """A shard's index, whatever became of its records; None if it was deleted since the listing.
+
+    Raises CacheDamaged for an index that is not as it was written.
+    """
+    path = f"{SHARDS}/{files.name}.idx"
+    if (files.idx or 0) > MAX_INDEX_BYTES:
+        raise damaged(cache, path, f"has {files.idx} bytes, more than any index of a logit cache")
+    try:
+        return unpack(cache.read_bytes(path), files.name)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise damaged(cache, path, str(error)) from error
+
+
 def read_index(cache: Store, files: Files, where: str) -> Index | None:
     """A shard's index; None if it was deleted since the listing.
 
     where: the cache's fingerprint. Raises CacheDamaged for an index that is damaged or not of
     this cache, and for records that are missing or of another size than the index says.
     """
-    path = f"{SHARDS}/{files.name}.idx"
-    if (files.idx or 0) > MAX_INDEX_BYTES:
-        raise damaged(cache, path, f"has {files.idx} bytes, more than any index of a logit cache")
-    try:
-        index = unpack(cache.read_bytes(path), files.name)
-    except FileNotFoundError:
+    index = read_own_index(cache, files)
+    if index is None:
         return None
-    except ValueError as error:
-        raise damaged(cache, path, str(error)) from error
     if index.cache != where:
+        path = f"{SHARDS}/{files.name}.idx"
         raise damaged(cache, path, f"belongs to another logit cache, {index.cache}")
     path = f"{SHARDS}/{files.name}.bin"
     size = files.bin

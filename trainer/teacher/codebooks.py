@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,16 +32,22 @@ class Codebooks:
         self._known: dict[str, Codebook] = {}
         self._gave_up = False
 
-    def get(self, family: str, sample: Sequence[Records | Draws] | None) -> Codebook | None:
+    def get(
+        self,
+        family: str,
+        sample: Sequence[Records | Draws] | None,
+        over: Callable[[], bool] = lambda: False,
+    ) -> Codebook | None:
         """The codebook of a family of kinds; None if a stop came before there was one.
 
         sample: the records to fit it on if the cache has none; None: another rank does that.
+        over: whether an error has ended the capture, so that waiting has no use any more.
         Raises ValueError for a codebook of other settings, TimeoutError if none comes.
         """
         if family not in self._known:
             found = read_codebook(self._job.cache, family)
             if found is None:
-                found = self._wait(family) if sample is None else self._fit(family, sample)
+                found = self._wait(family, over) if sample is None else self._fit(family, sample)
             if found is None:
                 return None
             coding = coding_of(self._job.cache_spec, self._vocab, family)
@@ -65,13 +71,13 @@ class Codebooks:
         self._hooks.fence()
         return publish_codebook(self._job.cache, family, made)
 
-    def _wait(self, family: str) -> Codebook | None:
+    def _wait(self, family: str, over: Callable[[], bool]) -> Codebook | None:
         began, asked = time.monotonic(), 0.0
         while (found := read_codebook(self._job.cache, family)) is None:
             now = time.monotonic()
             if not asked and self._hooks.stop_requested():
                 asked = now
-            if self._gave_up or (asked and now - asked > STOP_SECONDS):
+            if over() or self._gave_up or (asked and now - asked > STOP_SECONDS):
                 self._gave_up = True
                 return None
             if now - began > WAIT_SECONDS:

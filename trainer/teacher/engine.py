@@ -46,7 +46,7 @@ def load_teacher(job: Capture, vocab: int, worker: Worker) -> Teacher:
     """The teacher of a capture on this rank's device; collective.
 
     Where every worker holds all of it DeepSpeed has nothing to do, and the module itself is called.
-    Raises ValueError for a model that cannot be captured as the spec asks.
+    Raises ValueError for a model that cannot be captured as the spec asks, or by so few workers.
     """
     teacher = job.teacher
     folder = find_model("teacher.model", teacher.model, teacher.revision)

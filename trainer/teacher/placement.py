@@ -42,7 +42,8 @@ def groups_for(
     weights, largest: bytes of the whole teacher and of its largest layer, which a rank needs beside
     its share. memory: bytes by rank. nodes: ranks by node. A copy is spread over as few as
     possible: every layer travels between those who share it, once per forward pass. Raises
-    ValueError, one line, where all ranks together have too little memory.
+    ValueError, one line, where all ranks together have too little memory, and where one rank has
+    nobody to share with.
     """
     ranks = range(len(memory))
     alone = [[rank] for rank in ranks]
@@ -54,8 +55,13 @@ def groups_for(
             for group in groups
         )
 
-    if sharding == "none" or len(memory) == 1:
+    if sharding == "none":
         return alone
+    if sharding == "zero3" and len(memory) == 1:
+        raise ValueError(
+            "teacher.sharding: zero3 needs at least 2 workers; set resources.capture.workers, or "
+            "sharding: none"
+        )
     if sharding == "auto" and fit(alone, FITS):
         return alone
     within = [list(node) for node in nodes]
@@ -63,9 +69,11 @@ def groups_for(
         return within
     everyone = [list(ranks)]
     if not fit(everyone, 1.0):
+        many = len(memory) > 1
+        layer = f" and {largest / 1e9:.1f} GB for the largest layer" if many else ""
         raise ValueError(
-            f"teacher.model: {weights / 1e9:.1f} GB of weights and {largest / 1e9:.1f} GB for the "
-            f"largest layer do not fit {len(memory)} workers of {min(memory) / 1e9:.1f} GB; give "
-            "resources.capture more workers"
+            f"teacher.model: {weights / 1e9:.1f} GB of weights{layer} do not fit {len(memory)} "
+            f"worker{'s' if many else ''} of {min(memory) / 1e9:.1f} GB; give resources.capture "
+            "more workers"
         )
     return everyone

@@ -33,8 +33,9 @@ def capture(job: Capture, worker: Worker) -> dict[str, Any]:
     """Adds the missing records to the cache; returns metrics; collective.
 
     Of the metrics forward_s and wait_s (forward passes, and waiting for the writer) are means over
-    the ranks. Raises `Stopped` after a clean stop that the user asked for, ValueError for logits
-    that are not numbers.
+    the ranks; bytes_per_token is by family of kinds, and of one set of draws where there are more.
+    Raises `Stopped` after a clean stop that the user asked for, ValueError for logits that are not
+    numbers.
     """
     began = time.time()
     corpus = open_corpus(job.corpus)
@@ -55,18 +56,26 @@ def capture(job: Capture, worker: Worker) -> dict[str, Any]:
             run.all_blocks()
         finally:
             teacher.close()
-        sums = worker.sum(
-            [run.tokens, run.bytes, run.forward_s, run.wait_s, float(run.stopped)], closing
+        families = sorted({work.family for work in works})
+        tokens, forward_s, wait_s, stopped, *published = worker.sum(
+            [run.tokens, run.forward_s, run.wait_s, float(run.stopped)]
+            + [count[family] for count in (run.bytes, run.records) for family in families],
+            closing,
         )
+        sizes, records = published[: len(families)], published[len(families) :]
         metrics.update(
-            tokens=int(sums[0]),
-            bytes=int(sums[1]),
-            bytes_per_token=sums[1] / max(1.0, sums[0]),
-            forward_s=sums[2] / worker.world,
-            wait_s=sums[3] / worker.world,
+            tokens=int(tokens),
+            bytes=int(sum(sizes)),
+            bytes_per_token={
+                family: size / (count * run.length)
+                for family, size, count in zip(families, sizes, records, strict=True)
+                if count
+            },
+            forward_s=forward_s / worker.world,
+            wait_s=wait_s / worker.world,
             parameters=teacher.parameters,
         )
-        if sums[4]:
+        if stopped:
             raise Stopped("capture stopped")
     worker.barrier()
     metrics["seconds"] = time.time() - began
@@ -78,8 +87,9 @@ def capture(job: Capture, worker: Worker) -> dict[str, Any]:
 class CaptureRun:
     """One rank's forward passes over its blocks, and its writer.
 
-    tokens: captured by it. bytes: published. forward_s, wait_s: seconds of forward passes, and of
-    waiting for the writer. stopped: whether a stop was asked for before the end.
+    tokens: captured by it. bytes, records: published, by family of kinds. forward_s, wait_s:
+    seconds of forward passes, and of waiting for the writer. stopped: whether a stop was asked for
+    before the end.
     """
 
     def __init__(
@@ -90,7 +100,9 @@ class CaptureRun:
         self.length = job.data.sequence_length
         self.size = batch_size(job)
         self.vocab = int(corpus.manifest["vocab_size"])
-        self.tokens = self.bytes = 0
+        self.tokens = 0
+        self.bytes: Counter[str] = Counter()
+        self.records: Counter[str] = Counter()
         self.forward_s = self.wait_s = 0.0
         self.stopped = False
         self._totals = _sequences((work.family, work.numbers) for work in works)
@@ -127,7 +139,7 @@ class CaptureRun:
                     writer.put(made)
                     self._progress(block)
                 del made  # its memory is the writer's
-        self.bytes, self.wait_s = writer.bytes, writer.wait_s
+        self.bytes, self.records, self.wait_s = writer.bytes, writer.records, writer.wait_s
         self.stopped = self.stopped or writer.gave_up
 
     def _forward(self, block: Block) -> Made:

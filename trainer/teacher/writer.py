@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from cluster.storage import Store
+from trainer.logits.codebook_file import family_of
 from trainer.logits.codec import encode
 from trainer.logits.records import Coding, Draws, Records
 from trainer.logits.store import write_shard
@@ -94,8 +96,9 @@ class _Shard:
 class Writer:
     """The thread that encodes and publishes; one per rank.
 
-    bytes: published. wait_s: seconds that the forward passes waited for it. gave_up: whether
-    records were lost, because a stop came before there was a codebook.
+    bytes, records: published, by family of kinds; every set of draws of a sequence is a record.
+    wait_s: seconds that the forward passes waited for it. gave_up: whether records were lost,
+    because a stop or an error came before there was a codebook.
     """
 
     def __init__(
@@ -107,7 +110,9 @@ class Writer:
         ahead: int = 0,
     ) -> None:
         """ahead: batches that are in the making on the device, beside those on the host."""
-        self.bytes, self.wait_s, self.gave_up = 0, 0.0, False
+        self.bytes: Counter[str] = Counter()
+        self.records: Counter[str] = Counter()
+        self.wait_s, self.gave_up = 0.0, False
         self._cache, self._codebooks, self._fence = cache, codebooks, fence
         self._seconds = shard_seconds
         self._room = threading.Semaphore(BATCHES + ahead)
@@ -183,7 +188,8 @@ class Writer:
     def _encode(self, made: Made) -> None:
         block = made.block
         records = made.records()
-        book = self._codebooks.get(block.work.family, records[0] if block.first else None)
+        sample = records[0] if block.first else None
+        book = self._codebooks.get(block.work.family, sample, self._over.is_set)
         if book is None:
             self.gave_up = True
             return
@@ -203,4 +209,6 @@ class Writer:
             shard = self._open.pop(kind)
             keys, blobs = list(shard.blobs), list(shard.blobs.values())
             self._fence()
-            self.bytes += write_shard(self._cache, kind, keys, blobs, self._codebooks.used(kind))[1]
+            book = self._codebooks.used(kind)
+            self.bytes[family_of(kind)] += write_shard(self._cache, kind, keys, blobs, book)[1]
+            self.records[family_of(kind)] += len(keys)

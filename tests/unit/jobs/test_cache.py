@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import yaml
 
 from cluster.storage import Store, open_store
 from jobs.cache import app
+from jobs.caches import show
 from jobs.cli import main
 from trainer.logits.codebook import Codebook
 from trainer.logits.codec import VERSION, encode
@@ -289,7 +291,12 @@ def test_ls_shows_a_damaged_cache_and_one_of_another_format(
     assert lines["e" * 12].rstrip().endswith("another format")
     assert "damaged" not in lines[made.sample.name[:12]]
     assert told(capsys, "info", "eeee", code=2).count("is of format 1") == 1
-    assert told(capsys, "repair", "eeee", code=2).count("is of format 1") == 1
+    line = told(capsys, "repair", "eeee", code=2)
+    place = made.storage.sub("_logits", "e" * 32).url
+    assert line.endswith(
+        f"is of format 1, and this version reads {VERSION}; remove it with: "
+        f"stillhouse cache rm {place}\n"
+    )
     line = told(capsys, "info", made.topk.name, code=3)
     assert f"stillhouse cache repair {made.topk.url}" in line and line.count("\n") == 1
 
@@ -380,6 +387,42 @@ def test_repair_of_an_index_knows_the_number_of_sequences_within_bounds(
     assert made.held(made.topk) == 5
 
 
+def test_repair_of_an_index_of_any_size(
+    made: Made, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.truncate(Path(made.topk.url, "shards", f"{made.second}.idx"), 1 << 43)
+    text = told(capsys, "repair", made.topk.name, "--yes")
+    assert "more than any index" in text and f"captures 0 to {1 << 21:,} sequences" in text
+    assert made.held(made.topk) == 5
+
+
+def test_repair_of_what_is_no_record(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its checksum holds: reading it names the repair, which must find it too."""
+    name, _ = write_shard(made.topk, "train", [key(50)], [b"\2\0\4\0" + b"\xff" * 40])
+    assert main(["cache", "verify", made.topk.name]) == 3
+    capsys.readouterr()
+    text = told(capsys, "repair", made.topk.name, "--yes")
+    assert f"mended: shards/{name}.bin" in text and "captures 1 sequences of train" in text
+    assert made.held(made.topk) == 12
+
+
+def test_repair_leaves_what_a_run_has_written_anew_meanwhile(
+    made: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"shards/{made.second}.bin"
+    sound = made.topk.read_bytes(path)
+    made.damage(made.topk, path)
+
+    def confirm(what: str) -> bool:
+        made.topk.write_bytes(path, sound)
+        return True
+
+    monkeypatch.setattr("typer.confirm", confirm)
+    text = told(capsys, "repair", made.topk.name)
+    assert f"no longer damaged, left alone: {path}" in text
+    assert made.held(made.topk) == 12
+
+
 def test_repair_brings_a_codebook_back(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     made.damage(made.topk, "codebook-train.bin")
     assert "codebook-train.bin" in told(capsys, "info", made.topk.name, code=3)
@@ -425,8 +468,6 @@ def test_an_identity_that_no_run_knows_comes_back_with_the_next_run(
 def test_leftovers_of_a_kill_are_harmless_and_repair_takes_them_away(
     made: Made, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
-    import os
-
     left = Path(made.topk.url, "shards", f"train-{'0' * 32}.bin")
     left.write_bytes(b"half")
     assert "nothing to do" in told(capsys, "repair", made.topk.name)  # may be being written
@@ -476,6 +517,19 @@ def test_rm_unused_takes_a_cache_that_a_run_cannot_be_filling(
     spec = {"teacher": {"model": "org/big"}, "cache": {"method": "sample", "draws": 7}}
     write_run(made.storage, "filling", spec)
     assert made.sample.url in told(capsys, "rm", "--unused", "--yes")
+
+
+def test_rm_reads_no_index(
+    made: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(p.stat().st_size for p in Path(made.topk.url).rglob("*") if p.is_file())
+    made.topk.write_bytes("identity.json", b"{")  # nor does it need a sound cache
+    size -= len(json.dumps(TOPK, sort_keys=True, indent=1)) - 1
+    monkeypatch.setattr("jobs.caches.facts.CacheReader", None)
+    monkeypatch.setattr("trainer.logits.store.unpack", None)
+    text = told(capsys, "rm", made.topk.name, "--yes")
+    assert f"{made.topk.url}: {show.size(size)}, used by job" in text
+    assert made.storage.sub("_logits").list() == [made.sample.name]
 
 
 def test_rm_wants_caches_or_unused(made: Made, capsys: pytest.CaptureFixture[str]) -> None:

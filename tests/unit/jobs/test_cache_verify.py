@@ -17,7 +17,6 @@ import torch
 import yaml
 
 from cluster.storage import open_store
-from jobs.caches.coverage import capture_of
 from jobs.caches.find import Asked, find
 from jobs.cli import main
 from tests.material import (
@@ -72,8 +71,9 @@ def write_spec(world: tuple[Path, Path, str], folder: Path, **changes: Any) -> s
             "select_sequences": 3,
             "report_sequences": 4,
             "sequence_length": LENGTH,
+            "max_tokens": 20 * LENGTH,
         },
-        "distill": {"steps": 5, "tokens_per_step": 4 * LENGTH, "micro_batch": 4},
+        "distill": {"steps": 10, "tokens_per_step": 4 * LENGTH, "micro_batch": 4},
         "resources": {"capture": {"batch_tokens": 4 * LENGTH}},
         "sweep": None,
     }
@@ -98,7 +98,7 @@ def fill(
     assert folder is not None and asked.made_of.teacher_folder is not None
     identity = asked.made_of.corpus
     prepare(asked.spec.data, load_tokenizer(folder), asked.corpus, identity=identity)
-    corpus, job = open_corpus(asked.corpus), capture_of(asked)
+    corpus, job = open_corpus(asked.corpus), asked.capture
     vocab = int(corpus.manifest["vocab_size"])
     cache = open_cache(open_store(asked.spec.storage).sub("_logits"), asked.made_of.cache)
     model = load_plain(asked.made_of.teacher_folder)
@@ -242,14 +242,15 @@ def test_coverage_counts_what_the_spec_will_read(
     assert main(["cache", "verify", spec]) == 2
     fill(find(spec, [], "./runs"), skip=1)
     capsys.readouterr()
-    assert main(["cache", "info", spec, "distill.steps=4", "--json"]) == 0
+    fewer = ["distill.steps=8", f"data.max_tokens={16 * LENGTH}"]  # two epochs
+    assert main(["cache", "info", spec, *fewer, "--json"]) == 0
     coverage = json.loads(capsys.readouterr().out)["coverage"]
     assert [(c["kind"], c["wanted"]) for c in coverage] == [
         ("train", 16), ("train1", 16), ("eval", 7)
     ]  # fmt: skip
-    asked = find(spec, ["distill.steps=4"], "./runs")
+    asked = find(spec, fewer, "./runs")
     with CacheReader(asked.cache, "train") as reader:
-        assert len(reader) == 19  # of the 20 of five steps
+        assert len(reader) == 19  # of the 20 that were wanted
     assert coverage[0]["missing"] in (0, 1) and coverage[0] == {**coverage[1], "kind": "train"}
     assert coverage[2]["present"] == 5 and coverage[2]["missing"] == 2
     assert main(["cache", "info", spec]) == 0

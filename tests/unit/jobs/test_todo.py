@@ -14,6 +14,7 @@ from jobs.inputs import Inputs
 from jobs.rundir import RunDir
 from jobs.schema import spec_of
 from jobs.spec import JobSpec
+from jobs.stages.capture import count_lacking
 from jobs.todo import Plan
 from tests import tiny
 from tests.material import save_model, write_texts
@@ -57,7 +58,7 @@ class Run:
 
     def fill(self) -> None:
         """Makes the corpus, and random records of everything."""
-        name = self.store.sub("_corpora", "one")
+        name = self.corpus = self.store.sub("_corpora", "one")
         assert self.spec.data is not None
         prepare(
             self.spec.data,
@@ -92,6 +93,12 @@ class Run:
         name = next(n for n in self.cache.list("shards") if n.startswith(f"{kind}-"))
         for end in (".idx", ".bin"):
             self.cache.delete(f"shards/{name[:-4]}{end}")
+
+    def count(self, *kinds: str) -> int:
+        """Sequences that a capture of everything holds of these kinds."""
+        job = make_capture(self.spec, self.corpus, self.cache, batch_tokens=64, shard_seconds=1)
+        found = wanted(job, open_corpus(self.corpus))
+        return sum(len(numbers) for kind, _, numbers in found if kind in kinds)
 
     def plan(self, **options: Any) -> Plan:
         asked = {"until": None, "only": None, "redo": None, **options}
@@ -145,10 +152,44 @@ def test_a_cache_that_lost_records_is_captured_again(tmp_path: Path) -> None:
     # With the student trained, only what comes after it reads the cache.
     run.finish("distill", student="abc")
     plan = run.plan()
-    assert plan.todo == ["capture", "distill", "sweep", "summarize"]  # distill is found done
+    assert plan.skipped == ["prepare", "distill"]
+    assert plan.todo == ["capture", "sweep", "summarize"]
+    assert plan.forced == {None, "capture"} and set(plan.outputs) == {"prepare", "distill"}
     run.finish("sweep")
     run.finish("summarize")
     assert run.plan().todo == []
+
+
+def test_after_training_only_records_for_evaluation_are_missed(tmp_path: Path) -> None:
+    """A new bit width after the cache was removed needs no record that training reads."""
+    run = Run(tmp_path)
+    run.fill()
+    run.finish("distill", student="abc")
+    run.lose("train")
+    assert run.plan().skipped == ["prepare", "capture", "distill"]
+    assert run.spec.distill is not None
+    other = run.load(distill={**run.values["distill"], "control": not run.spec.distill.control})
+    assert run.plan(spec=other).todo == ["capture", "distill", "sweep", "summarize"]
+    run.finish("sweep")
+    run.finish("summarize")
+    run.cache.delete("", recursive=True)
+    assert run.plan().todo == []
+    more = run.load(sweep={**run.values["sweep"], "bits": [2]})
+    plan = run.plan(spec=more)
+    assert plan.skipped == ["prepare", "distill"]
+    assert plan.todo == ["capture", "sweep", "summarize"]
+    with pytest.raises(SpecErrors, match=f"lacks {run.count('eval')} records that it had"):
+        run.plan(spec=more, only="sweep")
+    assert count_lacking(run.spec, {**run.done, **plan.outputs}) == run.count("eval")
+    del run.done["distill"]
+    assert count_lacking(run.spec, run.done) == run.count("train", "eval")
+    # A run that was stopped while it added them goes on with them, not with all.
+    run.dir.forget("capture")
+    again = run.plan(spec=more)
+    assert (again.skipped, again.todo) == (plan.skipped, plan.todo)
+    assert again.outputs == plan.outputs
+    # Whoever asks for a capture alone gets all of it, for trainings to come.
+    assert run.plan(until="capture").outputs.keys() == {"prepare"}
 
 
 def test_a_damaged_index_is_one_line_before_anything_starts(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def tracked_run(root: Path) -> Store:
         events.emit("run_start", name="tracked", spec=SPEC)
         for read in (0, 4, 8):
             events.emit("progress", stage="capture", done=read, total=8, unit="sequences")
-        events.emit("capture_done", metrics={"bytes_per_token": 120.5})
+        events.emit("capture_done", metrics={"bytes_per_token": {"train": 120.5}})
         steps(events, "distill", 1, 4)
     with EventWriter(run, Attempt.claim(run).number) as events:
         steps(events, "distill", 3, STEPS)
@@ -169,7 +169,7 @@ def test_results_are_in_the_summary_and_a_failed_cell_failed(
     assert bad["summary"]["error"] == "ValueError: 64 does not divide 96"
     assert found["distill"]["summary"]["select_ce"] == 4.5
     assert found["distill"]["summary"]["perplexity"] == 90.0
-    assert found["capture"]["summary"]["bytes_per_token"] == 120.5
+    assert found["capture"]["summary"]["bytes_per_token_train"] == 120.5
 
 
 def test_report_run_holds_table_and_page(projected: tuple[Store, Path]) -> None:

@@ -226,7 +226,8 @@ def test_records_are_stored_under_their_keys(job) -> None:
                         shares = np.exp(found.log_probs[t][held][order]) * DRAWS
                         np.testing.assert_allclose(shares, counts, rtol=1e-5)
     total = sum(job.cache.size(f"shards/{name}") for name in job.cache.list("shards"))
-    assert started.writer.bytes == total
+    assert started.writer.bytes == {"train": total}
+    assert started.writer.records == {"train": 2 * 80}
 
 
 def test_shards_are_published_by_time_also_while_nothing_comes(job) -> None:
@@ -362,6 +363,20 @@ def test_a_codebook_that_never_comes_is_an_error(job, monkeypatch) -> None:
     with pytest.raises(TimeoutError, match="no codebook for train") as caught:
         put_all(job, start(job), train_blocks(job)[1:2])
     assert "\n" not in str(caught.value) and job.cache.url in str(caught.value)
+
+
+def test_an_error_while_the_thread_waits_for_a_codebook_is_not_held_back(job) -> None:
+    started = start(job)
+    began = 0.0
+    with pytest.raises(ZeroDivisionError), started.writer as at_work:
+        at_work.reserve()
+        at_work.put(made_of(job, train_blocks(job)[1]))
+        time.sleep(0.3)
+        began = time.monotonic()
+        raise ZeroDivisionError
+    assert time.monotonic() - began < 5
+    assert shards(job) == []
+    assert not any(thread.name == "cache-writer" for thread in threading.enumerate())
 
 
 def test_a_stop_before_there_is_a_codebook_loses_the_batches_and_says_so(job, monkeypatch) -> None:

@@ -372,6 +372,30 @@ def test_a_valid_checksum_over_what_is_no_record(made) -> None:
     for keys in ([key(70)], [key(1), key(71)]):
         with pytest.raises(CacheDamaged, match=f"{name}.bin holds no valid record of sequence"):
             CacheReader(made.cache, "train").read_many(keys)
+    (found,) = check_cache(made.cache)  # so the repair that the error names has something to do
+    assert (found.path, found.sequences) == (f"shards/{name}.bin", 2)
+    assert found.why == "holds no valid record of 2 of its 2 sequences"
+    mended(made.cache, [found], {})
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
+def test_every_record_is_decoded(made, monkeypatch, kind: str, piece: int) -> None:
+    monkeypatch.setattr(damage_module, "PIECE_BYTES", piece)
+    good = encode(MAKE[kind](60), BOOKS[kind])
+    other = {"train": "eval", "eval": "train"}[kind]
+    blobs = [good, good[:-4], encode(MAKE[other](61), BOOKS[other]), good]
+    name, _ = write_shard(made.cache, kind, [key(n) for n in range(60, 64)], blobs)
+    # A codebook that is lost too comes back from its spare copy, which the records are read with.
+    for gone in ([], [f"codebook-{kind}.bin"]):
+        for path in gone:
+            made.cache.delete(path)
+        found = {item.path: item for item in check_cache(made.cache)}
+        assert list(found) == [*gone, f"shards/{name}.bin"]
+        shard = found[f"shards/{name}.bin"]
+        assert shard.why == "holds no valid record of 2 of its 4 sequences"
+        assert (shard.kind, shard.sequences) == (kind, 4)
+    mended(made.cache, list(found.values()), {})
 
 
 @pytest.mark.parametrize("how", [*HURT, "deleted"])
@@ -438,6 +462,71 @@ def test_an_identity_that_cannot_be_read(made, content: bytes) -> None:
     open_cache(root, IDENTITY)  # as the next job does
     assert check_cache(made.cache) == []
     read_all(made.cache)
+
+
+HUGE = 1 << 43
+
+
+@pytest.mark.parametrize("path", ["identity.json", "codebook-train.bin", "codebooks/train"])
+def test_a_huge_file_is_not_read(tmp_path, path: str) -> None:
+    made = Made(open_store(tmp_path))
+    if path == "codebooks/train":
+        (name,) = (n for n in made.cache.list("codebooks") if n.startswith("train-"))
+        path = f"codebooks/{name}"
+    os.truncate(Path(made.cache.url, path), HUGE)
+    tracemalloc.start()
+    if path == "codebook-train.bin":
+        refused(made.cache, path, f"has {HUGE} bytes")
+    elif path == "identity.json":
+        with pytest.raises(CacheDamaged, match=f"identity.json is damaged: it has {HUGE} bytes"):
+            open_cache(open_store(tmp_path), IDENTITY)
+    (found,) = check_cache(made.cache)
+    assert found.path == path
+    mend(made.cache, found)
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+    open_cache(open_store(tmp_path), IDENTITY)
+    mended(made.cache, [], {})
+
+
+def test_what_was_written_anew_since_it_was_found_damaged_stays(made) -> None:
+    """Between finding and mending a user is asked, and a run may go on meanwhile."""
+    hurt = {
+        f"shards/{made.one}.bin": flip(0.5),
+        f"shards/{made.two}.idx": flip(0.5),
+        "codebook-eval.bin": flip(0.5),
+        "identity.json": lambda data: b"{",
+    }
+    sound = {path: made.cache.read_bytes(path) for path in hurt}
+    for path, change in hurt.items():
+        rewrite(made.cache, path, change)
+    found = check_cache(made.cache)
+    assert {item.path for item in found} == set(hurt)
+    for path, data in sound.items():
+        made.cache.write_bytes(path, data)
+    assert [mend(made.cache, item) for item in found] == [False] * len(found)
+    mended(made.cache, [], {})
+    made.cache.delete(f"shards/{made.one}.idx")
+    made.cache.delete(f"shards/{made.one}.bin")
+    gone = next(item for item in found if made.one in item.path)
+    assert not mend(made.cache, gone)
+
+
+def test_leftovers_that_were_finished_since_stay(tmp_path) -> None:
+    made = Made(open_store(tmp_path))
+    index = made.cache.read_bytes(f"shards/{made.one}.idx")
+    path = tmp_path / made.cache.name / "shards" / f"{made.one}.bin"
+    made.cache.delete(f"shards/{made.one}.idx")
+    os.utime(path, (time.time() - 3700,) * 2)
+    (found,) = check_cache(made.cache)
+    made.cache.write_bytes(f"shards/{made.one}.bin", path.read_bytes())
+    assert not mend(made.cache, found)  # its writer is at it again
+    made.cache.write_bytes(f"shards/{made.one}.idx", index)
+    os.utime(path, (time.time() - 3700,) * 2)
+    assert not mend(made.cache, found)
+    rewrite(made.cache, f"shards/{made.one}.bin", flip(0.5))
+    assert not mend(made.cache, found)  # not what was found, nor what the user was asked about
+    mended(made.cache, check_cache(made.cache), {"train": set(range(5))})
 
 
 def test_a_moved_cache_without_identity_is_not_judged(tmp_path) -> None:

@@ -154,7 +154,7 @@ def test_missing_are_named_once_and_sorted(cache) -> None:
     assert reader.missing([key(9), key(2), key(4), key(9)]) == [key(4), key(9)]
     assert reader.missing([]) == [] and reader.missing(iter([key(2)])) == []
     assert key(2) in reader and key(4) not in reader
-    with pytest.raises(KeyError, match=f"{key(4).hex()} is not in the logit cache .* run the capt"):
+    with pytest.raises(KeyError, match=f"{key(4).hex()} .* in the logit cache .*capture"):
         reader.read_many([key(2), key(4)])
 
 
@@ -220,9 +220,19 @@ def test_what_does_not_fit_is_not_written(cache) -> None:
     for keys, blobs, why in wrong:
         with pytest.raises(ValueError, match=why):
             write_shard(cache, "train", keys, blobs)
-    with pytest.raises(ValueError, match="codebook-eval.bin is missing; publish the codebook"):
-        write_shard(cache, "eval", [key(1)], [blob(1)])
     assert cache.list("shards") == []
+
+
+def test_a_cache_that_is_removed_while_it_is_filled_is_told(cache) -> None:
+    publish_codebook(cache, "eval", CODEBOOK)
+    cache.delete("", recursive=True)
+    with pytest.raises(ValueError) as error:
+        write_shard(cache, "eval", [key(1)], [blob(1)], CODEBOOK)
+    assert str(error.value) == (
+        f"{cache.path('codebook-eval.bin')} is missing: the logit cache was removed while this "
+        "capture ran; capture anew with: stillhouse run SPEC"
+    )
+    assert not cache.exists()
 
 
 def test_the_first_codebook_stays_and_everybody_uses_it(cache) -> None:
@@ -236,7 +246,9 @@ def test_the_first_codebook_stays_and_everybody_uses_it(cache) -> None:
         assert found is not None and found.to_bytes() == CODEBOOK.to_bytes()
     assert read_codebook(cache, "eval") is None
     # Records made with a codebook that the cache does not have would be read as others.
-    with pytest.raises(CacheMismatch, match="codebook-train.bin was replaced .*run the capture ag"):
+    with pytest.raises(
+        CacheMismatch, match="codebook-train.bin was replaced .*; capture again with: still"
+    ):
         write_shard(cache, "train", [key(1)], [blob(1)], other)
     write_shard(cache, "train", [key(1)], [blob(1)], CODEBOOK)
     assert number_of(CacheReader(cache, "train").read(key(1))) == 1
@@ -393,14 +405,17 @@ def test_a_wrong_cache_is_refused_with_the_difference(cache) -> None:
         error.value
     )
     assert cache.url in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).endswith(f"; remove it with: stillhouse cache rm {cache.url}")
     with pytest.raises(CacheMismatch, match="another cache.positions"):
         check_identity(cache, {**IDENTITY, "cache.positions": None})
 
 
 def test_a_folder_that_holds_another_identity_is_refused(store, cache) -> None:
     cache.write_json("identity.json", {**IDENTITY, "cache.k": 5})
-    with pytest.raises(CacheMismatch, match="another cache.k: it has 5, asked for 4"):
+    with pytest.raises(CacheMismatch, match="another cache.k: it has 5, asked for 4") as error:
         open_cache(store, IDENTITY)
+    assert str(error.value).startswith(cache.path("identity.json"))
+    assert str(error.value).endswith(f"; mend the cache with: stillhouse cache repair {cache.url}")
 
 
 def test_names_do_not_depend_on_the_process() -> None:

@@ -52,12 +52,28 @@ def test_the_largest_layer_counts_beside_the_share() -> None:
 
 def test_nodes_of_one_worker_each_share_one_copy_where_sharding_is_asked_for() -> None:
     assert groups_for("zero3", GB, GB, [80 * GB] * 2, [[0], [1]]) == [[0, 1]]
-    assert groups_for("zero3", GB, GB, [80 * GB], [[0]]) == [[0]]
 
 
 def test_what_fits_nowhere_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"^teacher.model: 900.0 GB .* 8 workers of 80.0 GB"):
         groups_for("auto", 900 * GB, 2 * GB, EIGHTY, TWO_NODES)
+
+
+def test_one_worker_holds_all_of_it_or_refuses() -> None:
+    assert groups_for("auto", 16 * GB, 9 * GB, [80 * GB], [[0]]) == [[0]]
+    assert groups_for("auto", 79 * GB, 9 * GB, [80 * GB], [[0]]) == [[0]]  # with nobody to share
+    assert groups_for("none", 90 * GB, 9 * GB, [80 * GB], [[0]]) == [[0]]
+    with pytest.raises(ValueError, match="^teacher.model") as caught:
+        groups_for("auto", 90 * GB, 9 * GB, [80 * GB], [[0]])
+    assert str(caught.value) == (
+        "teacher.model: 90.0 GB of weights do not fit 1 worker of 80.0 GB; give resources.capture "
+        "more workers"
+    )
+
+
+def test_one_worker_cannot_share() -> None:
+    with pytest.raises(ValueError, match="^teacher.sharding: zero3 needs at least 2 workers; set "):
+        groups_for("zero3", GB, GB, [80 * GB], [[0]])
 
 
 def test_a_containers_limit_counts_where_it_is_below_the_machines_memory(
