@@ -1,6 +1,6 @@
 """Is a cached signal unbiased? Its gradients against full distillation's, and what students learn.
 
-    make demo && .venv/bin/python -m tests.bench.cache_angle
+    make demo && make bench-cache-angle
 
 The angle is between the gradients of all of the student's parameters, with a cached signal and with
 the whole distribution of the demo's teacher, both summed over the same n tokens. Of an unbiased
@@ -36,7 +36,7 @@ from trainer.spec import DistillSpec
 
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "cache_angle.json"
-COMMAND = "make demo && .venv/bin/python -m tests.bench.cache_angle"
+COMMAND = "make demo && make bench-cache-angle"
 REDRAWS = 4
 # name, how the docs call it, colour, dashed
 SIGNALS = {
@@ -235,8 +235,8 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=64, help="blocks of tokens, a power of 2")
     parser.add_argument("--per-block", type=int, default=16, help="sequences in a block")
     parser.add_argument("--half", type=int, default=200, help="steps of the half-trained student")
-    parser.add_argument("--sequences", type=int, default=0, help="of an epoch; 0: all")
-    parser.add_argument("--seeds", type=int, default=2, help="trainings of each kind")
+    parser.add_argument("--sequences", type=int, default=1024, help="of an epoch; 0: all")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each kind")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as processors")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--images", type=Path, default=HERE.parents[1] / "docs" / "img")
