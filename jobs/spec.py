@@ -214,6 +214,17 @@ def _control_needs_teacher(spec: JobSpec) -> str | None:
     return None
 
 
+def _shards_need_workers(spec: JobSpec) -> str | None:
+    if spec.teacher is None or spec.teacher.sharding != "zero3":
+        return None
+    if spec.resources.capture.workers != 1:
+        return None
+    return (
+        "teacher.sharding: got zero3 with resources.capture.workers: 1; may be none or auto, "
+        "or give at least 2 workers"
+    )
+
+
 def _untrained_needs_weights(spec: JobSpec) -> str | None:
     if spec.distill is None and spec.student.init == "random":
         return (
@@ -279,6 +290,7 @@ RULES = (
     Rule(("distill.temperature", "cache.method", "cache.temperatures"), _temperature_captured),
     Rule(("teacher", "distill.losses"), _kl_needs_teacher),
     Rule(("teacher", "distill.control", "distill.losses"), _control_needs_teacher),
+    Rule(("teacher", "resources.capture.workers"), _shards_need_workers),
     Rule(("distill", "student.init"), _untrained_needs_weights),
     Rule(("teacher", "tokenizer", "student.model", "student.init"), _tokenizer_fits),
     Rule(("tokenizer", "data.train"), _tokenizer_reads_text),

@@ -18,6 +18,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from tests.bench import docs, real
+from tests.bench import docs, opening, real
 from tests.bench.curve import curve
 from tests.bench.measured import (
     FIT,
@@ -86,6 +87,8 @@ AIMS: list[tuple[str, str, float]] = [
     ("decode_tokens_per_s", ">=", 2_000_000),
     ("capture_over_forward", ">=", 0.85),
     ("loader_wait_ms", "<=", 1),
+    ("open_million_s", "<=", 2),
+    ("open_million_mb", "<=", 200),
 ]
 
 
@@ -149,6 +152,15 @@ class Bench:
             "speeds": found,
         }
 
+    def opening(self) -> dict[str, Any]:
+        """Seconds and memory to open a cache of 1,000,000 sequences in 500 shards."""
+        with tempfile.TemporaryDirectory() as folder:
+            runs = [opening.measure(Path(folder) / str(run)) for run in range(3)]
+        seconds = statistics.median(run.seconds for run in runs)
+        extra = max(run.extra_bytes for run in runs) / 1e6
+        print(f"opening 1,000,000 sequences: {seconds:.2f} s, {extra:.0f} MB")
+        return {"open_million_s": round(seconds, 3), "open_million_mb": round(extra, 1)}
+
     def demo(self) -> dict[str, Any]:
         """The same table on the demo teacher's distributions, and the demo's loader."""
         storage = real.open_runs(self.runs)
@@ -186,7 +198,7 @@ class Bench:
         return {"capture_over_forward": round(min(both), 4), "capture": found}
 
 
-PARTS = ("sizes", "curve", "speed", "demo", "capture")
+PARTS = ("sizes", "curve", "speed", "opening", "demo", "capture")
 
 
 def _table(

@@ -98,6 +98,11 @@ ALONE = {"teacher": None, "distill__losses": {"ce": 1.0}}
             "topk, which keeps the tails of cache.temperatures",
         ),
         (
+            {"teacher__sharding": "zero3", "resources": {"capture": {"workers": 1}}},
+            "teacher.sharding: got zero3 with resources.capture.workers: 1; may be none or auto, "
+            "or give at least 2 workers",
+        ),
+        (
             {"teacher": None},
             "distill.losses: forward_kl needs a teacher; give teacher: {model: ...}, or train "
             "without one: losses: {ce: 1.0}",

@@ -9,24 +9,22 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import trainer
 from cluster.storage import Store, open_store
 from cluster.storage.remote import RemoteObjects
+from tests.bench.opening import measure
 from trainer.fingerprint import fingerprint
 from trainer.logits.codebook import Codebook
 from trainer.logits.codec import decode, encode
-from trainer.logits.index import Index, pack, shard_name
+from trainer.logits.index import Index, pack
 from trainer.logits.reader import CacheReader
 from trainer.logits.records import Coding, Records
 from trainer.logits.store import (
     CacheMismatch,
     check_identity,
-    load_codebook,
     open_cache,
     publish_codebook,
     read_codebook,
@@ -317,53 +315,11 @@ def test_files_are_not_kept_open(tmp_path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-OPENS = """
-import sys, time
-import psutil
-from cluster.storage import open_store
-from trainer.logits.reader import CacheReader
-cache = open_store(sys.argv[1])
-CacheReader(open_store(sys.argv[2]), "train")  # imports and threads
-own = psutil.Process()
-before, began = own.memory_info().rss, time.perf_counter()
-reader = CacheReader(cache, "train")
-seconds = time.perf_counter() - began
-lines = open("/proc/self/status").read().splitlines()  # getrusage would tell the parent's peak
-(peak,) = (1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-print(len(reader), seconds, peak - before)
-"""
-
-
 def test_a_million_sequences_open_in_little_time_and_memory(tmp_path) -> None:
-    shards, each = 500, 2000
-    root = open_store(tmp_path)
-    cache = open_cache(root, IDENTITY)
-    write(cache, [1])
-    found = load_codebook(cache, "train")
-    assert found is not None
-    draw = np.random.default_rng(0)
-    for _ in range(shards):
-        keys = draw.integers(0, 256, (each, 16), np.uint8)
-        sums = draw.integers(0, 1 << 63, each).astype(np.uint64)
-        ones = np.ones(each, np.uint32)
-        index = Index("train", cache.name, found[0], each, b"\0" * 16, keys, ones, sums)
-        packed = pack(index)
-        assert len(packed) <= 32 * each
-        path = Path(cache.url) / "shards" / shard_name("train", packed)
-        path.with_suffix(".idx").write_bytes(packed)
-        path.with_suffix(".bin").write_bytes(b"\0" * each)
-    empty = open_cache(root, {**IDENTITY, "cache.k": 5})
-    result = subprocess.run(
-        [sys.executable, "-c", OPENS, cache.url, empty.url],
-        env={**os.environ, "PYTHONPATH": str(Path(trainer.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    count, seconds, extra = map(float, result.stdout.split())
-    assert count == shards * each + 1
-    assert extra < 200e6
-    assert seconds < 2 * 5  # two seconds on a quiet machine
+    opened = measure(tmp_path)
+    assert opened.sequences == 1_000_000
+    assert opened.extra_bytes < 200e6
+    assert opened.seconds < 2 * 5  # two seconds on a quiet machine: see the bench
 
 
 def test_the_index_takes_28_bytes_a_sequence_and_88_a_shard() -> None:
