@@ -195,7 +195,8 @@ def verify(
     lines = []
     if bad:
         mended_by = command("repair", asked.cache)
-        lines = [f"{url}: {len(bad)} damaged files; mend the cache with: {mended_by}"]
+        many = "files" if len(bad) > 1 else "file"
+        lines = [f"{url}: {len(bad)} damaged {many}; mend the cache with: {mended_by}"]
     if not bad and asked.spec is not None:
         kinds = verifying.faithfulness_of(asked, sequences, _say, _run(cache, overrides))
         told["kinds"] = [verifying.as_json(kind) for kind in kinds]
@@ -230,7 +231,7 @@ def repair(cache: CacheName, storage: StorageOption = "./runs", yes: YesOption =
         typer.echo(f"{damage.path} {damage.why}")
     for line in mending.consequences(mending.losses(place, found)):
         typer.echo(line)
-    if not _confirmed(f"mend {len(found)} files", yes):
+    if not _confirmed(f"mend {len(found)} file{'s' * (len(found) > 1)}", yes):
         return DONE
     # A codebook comes back for the shards that are left, so those that go, go first.
     for damage in sorted(found, key=lambda damage: not damage.sequences):
