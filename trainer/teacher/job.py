@@ -49,9 +49,10 @@ def missing(job: Capture, corpus: Corpus) -> list[tuple[str, Part, list[int]]]:
     readers: dict[str, CacheReader] = {}
     result = []
     for kind, part, numbers in wanted(job, corpus):
-        reader = readers.get(kind) or readers.setdefault(kind, CacheReader(job.cache, kind))
+        if kind not in readers:  # an empty reader is false, and opened once all the same
+            readers[kind] = CacheReader(job.cache, kind)
         by_key = {part.keys[i].tobytes(): i for i in numbers}
-        result.append((kind, part, [by_key[key] for key in reader.missing(by_key)]))
+        result.append((kind, part, [by_key[key] for key in readers[kind].missing(by_key)]))
     for reader in readers.values():
         reader.close()
     return result
