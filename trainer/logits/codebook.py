@@ -141,7 +141,7 @@ class Codebook:
             if rows >= _FIT_ROWS:
                 break
             rows += len(item.ids)
-            events, _ = events_of(item, plain)
+            events, *_ = events_of(item, plain)
             flat = (events >> np.uint64(40)).astype(np.int64)  # context and symbol
             seen += np.bincount(flat, minlength=CONTEXTS * 256).reshape(CONTEXTS, 256)
         table_of, freqs = _fit_tables(seen[:, :SYMBOLS].astype(np.float64))

@@ -45,8 +45,9 @@ def others(coding: Coding) -> list[int]:
     return [i for i, temperature in enumerate(coding.temperatures) if temperature != 1.0]
 
 
-def events_of(item: Records | Draws, book: Codebook) -> tuple[NDArray[np.uint64], int]:
-    """The rows as events of `trainer.logits.symbols`, and the ids of the widest row.
+def events_of(item: Records | Draws, book: Codebook) -> tuple[NDArray[np.uint64], int, bool]:
+    """The rows as events of `trainer.logits.symbols`, the ids of the widest row, and whether all
+    rows have all ids, so that their numbers are not told.
 
     Raises ValueError for wrong ids or NaN.
     """
@@ -57,8 +58,8 @@ def events_of(item: Records | Draws, book: Codebook) -> tuple[NDArray[np.uint64]
             raise ValueError(f"{width} draws for records of {coding.k} by {coding.method}")
         events = np.empty(rows * (2 + 2 * width), np.uint64)
         count, widest = sample_rows(item.ids, book.ranks, events)
-        return _checked(events, count, item.ids), widest
-    if coding.method == "sample" or width > max(coding.k, 1):
+        return _checked(events, count, item.ids), widest, False
+    if coding.method == "sample" or width > coding.k:
         raise ValueError(f"{width} ids a row for records of {coding.k} by {coding.method}")
     ids = np.ascontiguousarray(item.ids, np.int64)
     if coding.method == "exact":
@@ -67,7 +68,8 @@ def events_of(item: Records | Draws, book: Codebook) -> tuple[NDArray[np.uint64]
             raise ValueError("NaN among the teacher's log-probabilities")
         events = np.empty(rows * (2 + 2 * width), np.uint64)
         count, widest = exact_rows(ids, halves.view(np.uint16), book.ranks, events)
-        return _checked(events, count, ids), widest
+        return _checked(events, count, ids), widest, False
+    full = coding.keep == 0 and width == coding.k and not np.isneginf(item.log_probs).any()
     temperatures = others(coding)
     if np.isnan(item.log_tails).any():
         raise ValueError("NaN among the teacher's tails")
@@ -88,16 +90,10 @@ def events_of(item: Records | Draws, book: Codebook) -> tuple[NDArray[np.uint64]
         coding.step,
         coding.keep,
         book.units,
-        _all_kept(item, coding),
+        full,
         events,
     )
-    return _checked(events, count, ids), widest
-
-
-def _all_kept(item: Records, coding: Coding) -> bool:
-    """Whether every row keeps all k ids, so that no numbers of ids need to be told."""
-    whole = coding.keep == 0 and item.ids.shape[1] == coding.k
-    return whole and not bool(np.isneginf(item.log_probs).any())
+    return _checked(events, count, ids), widest, bool(full)
 
 
 def _checked(events: NDArray[np.uint64], count: int, ids: NDArray) -> NDArray[np.uint64]:
@@ -115,14 +111,11 @@ def encode(item: Records | Draws, book: Codebook) -> bytes:
     coding = book.coding
     if len(item.ids) > _MOST_POSITIONS:
         raise ValueError(f"{len(item.ids)} positions in a sequence; may be {_MOST_POSITIONS}")
-    events, width = events_of(item, book)
+    events, width, full = events_of(item, book)
     rows = len(item.ids)
     words = np.empty(2 * len(events) + 4, np.uint32)
     lowest = pack(events, STATE_OF, book.code_bases, book.codes, words)
-    method = _METHODS[coding.method]
-    if isinstance(item, Records) and coding.method == "topk" and _all_kept(item, coding):
-        method |= _ALL
-    head = _HEAD.pack(VERSION, method, width, rows)
+    head = _HEAD.pack(VERSION, _METHODS[coding.method] | _ALL * full, width, rows)
     parts = [head, words[lowest:].astype("<u4").tobytes()]
     if coding.method == "exact":
         assert isinstance(item, Records)

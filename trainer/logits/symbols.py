@@ -32,7 +32,7 @@ from trainer.logits.model import (
 PLAIN = 255
 # Log tails at other temperatures than 1: 16 bits, steps of 1/512 nats from -64 on; 0 is no tail.
 LOG_TAIL_STEPS, LOG_TAIL_LOW = 512.0, 64.0
-_MANY = 48  # ids from which on a library sort beats insertion
+_MANY = 96  # ids from which on a library sort beats insertion
 
 
 @jit
@@ -46,7 +46,7 @@ def event(context: int, symbol: int, bits: int, plain: int) -> np.uint64:
 @jit
 def _sort(keys: NDArray[np.int64], count: int) -> None:
     """Sorts the first `count` keys in place."""
-    if count >= _MANY * 2:
+    if count >= _MANY:
         keys[:count] = np.sort(keys[:count])
         return
     for i in range(1, count):
