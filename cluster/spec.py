@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Auto = Literal["auto"]
 # The bound stands on the number alone: one on the whole field would be compared with "auto" too.
@@ -18,12 +18,14 @@ class Section(BaseModel):
 
 
 class WorkerResources(Section):
-    """Ray Train workers of one stage."""
+    """Ray Train workers of one stage; how many may change while they work."""
 
-    workers: Auto | Count = Field(
+    workers: Auto | Count | tuple[Count, Count] = Field(
         "auto",
-        description="Number of workers. auto: one per GPU of the cluster, "
-        "or two on a cluster without GPUs (one where it has a single CPU).",
+        description="Number of workers, or [fewest, most]: as many as there is room for, fewer "
+        "after a lost node and more when there is room again, each time from the newest "
+        "checkpoint. auto: one per GPU of the cluster, or two on a cluster without GPUs (one "
+        "where it has a single CPU).",
     )
     gpus_per_worker: Auto | Literal[0, 1] = Field(
         "auto", description="GPUs per worker, 0 or 1. auto: 1 where the cluster has GPUs, else 0."
@@ -34,10 +36,22 @@ class WorkerResources(Section):
         "the smallest node shared by its workers.",
     )
 
+    @field_validator("workers")
+    @classmethod
+    def _fewest_first(cls, value: str | int | tuple[int, int]) -> str | int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"may be [fewest, most] workers, e.g. {sorted(value)}")
+        return value
+
 
 class CaptureResources(WorkerResources):
     """Ray Train workers that run the teacher."""
 
+    workers: Auto | Count = Field(
+        "auto",
+        description="Number of workers. auto: one per GPU of the cluster, or two on a cluster "
+        "without GPUs (one where it has a single CPU).",
+    )
     batch_tokens: int = Field(
         16384, ge=1, description="Tokens of one teacher forward pass on one worker."
     )

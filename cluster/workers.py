@@ -17,11 +17,20 @@ COLLECTIVE_TIMEOUT_MINUTES = 30.0
 
 @dataclass(frozen=True)
 class Group:
-    """How many workers, and what each one has."""
+    """How many workers, and what each one has.
+
+    fewest: an elastic group runs with so many to `workers`, as the cluster has room; None: with
+    `workers` always.
+    """
 
     workers: int
     cpus: int
     gpus: int
+    fewest: int | None = None
+
+    def __str__(self) -> str:
+        count = f"{self.workers}" if self.fewest is None else f"{self.fewest} to {self.workers}"
+        return f"{count} workers of {self.cpus} CPUs and {self.gpus} GPUs"
 
 
 class NotEnough(ValueError):
@@ -31,10 +40,14 @@ class NotEnough(ValueError):
 def fit_group(key: str, asked: WorkerResources, cluster: Cluster) -> Group:
     """The worker group for `asked` on this cluster, `auto` resolved.
 
-    Raises NotEnough, with the numbers, when the cluster is too small: Ray would wait for ever.
+    Raises NotEnough, with the numbers, when the cluster is too small, for an elastic group for its
+    fewest workers: Ray would wait for ever.
     """
+    fewest = None
     gpus = (1 if cluster.gpus else 0) if asked.gpus_per_worker == "auto" else asked.gpus_per_worker
-    if asked.workers != "auto":
+    if isinstance(asked.workers, tuple):
+        fewest, workers = asked.workers
+    elif asked.workers != "auto":
         workers = asked.workers
     elif gpus:
         workers = max(1, cluster.gpus)
@@ -49,14 +62,14 @@ def fit_group(key: str, asked: WorkerResources, cluster: Cluster) -> Group:
         most = max((node_cpus for node_cpus, _ in cluster.nodes), default=1)
         shares = range(max(1, most), 0, -1)
         cpus = next((share for share in shares if cluster.room(share, 0) >= workers), 1)
-    room = cluster.room(cpus, gpus)
-    if room < workers:
+    room, needed = cluster.room(cpus, gpus), workers if fewest is None else fewest
+    if room < needed:
         there = ", ".join(f"{c} CPUs and {g} GPUs" for c, g in cluster.nodes)
         raise NotEnough(
-            f"resources.{key}: {workers} workers of {cpus} CPUs and {gpus} GPUs do not fit, only "
+            f"resources.{key}: {needed} workers of {cpus} CPUs and {gpus} GPUs do not fit, only "
             f"{room} do (nodes: {there}); set resources.{key}.workers or what each has lower"
         )
-    return Group(workers, cpus, gpus)
+    return Group(workers, cpus, gpus, fewest)
 
 
 class Launch:
@@ -72,8 +85,9 @@ class Launch:
     ) -> None:
         """Starts `function(config)` on every worker, with torch.distributed set up.
 
-        A lost worker restarts the whole group, at most `max_failures` times; the function has to
-        find its way back by itself. `name` is for Ray's own files.
+        A lost worker restarts the whole group, at most `max_failures` times; an elastic group
+        then has as many workers as there is room for, and is restarted when there is room for more.
+        The function has to find its way back by itself. `name` is for Ray's own files.
         """
         self._error: BaseException | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="stillhouse-ray-train-")
@@ -93,12 +107,16 @@ class Launch:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        # Typed as the older interface has it, which knows no range.
+        count: Any = group.workers
+        if group.fewest is not None:
+            count = (group.fewest, group.workers)
         try:
             TorchTrainer(
                 function,
                 train_loop_config=config,
                 scaling_config=ScalingConfig(
-                    num_workers=group.workers,
+                    num_workers=count,
                     use_gpu=group.gpus > 0,
                     resources_per_worker={"CPU": group.cpus, "GPU": group.gpus}
                     if group.gpus

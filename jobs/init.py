@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from jobs.load import as_yaml
+from trainer.yamlfile import as_yaml
 
 DEFAULT_DATA = "builtin:python-docs"
 
@@ -26,13 +26,14 @@ teacher:                   # null: plain training, with losses: {{ce: 1.0}}
 
 student:
   model: {student}         # must have the teacher's vocabulary
-  init: pretrained         # random: the same architecture with fresh weights
+  init: pretrained         # random: fresh weights; slice, with layers: some of the teacher's layers
+  lora: null               # {{r: 16}}: train low-rank adapters only
 
 data:
   train:                   # several sources are mixed by weight
     - source: {data}       # hub data set, glob of files, or builtin:python-docs
-      format: text         # files may be txt, json, jsonl or parquet
-      column: text         # the column that holds the documents
+      format: text         # or messages, prompt_completion: what the assistant says is learnt
+      column: text         # the column that holds the documents, in json, jsonl or parquet
       weight: 1.0
   select_sequences: 256    # held out: choices are made on these
   report_sequences: 256    # held out: results are reported on these, nothing is chosen on them
@@ -44,13 +45,17 @@ cache:
   draws: 50                # ids drawn per position; or method: topk with k: 64, the likeliest ids
 
 distill:                   # null: quantize student.model as it is
-  losses: {{forward_kl: 1.0}}
-  temperature: 1.0         # others need cache: {{method: topk, temperatures: [...]}}
+  mode: cached             # online: the teacher runs beside the student, every step, without a
+                           # cache of train; responses: learn from answers (section responses)
+  losses: {{forward_kl: 1.0}}  # and reverse_kl, jsd, skew_kl, ce, hidden: see docs/training.md
+  temperature: 1.0         # others need mode: online, or cache: {{method: topk, temperatures: ...}}
   steps: 2000
   tokens_per_step: 262144  # 128 sequences
-  learning_rate: auto      # 2e-5 from pretrained weights; see stillhouse schema
+  learning_rate: auto      # 2e-5 from pretrained weights, 2e-4 with lora
   zero_stage: 2            # 3 also shards the weights, for students that do not fit one GPU
-  activation_checkpointing: false
+  offload: none            # cpu: optimizer state in host memory
+  activation_checkpointing: auto
+  evaluate_steps: auto     # a tenth of the steps; the best weights on select become the student
   checkpoint_minutes: 20
   control: false           # true: train once more without the teacher, to measure its gain
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.spec import JobSpec
 from trainer.fingerprint import fingerprint, flatten
-from trainer.job import draws_inputs, identities, schedule_inputs, training_inputs
+from trainer.job import capture_inputs, identities, training_inputs
 
 Outputs = dict[str, dict[str, Any]]
 
@@ -44,8 +44,7 @@ class Inputs:
         """The cache's identity; sequences and sets of draws to hold may grow."""
         growing = {
             "corpus": outputs["prepare"]["corpus"],
-            **schedule_inputs(self.spec),
-            **draws_inputs(self.spec),
+            **capture_inputs(self.spec),
         }
         return StageInputs(self.identities.cache, growing)
 
@@ -54,8 +53,7 @@ class Inputs:
         spec = self.spec
         assert spec.distill is not None
         cache = outputs["capture"]["cache"] if spec.teacher is not None else None
-        student, corpus = self.identities.student, outputs["prepare"]["corpus"]
-        fixed = training_inputs(spec, student, corpus, cache)
+        fixed = training_inputs(spec, self.identities, outputs["prepare"]["corpus"], cache)
         return StageInputs(fixed, {"distill.control": spec.distill.control})
 
     def sweep(self, outputs: Outputs) -> StageInputs:

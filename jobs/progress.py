@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trainer.news import line_of
+
 # Plain lines: at most one per stage in so many seconds.
 PLAIN_SECONDS = 10.0
 
@@ -65,8 +67,8 @@ class Reporter:
             if stage == "capture":
                 stage = f"{stage} {event.get('part', '')}"
             self._move(stage, min(event["done"], event["total"]), event["total"], note)
-        elif kind == "resume":
-            self.say(f"{stage}: continues from the checkpoint of step {event['step']}")
+        elif (line := line_of(event)) is not None:
+            self.say(line)
         elif kind == "capture_start" and event["present"]:
             self.say(f"capture: {event['present']} sequences present, {event['missing']} missing")
         elif kind == "cell_done":

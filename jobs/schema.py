@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -13,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from jobs.errors import SpecErrors
 from jobs.spec import JobSpec, rule_faults
+from trainer.yamlfile import quote
 
 Node = dict[str, Any]
 KeyPath = tuple[str | int, ...]
@@ -22,12 +22,6 @@ def json_schema() -> Node:
     """JSON Schema (draft 2020-12) of a spec, for editors and other tools."""
     schema = JobSpec.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def quote(value: Any) -> str:
-    """`value` as it would stand in YAML, on one line, cut where it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def may_be(path: KeyPath) -> str:
@@ -44,19 +38,15 @@ def node_at(path: KeyPath) -> Node:
             items = array.get("prefixItems")
             node = items[step] if items and step < len(items) else array.get("items", {})
         else:
-            section = _object(node)
-            extra = section.get("additionalProperties")
-            node = section.get("properties", {}).get(step) or (
-                extra if isinstance(extra, dict) else {}
-            )
+            found = [_of_section(section, step) for section in _objects(node)]
+            node = next((child for child in found if child), {})
         node = _resolve(node)
     return node
 
 
 def keys_of(path: KeyPath) -> list[str]:
     """The keys that the section at `path` knows; [] where it takes any, or is no section."""
-    section = _object(node_at(path))
-    return list(section.get("properties", section.get("propertyNames", {}).get("enum", [])))
+    return list(dict.fromkeys(key for section in _objects(node_at(path)) for key in _keys(section)))
 
 
 def nearest(path: KeyPath) -> str:
@@ -72,7 +62,7 @@ def nearest(path: KeyPath) -> str:
         close = difflib.get_close_matches(key, names, n=2, cutoff=0.8)
         found = [dotted for name in close for dotted, last in _all_keys() if last == name]
     if found:
-        return f"did you mean {' or '.join(found[:3])}?"
+        return f"did you mean {_listed(found[:3])}?"
     return f"may be {_listed(known)}"
 
 
@@ -86,7 +76,8 @@ def _all_keys() -> tuple[tuple[str, str], ...]:
     """(dotted key, its last part) of every key; entries of lists are written as index 0."""
 
     def walk(node: Node, prefix: str) -> Iterator[tuple[str, str]]:
-        for name, child in _object(node).get("properties", {}).items():
+        children = [child for section in _objects(node) for child in _properties(section)]
+        for name, child in children:
             yield prefix + name, name
             child = _resolve(child)
             yield from walk(child, f"{prefix}{name}.")
@@ -106,22 +97,40 @@ def _resolve(node: Node) -> Node:
 
 def _variants(node: Node) -> list[Node]:
     """The alternatives of `node`, references followed."""
-    return [_resolve(option) for option in node.get("anyOf", [node])]
+    options = node.get("anyOf") or node.get("oneOf")
+    if not options:
+        return [node]
+    return [variant for option in options for variant in _variants(_resolve(option))]
 
 
 def _variant(node: Node, kind: str) -> Node:
     return next((option for option in _variants(node) if option.get("type") == kind), {})
 
 
-def _object(node: Node) -> Node:
-    return _variant(node, "object")
+def _objects(node: Node) -> list[Node]:
+    return [option for option in _variants(node) if option.get("type") == "object"]
+
+
+def _properties(section: Node) -> list[tuple[str, Node]]:
+    return list(section.get("properties", {}).items())
+
+
+def _keys(section: Node) -> list[str]:
+    return list(section.get("properties", section.get("propertyNames", {}).get("enum", [])))
+
+
+def _of_section(section: Node, key: str) -> Node:
+    """What may stand under `key` of a section; {} where the schema is silent."""
+    extra = section.get("additionalProperties")
+    child: Node = section.get("properties", {}).get(key) or (
+        extra if isinstance(extra, dict) else {}
+    )
+    return child
 
 
 def _words(node: Node) -> str:
     options = _variants(node)
-    if len(options) == 3 and options[-1].get("type") == "null":
-        return f"{_option(options[0])}, {_option(options[1])} or null"
-    return " or ".join(_option(option) for option in options)
+    return _listed([_option(option) for option in options])
 
 
 def _option(node: Node) -> str:
@@ -139,11 +148,12 @@ def _option(node: Node) -> str:
         size = "not empty, " if node.get("minItems") else ""
         return f"a list, {size}each {_words(_resolve(node.get('items', {})))}"
     if kind == "object":
-        known = list(node.get("properties", node.get("propertyNames", {}).get("enum", [])))
+        known = _keys(node)
         shown = known if len(known) <= 5 else [*known[:4], "..."]
         return f"a section ({', '.join(shown)})" if known else "a section"
     if kind == "string":
-        return "text, not empty" if node.get("minLength") else "text"
+        example = f", e.g. {node['examples'][0]}" if node.get("examples") else ""
+        return ("text, not empty" if node.get("minLength") else "text") + example
     return {"boolean": "true or false", "null": "null"}.get(str(kind), "any value")
 
 
@@ -185,9 +195,12 @@ def spec_of(data: dict[Any, Any]) -> JobSpec:
         details = error.errors(include_url=False)
         if details[0]["type"] == "rules":
             raise SpecErrors([*_in_order(lines), *details[0]["ctx"]["text"].split("\n")]) from None
-        for detail in details:
-            path = _path(data, detail["loc"], detail["type"]) or detail["loc"]
-            lines.setdefault(path, _line(path, detail, _value(data, path)))
+        paths = [_path(data, detail["loc"], detail["type"]) for detail in details]
+        for path, detail in zip(paths, details, strict=True):
+            path = path or detail["loc"]
+            # Of a section that is one of several kinds, what is wrong inside says more.
+            if path == detail["loc"] or not any(_inside(other, path) for other in paths):
+                lines.setdefault(path, _line(path, detail, _value(data, path)))
         raise SpecErrors([*_in_order(lines), *_rules_beside(data, list(lines))]) from None
     if lines:
         raise SpecErrors(_in_order(lines))
@@ -215,16 +228,20 @@ def _truths(value: Any, path: KeyPath) -> Iterator[KeyPath]:
 def _path(data: Any, location: Sequence[str | int], kind: str) -> KeyPath:
     """pydantic's location without what is no key (the tags of unions)."""
     path: list[str | int] = []
-    for step in location:
+    for index, step in enumerate(location):
         known: Any = data if isinstance(data, dict) else ()
         if isinstance(data, list):
             known = range(len(data))
         if step in known:
             data = data[int(step) if isinstance(data, list) else step]
-        elif not (isinstance(data, dict) and kind == "missing"):
-            break
-        path.append(step)
+            path.append(step)
+        elif index == len(location) - 1 and isinstance(data, dict) and kind == "missing":
+            path.append(step)
     return tuple(path)
+
+
+def _inside(path: KeyPath, of: KeyPath) -> bool:
+    return len(path) > len(of) and path[: len(of)] == of
 
 
 def _value(data: Any, path: KeyPath) -> Any:
@@ -238,8 +255,11 @@ def _line(path: KeyPath, detail: Any, got: Any) -> str:
     kind, location = detail["type"], detail["loc"]
     key = ".".join(map(str, path))
     if kind in ("extra_forbidden", "invalid_key") or location[-1:] == ("[key]",):
+        if path[-1] in keys_of(path[:-1]):  # of a section that is one of several kinds
+            section = ".".join(map(str, path[:-1]))
+            return f"{key}: is not for these keys beside it; {section} may be {may_be(path[:-1])}"
         return f"{key}: unknown key; {nearest(path)}"
-    if kind == "missing" and path == location:
+    if kind == "missing" and path[-1:] == location[-1:]:
         return f"{key}: missing; may be {may_be(path)}"
     if kind == "value_error":
         why = detail["ctx"]["error"]

@@ -9,21 +9,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from cluster.spec import ResourcesSpec
 from quant.spec import SweepSpec
+from trainer.rules import RULES as TRAINER_RULES
+from trainer.rules import Rule, faults_of
 from trainer.spec import (
     CacheSpec,
     DataSpec,
     DistillSpec,
+    ResponsesSpec,
     StudentSpec,
     TeacherSpec,
     TokenizerSpec,
-    temperature_fault,
 )
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -50,7 +52,7 @@ class TrackingSpec(BaseModel):
 class JobSpec(BaseModel):
     """One job: a teacher distilled into a student, and the student's quantized cells."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
     name: str = Field(
         description="Name of the run and of its directory below storage: 1 to 63 lower-case "
@@ -74,6 +76,9 @@ class JobSpec(BaseModel):
         None, description="A tokenizer of its own. null: the teacher's, else the student model's."
     )
     data: DataSpec | None = Field(None, description="The corpus.")
+    responses: ResponsesSpec | None = Field(
+        None, description="Answers that the student learns from, with distill.mode: responses."
+    )
     cache: CacheSpec = Field(
         default_factory=CacheSpec, description="How the teacher's distributions are kept."
     )
@@ -108,26 +113,16 @@ class JobSpec(BaseModel):
         return self
 
 
-class Rule(NamedTuple):
-    """A rule across sections: the keys it reads, and what gives its one-line fault, if any."""
-
-    reads: tuple[str, ...]
-    fault: Callable[[JobSpec], str | None]
-
-
 def rule_faults(spec: JobSpec, at_fault: Iterable[str] = ()) -> list[str]:
     """One line for every rule that `spec` breaks.
 
     Rules that read one of the dotted keys `at_fault` are left out: their keys hold no values to
     judge. `spec` may then be incomplete there.
     """
-    at_fault = list(at_fault)
-    faults = (
-        rule.fault(spec)
-        for rule in RULES
-        if not any(_concerns(key, bad) for key in rule.reads for bad in at_fault)
+    bad = list(at_fault)
+    return faults_of(
+        (*TRAINER_RULES, *_OWN_RULES), spec, lambda key: any(_concerns(key, one) for one in bad)
     )
-    return [fault for fault in faults if fault is not None]
 
 
 def _concerns(key: str, bad: str) -> bool:
@@ -162,108 +157,25 @@ def _data_needed(spec: JobSpec) -> str | None:
     return None
 
 
-def _step_of_whole_sequences(spec: JobSpec) -> str | None:
-    if spec.distill is None or spec.data is None:
-        return None
-    tokens, length = spec.distill.tokens_per_step, spec.data.sequence_length
-    if tokens % length == 0:
-        return None
-    nearest = max(1, round(tokens / length)) * length
-    return (
-        f"distill.tokens_per_step: got {tokens}; may be a multiple of data.sequence_length "
-        f"({length}), e.g. {nearest}"
-    )
-
-
-def _tokens_for_a_sequence(spec: JobSpec) -> str | None:
-    if spec.data is None or spec.data.max_tokens == "auto":
-        return None
-    if spec.data.max_tokens >= spec.data.sequence_length:
-        return None
-    return (
-        f"data.max_tokens: got {spec.data.max_tokens}; may be auto or a whole number from "
-        f"data.sequence_length ({spec.data.sequence_length})"
-    )
-
-
-def _temperature_captured(spec: JobSpec) -> str | None:
-    return None if spec.distill is None else temperature_fault(spec.distill, spec.cache)
-
-
-def _kl_needs_teacher(spec: JobSpec) -> str | None:
-    if spec.teacher is not None or spec.distill is None:
-        return None
-    if spec.distill.losses.get("forward_kl", 0.0) > 0:
-        return (
-            "distill.losses: forward_kl needs a teacher; give teacher: {model: ...}, or train "
-            "without one: losses: {ce: 1.0}"
-        )
-    return None
-
-
-def _control_needs_teacher(spec: JobSpec) -> str | None:
-    if spec.distill is None or not spec.distill.control:
-        return None
-    if spec.teacher is None:
-        return "distill.control: got true; may be false without a teacher, whose gain it measures"
-    if spec.distill.losses.get("forward_kl", 0.0) == 0:
-        return (
-            "distill.control: got true; may be false without forward_kl in distill.losses, "
-            "as the student is then the control"
-        )
-    return None
-
-
 def _shards_need_workers(spec: JobSpec) -> str | None:
     if spec.teacher is None or spec.teacher.sharding != "zero3":
         return None
-    if spec.resources.capture.workers != 1:
-        return None
-    return (
-        "teacher.sharding: got zero3 with resources.capture.workers: 1; may be none or auto, "
-        "or give at least 2 workers"
-    )
+    online = spec.distill is not None and spec.distill.mode == "online"
+    for stage, counts in (("capture", True), ("distill", online)):
+        if counts and getattr(spec.resources, stage).workers == 1:
+            return (
+                f"teacher.sharding: got zero3 with resources.{stage}.workers: 1; may be none or "
+                "auto, or give at least 2 workers"
+            )
+    return None
 
 
 def _untrained_needs_weights(spec: JobSpec) -> str | None:
-    if spec.distill is None and spec.student.init == "random":
+    if spec.distill is None and spec.student.init != "pretrained":
         return (
-            "student.init: got random; may be pretrained with distill: null, "
+            f"student.init: got {spec.student.init}; may be pretrained with distill: null, "
             "which sweeps student.model as it is"
         )
-    return None
-
-
-def _tokenizer_fits(spec: JobSpec) -> str | None:
-    if spec.tokenizer is None:
-        if spec.teacher is None and spec.student.model is None:
-            return (
-                "tokenizer: got null; needed where neither teacher nor student.model brings one, "
-                "e.g. tokenizer: {train: 2048}"
-            )
-        return None
-    if spec.teacher is not None:
-        return (
-            "tokenizer.train: may not be given with a teacher, whose vocabulary the student must "
-            "have; remove tokenizer"
-        )
-    if spec.student.init == "pretrained":
-        return (
-            "tokenizer.train: may not be given with student.init: pretrained, whose weights "
-            "belong to the model's own vocabulary; remove tokenizer"
-        )
-    return None
-
-
-def _tokenizer_reads_text(spec: JobSpec) -> str | None:
-    if spec.tokenizer is None or spec.data is None:
-        return None
-    for index, source in enumerate(spec.data.train):
-        if source.format == "input_ids":
-            return (
-                f"data.train.{index}.format: got input_ids; may be text with tokenizer.train, "
-                "which learns from text"
-            )
     return None
 
 
@@ -282,18 +194,14 @@ def _revision_of_hub_id(section: str) -> Callable[[JobSpec], str | None]:
     return fault
 
 
-RULES = (
+_OWN_RULES = (
     Rule(("distill", "sweep"), _something_to_do),
     Rule(("data", "distill", "sweep"), _data_needed),
-    Rule(("distill.tokens_per_step", "data.sequence_length"), _step_of_whole_sequences),
-    Rule(("data.max_tokens", "data.sequence_length"), _tokens_for_a_sequence),
-    Rule(("distill.temperature", "cache.method", "cache.temperatures"), _temperature_captured),
-    Rule(("teacher", "distill.losses"), _kl_needs_teacher),
-    Rule(("teacher", "distill.control", "distill.losses"), _control_needs_teacher),
-    Rule(("teacher", "resources.capture.workers"), _shards_need_workers),
+    Rule(
+        ("teacher", "distill.mode", "resources.capture.workers", "resources.distill.workers"),
+        _shards_need_workers,
+    ),
     Rule(("distill", "student.init"), _untrained_needs_weights),
-    Rule(("teacher", "tokenizer", "student.model", "student.init"), _tokenizer_fits),
-    Rule(("tokenizer", "data.train"), _tokenizer_reads_text),
     Rule(("teacher.model", "teacher.revision"), _revision_of_hub_id("teacher")),
     Rule(("student.model", "student.revision"), _revision_of_hub_id("student")),
 )

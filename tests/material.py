@@ -26,6 +26,54 @@ def write_texts(folder: Path, documents: int = 240, seed: int = 0) -> str:
     return str(folder / "*.jsonl")
 
 
+def write_chats(folder: Path, conversations: int = 160, seed: int = 0) -> str:
+    """Writes conversations of one to three questions and shorter answers, of made-up words;
+    returns a glob of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+
+    def say(role: str, most: int) -> dict[str, str]:
+        return {"role": role, "content": " ".join(draw.choices(WORDS, k=draw.randint(1, most)))}
+
+    rows = []
+    for _ in range(conversations):
+        turns = [say("system", 3)] if draw.random() < 0.3 else []
+        for _ in range(draw.randint(1, 3)):
+            turns += [say("user", 6), say("assistant", 4)]
+        rows.append(json.dumps({"messages": turns}))
+    (folder / f"{seed}.jsonl").write_text("\n".join(rows) + "\n")
+    return str(folder / "*.jsonl")
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The same texts, with marks; the end of a turn stands behind them, as in many models' templates.
+CHATML_MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONTROLS = ("<|im_start|>", "<|im_end|>")
+
+
+def chat_tokenizer(
+    folder: Path, template: str | None = CHATML, controls: tuple[str, ...] = CONTROLS
+) -> Any:
+    """A byte-level tokenizer of made-up words with control tokens and a chat template, saved."""
+    from trainer.corpus.tokenizer import load_tokenizer, train_tokenizer
+
+    plain = folder.with_name(f"{folder.name}-plain")
+    train_tokenizer([" ".join(WORDS), "system user assistant " * 20], VOCAB, plain)
+    tokenizer = load_tokenizer(plain)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(controls)})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
 def data_spec(glob: str, **changes: Any) -> Any:
     """The spec's `data` for the texts."""
     from trainer.spec import DataSpec, SourceSpec

@@ -25,21 +25,23 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from cluster.storage import Attempt, EventWriter, Fenced, Store, open_store
 from trainer import job
+from trainer.news import line_of
+from trainer.rules import RULES, faults_of
+from trainer.section import Section
 from trainer.spec import (
     CacheSpec,
     DataSpec,
     DistillSpec,
-    Section,
+    ResponsesSpec,
     StudentSpec,
     TeacherSpec,
     TokenizerSpec,
-    temperature_fault,
 )
+from trainer.yamlfile import apply_override, parse
 
 IGNORED = ("resources", "sweep", "tracking")
 DONE, WRONG, FAILED, INTERRUPTED = 0, 2, 3, 130
@@ -60,6 +62,7 @@ class TrainerSpec(Section):
     student: StudentSpec
     tokenizer: TokenizerSpec | None = None
     data: DataSpec
+    responses: ResponsesSpec | None = None
     cache: CacheSpec = CacheSpec()
     distill: DistillSpec = DistillSpec()
 
@@ -67,77 +70,45 @@ class TrainerSpec(Section):
 def load(path: str, overrides: Sequence[str]) -> TrainerSpec:
     """The spec of a file. Raises ValueError with a line for each thing that is wrong with it."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    data, faults = parse(text, path)
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: may be a mapping of keys, e.g. name: my-run")
+        raise ValueError("\n".join(faults) or f"{path}: may be a mapping of keys, e.g. name: a-run")
     for override in overrides:
-        key, equals, text = override.partition("=")
-        *parents, last = key.split(".")
-        at = data
-        for parent in parents:
-            if at.get(parent) is None:
-                at[parent] = {}
-            at = at[parent]
-            if not isinstance(at, dict):
-                raise ValueError(f"{override}: {parent} has no keys")
-        if not equals or not last:
-            raise ValueError(f"{override}: may be key=value, e.g. distill.steps=100")
-        try:
-            at[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"{override}: the value is no YAML") from None
+        fault = apply_override(data, override)
+        faults += [fault] if fault else []
     for name in IGNORED:
         data.pop(name, None)
     try:
-        spec = TrainerSpec(**data)
+        spec = TrainerSpec.model_validate(data)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
-        ]
-        raise ValueError("\n".join(lines)) from None
-    check(spec)
+        faults += [_line(fault) for fault in error.errors()]
+    else:
+        faults += faults_of(RULES, spec)
+    if faults:
+        raise ValueError("\n".join(faults))
     return spec
 
 
-def check(spec: TrainerSpec) -> None:
-    """Rules across sections. Raises ValueError, one line."""
-    distill, data = spec.distill, spec.data
-    if distill.tokens_per_step % data.sequence_length:
-        raise ValueError(
-            f"distill.tokens_per_step: got {distill.tokens_per_step}; may be a multiple of "
-            f"data.sequence_length ({data.sequence_length})"
-        )
-    if data.max_tokens != "auto" and data.max_tokens < data.sequence_length:
-        raise ValueError(
-            f"data.max_tokens: got {data.max_tokens}; may be auto or a whole number from "
-            f"data.sequence_length ({data.sequence_length})"
-        )
-    fault = temperature_fault(distill, spec.cache)
-    if fault is not None:
-        raise ValueError(fault)
-    if spec.teacher is None and (distill.control or distill.losses.get("forward_kl")):
-        raise ValueError(
-            "distill: forward_kl and control need a teacher; without one give losses: {ce: 1.0}"
-        )
-    own = spec.teacher is None and (spec.student.model is None or spec.student.init == "random")
-    if spec.tokenizer is not None and not own:
-        raise ValueError("tokenizer.train: the models given bring their own; remove tokenizer")
-    if spec.tokenizer is None and spec.teacher is None and spec.student.model is None:
-        raise ValueError("tokenizer: got null; needed here, e.g. tokenizer: {train: 2048}")
+def _line(fault: Any) -> str:
+    """The line for a fault that pydantic found; `stillhouse run` knows more of what may be."""
+    why = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        why = "unknown key"
+    return f"{'.'.join(map(str, fault['loc']))}: {why}"
 
 
-def prepare(spec: TrainerSpec, names: job.Identities, stop: Callable[[], bool]) -> str:
-    """Makes the corpus, call after call, unless it is there; returns its name.
+def make_corpus(spec: Any, names: job.Identities, answers: Any, stop: Callable[[], bool]) -> None:
+    """Makes the corpus, call after call; `answers`: of `_answers`, None where sources hold texts.
 
-    Raises ValueError for wrong sources or models, and `Stopped`.
+    Raises ValueError for wrong sources, and `Stopped`.
     """
-    from trainer.corpus.corpus import is_complete
-    from trainer.corpus.prepare import prepare as make
-    from trainer.corpus.tokenizer import check_same_vocabulary, load_tokenizer
+    from trainer.corpus.prepare import prepare
+    from trainer.corpus.tokenizer import load_tokenizer
     from trainer.fingerprint import fingerprint
+    from trainer.responses.make import answered, on_answers
     from trainer.worker import Stopped
 
     def each(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -148,15 +119,14 @@ def prepare(spec: TrainerSpec, names: job.Identities, stop: Callable[[], bool]) 
             results.append(function(*call))
         return results
 
-    name = fingerprint(names.corpus)
-    store = open_store(spec.storage).sub(job.CORPORA, name)
-    if names.teacher_folder is not None and names.student_folder is not None:
-        check_same_vocabulary(names.teacher_folder, names.student_folder)
-    if not is_complete(store):
-        folder = names.tokenizer_folder
-        tokenizer = spec.tokenizer if folder is None else load_tokenizer(folder)
-        make(spec.data, tokenizer, store, each, identity=names.corpus)
-    return name
+    store = open_store(spec.storage).sub(job.CORPORA, fingerprint(names.corpus))
+    folder = names.tokenizer_folder
+    tokenizer = spec.tokenizer if folder is None else load_tokenizer(folder)
+    if answers is None:
+        prepare(spec.data, tokenizer, store, each, identity=names.corpus)
+        return
+    data, brought = answered(spec.data, answers), on_answers(each, answers)
+    prepare(data, tokenizer, store, brought, identity=names.corpus)
 
 
 class Rank:
@@ -225,9 +195,10 @@ class Rank:
             self._say(stage, fields["step"], fields["steps"], f"loss {fields['loss']:.4f}", fields)
         elif event == "progress":
             done = min(fields["done"], fields["total"])
-            self._say(f"{stage} {fields['part']}", done, fields["total"], fields["unit"], fields)
-        elif event == "resume":
-            print(f"{stage}: continues from the checkpoint of step {fields['step']}", flush=True)
+            part = f"{stage} {fields.get('part', '')}".rstrip()
+            self._say(part, done, fields["total"], fields["unit"], fields)
+        elif (line := line_of({"event": event, **fields})) is not None:
+            print(line, flush=True)
         elif event == "training_done":
             perplexity = fields["metrics"]["select_perplexity"]
             print(f"{stage}: done, perplexity on select {perplexity:.2f}", flush=True)
@@ -239,37 +210,68 @@ class Rank:
         if done < total and now - self.printed.get(what, -PRINT_SECONDS) < PRINT_SECONDS:
             return
         self.printed[what] = now
-        rate = fields["tokens_per_s"]
-        print(f"{what}: {done}/{total}  {note}  {rate:,.0f} tokens/s", flush=True)
+        rate = fields.get("tokens_per_s")
+        speed = f"  {rate:,.0f} tokens/s" if rate else ""
+        print(f"{what}: {done}/{total}  {note}{speed}", flush=True)
 
     def run(self) -> None:
         """Prepare, capture, distill, control."""
         from trainer.logits.store import open_cache
-        from trainer.loop import train
-        from trainer.teacher import capture
 
         spec = self.after(lambda: job.resolve(self.spec))
         self.emit("run_start", name=spec.name, spec=spec.model_dump(mode="json"))
         names = job.identities(spec)
         root = open_store(spec.storage)
-        stop = partial(getattr, self, "stopping")
-        corpus_name = self.after(lambda: prepare(spec, names, stop))
-        corpus = root.sub(job.CORPORA, corpus_name)
-        if self.worker.is_main:
-            print(f"prepare: corpus {corpus.url}", flush=True)
+        corpus = self._prepare(spec, names, root)
         cache = None
         if spec.teacher is not None:
             cache = self.after(lambda: open_cache(root.sub(job.CACHES), names.cache))
-            capture(
-                job.make_capture(
-                    spec, corpus, cache, batch_tokens=BATCH_TOKENS, shard_seconds=SHARD_SECONDS
-                ),
-                self.worker,
-            )
-        student = self.after(lambda: names.student)
-        inputs = job.training_inputs(spec, student, corpus_name, cache.name if cache else None)
+            job.make_capture(
+                spec, corpus, cache, batch_tokens=BATCH_TOKENS, shard_seconds=SHARD_SECONDS
+            ).run(self.worker)
+        name = cache.name if cache else None
+        inputs = self.after(lambda: job.training_inputs(spec, names, corpus.name, name))
         for training in job.make_trainings(spec, inputs, self.store, corpus, cache):
-            train(training, self.worker)
+            training.run(self.worker)
+
+    def _prepare(self, spec: Any, names: job.Identities, root: Store) -> Store:
+        """The corpus, made unless it is there. Raises ValueError for what the spec names wrongly,
+        one line for each fault."""
+        from trainer.checks import world_faults
+        from trainer.corpus.corpus import is_complete
+        from trainer.fingerprint import fingerprint
+
+        corpus = root.sub(job.CORPORA, self.after(lambda: fingerprint(names.corpus)))
+        there = self.after(lambda: is_complete(corpus))
+        stages = ["capture", "distill"] if there else ["prepare", "capture", "distill"]
+        faults = self.after(lambda: world_faults(spec, names, stages))
+        if faults:
+            raise ValueError("\n".join(faults))
+        if not there:
+            answers = None if spec.responses is None else self._answers(spec, names, root)
+            stop = partial(getattr, self, "stopping")
+            self.after(lambda: make_corpus(spec, names, answers, stop))
+        if self.worker.is_main:
+            print(f"prepare: corpus {corpus.url}", flush=True)
+        return corpus
+
+    def _answers(self, spec: Any, names: job.Identities, root: Store) -> Any:
+        """The answers that the corpus is made of; those that are missing are made first."""
+        from trainer.responses.make import collect, finish, make_job, open_answers
+
+        identity = self.after(lambda: names.responses)
+        answers = open_answers(root, identity)
+        if self.after(lambda: answers.manifest() is not None):
+            return answers
+        began = time.time()
+        if spec.responses.origin == "teacher":
+            facts = make_job(
+                spec, answers, batch_tokens=BATCH_TOKENS, publish_seconds=SHARD_SECONDS
+            ).run(self.worker)
+        else:
+            facts = self.after(lambda: collect(spec, answers, self.worker.hooks))
+        self.after(lambda: finish(spec, answers, identity, facts, began))
+        return answers
 
     def close(self, status: str) -> None:
         """Publishes the events that are left."""
@@ -289,7 +291,8 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print((__doc__ or "").strip())
         return DONE if arguments else WRONG
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
         os.environ.setdefault(name, value)  # one process without torchrun is a group of its own
     os.environ.setdefault("MASTER_PORT", "29500" if os.environ["WORLD_SIZE"] != "1" else "0")
     is_main = os.environ["RANK"] == "0"

@@ -3,17 +3,70 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+# Activations of a micro-batch, in bytes, from which on they are recomputed: without and with LoRA,
+# which leaves the room that gradients and optimizer state would take.
+RECOMPUTE_FROM, RECOMPUTE_FROM_LORA = 8 << 30, 16 << 30
+# Tokens of a micro-batch.
+MICRO_TOKENS = 16384
 
 
-def auto_learning_rate(init: str, width: int) -> float:
+def auto_learning_rate(init: str, width: int, lora: bool = False) -> float:
     """Rule for `learning_rate: auto`.
 
-    From random weights 1e-3 at width 768, falling with the square root of the width, at most 3e-3;
-    full fine-tuning of pretrained weights 2e-5.
+    Full fine-tuning of pretrained weights 2e-5. Adapters ten times that, 2e-4, as they start from
+    zero and move the weights through a product of low rank (LoRA Without Regret, Thinking Machines
+    Lab, 2025: ten times, at every size). A slice of the teacher 1e-4: what was cut has to heal
+    (Minitron, Muralidharan et al., 2024). From random weights 1e-3 at width 768, falling with the
+    square root of the width, at most 3e-3.
     """
-    return 2e-5 if init == "pretrained" else min(3e-3, 1e-3 * math.sqrt(768 / width))
+    if lora:
+        return 2e-4
+    if init == "random":
+        return min(3e-3, 1e-3 * math.sqrt(768 / width))
+    return 1e-4 if init == "slice" else 2e-5
 
 
 def auto_micro_batch(sequence_length: int) -> int:
-    """Rule for `micro_batch: auto`: as many sequences as 16,384 tokens hold, at least one."""
-    return max(1, 16384 // sequence_length)
+    """Rule for `micro_batch: auto`: as many sequences as 16,384 tokens hold, at least one.
+
+    So many tokens keep a GPU busy, and the head's logits are never held whole, whatever the
+    vocabulary; where activations grow too large they are recomputed instead
+    (`auto_activation_checkpointing`).
+    """
+    return max(1, MICRO_TOKENS // sequence_length)
+
+
+def auto_activation_checkpointing(config: dict[str, Any], micro_tokens: int, lora: bool) -> bool:
+    """Rule for `activation_checkpointing: auto`: recompute where activations exceed 8 GiB.
+
+    config: the student's config.json or inline config; micro_tokens: tokens of a micro-batch on one
+    worker. With LoRA from 16 GiB on. Recomputing costs a third more time in the layers.
+    """
+    limit = RECOMPUTE_FROM_LORA if lora else RECOMPUTE_FROM
+    return activation_bytes(config) * micro_tokens > limit
+
+
+def activation_bytes(config: dict[str, Any]) -> int:
+    """Bytes that the layers of a model keep per token for the backward pass, in bfloat16, about.
+
+    Of each layer: the norms' inputs and outputs, partly in float32 (16 bytes for each element of
+    the width), queries, keys, values and the attention's output (12 for each element of all
+    heads), and the inner states of the MLP (8 for each; 24 where its activation is made of single
+    operations). Attention scores are not kept, as by flash and memory-efficient kernels. The idea
+    is of Korthikanti et al., 2022, Reducing Activation Recomputation in Large Transformer Models,
+    section 4.1; the figures are for transformers' own modules, within 40 % of what they keep.
+    """
+    text = config.get("text_config") or config
+    width = _size(text, ("hidden_size", "n_embd"), 768)
+    heads = _size(text, ("num_attention_heads", "n_head"), 12)
+    attention = heads * _size(text, ("head_dim",), max(1, width // heads))
+    inner = _size(text, ("intermediate_size", "n_inner"), 4 * width)
+    single = text.get("activation_function", "gelu_new") == "gelu_new" and "n_embd" in text
+    layers = _size(text, ("num_hidden_layers", "n_layer"), 12)
+    return layers * (16 * width + 12 * attention + (24 if single else 8) * inner)
+
+
+def _size(config: dict[str, Any], names: tuple[str, ...], default: int) -> int:
+    return next((int(config[name]) for name in names if config.get(name)), default)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cluster.storage import Store
 from trainer.logits.coding import coding_of, train_kinds
+from trainer.logits.positions import read_along
 from trainer.logits.reader import CacheReader
 from trainer.logits.records import Records
 from trainer.logits.store import CacheMismatch
@@ -21,12 +22,14 @@ class CachedTeacher:
     """The records of sequences, for a loss at one temperature.
 
     readers: one for each set of records; epoch e reads set e modulo their number. length: positions
-    of a sequence. tail: which of the temperatures of the records the log tail is of.
+    of a sequence. tail: which of the temperatures of the records the log tail is of. positions:
+    which of a sequence have records, "all" or "loss".
     """
 
     readers: Sequence[CacheReader]
     length: int
     tail: int = 0
+    positions: str = "all"
 
     @staticmethod
     def for_training(
@@ -37,26 +40,35 @@ class CachedTeacher:
         Raises CacheMismatch if the records are of another coding.
         """
         readers = [_open(cache, spec, vocab, kind) for kind in train_kinds(spec)]
-        return CachedTeacher(readers, length, spec.temperatures.index(temperature))
+        tail = spec.temperatures.index(temperature)
+        return CachedTeacher(readers, length, tail, spec.positions)
 
     @staticmethod
     def for_evaluation(cache: Store, spec: CacheSpec, vocab: int, length: int) -> CachedTeacher:
         """For measuring models against the teacher, at temperature 1."""
-        return CachedTeacher([_open(cache, spec, vocab, "eval")], length)
+        readers = [_open(cache, spec, vocab, "eval")]
+        return CachedTeacher(readers, length, positions=spec.positions)
 
-    def read(self, keys: Sequence[bytes], epochs: NDArray[np.int64]) -> Records:
+    def read(self, keys: Sequence[bytes], epochs: NDArray[np.int64], loss_mask: NDArray) -> Records:
         """The records of `keys`, the i-th as epoch `epochs[i]` reads it, along the positions.
 
-        Raises MissingRecord for a sequence that is not there, CacheDamaged for a damaged one.
+        loss_mask: [sequences, seq], not 0 where a position counts; where it does not, a row may
+        be that of another position. Raises MissingRecord for a sequence that is not there,
+        CacheDamaged for a damaged one.
         """
         sets = epochs % len(self.readers)
         # A step may lie across two epochs, and then a micro-batch in two sets.
         edges = [0, *(np.flatnonzero(np.diff(sets)) + 1).tolist(), len(sets)]
         parts = [
-            self.readers[sets[start]].read_many(keys[start:stop], self.length)
+            self._read(self.readers[sets[start]], keys[start:stop], loss_mask[start:stop])
             for start, stop in zip(edges[:-1], edges[1:], strict=True)
         ]
         return parts[0] if len(parts) == 1 else _join(parts)
+
+    def _read(self, reader: CacheReader, keys: Sequence[bytes], loss_mask: NDArray) -> Records:
+        if self.positions == "all":
+            return reader.read_many(keys, self.length)
+        return read_along(reader, keys, loss_mask, self.positions)
 
     def close(self) -> None:
         """Closes the readers."""

@@ -13,7 +13,14 @@ from typing import Any
 from trainer.fingerprint import flatten
 from trainer.logits.records import VERSION as CACHE_FORMAT
 from trainer.models import find_model, identity, tokenizer_identity
-from trainer.spec import CacheSpec, DataSpec, StudentSpec, TeacherSpec, TokenizerSpec
+from trainer.spec import (
+    CacheSpec,
+    DataSpec,
+    ResponsesSpec,
+    StudentSpec,
+    TeacherSpec,
+    TokenizerSpec,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Identities:
     tokenizer_spec: TokenizerSpec | None
     data: DataSpec
     cache_spec: CacheSpec
+    responses_spec: ResponsesSpec | None = None
 
     @cached_property
     def teacher_folder(self) -> Path | None:
@@ -63,14 +71,20 @@ class Identities:
 
     @cached_property
     def student(self) -> dict[str, Any]:
-        """What the student starts from."""
+        """What the student starts from, and what of it is trained."""
         student = self.student_spec
+        result: dict[str, Any] = {"init": student.init}
+        if student.lora is not None:
+            result |= flatten(student.lora.model_dump(), "lora")
+        if student.init == "slice":
+            assert self.teacher_spec is not None and self.teacher_folder is not None
+            cut_from = identity(self.teacher_folder, self.teacher_spec.model)
+            return {**result, **cut_from, "layers": student.layers}
         if self.student_folder is not None:
-            named = identity(self.student_folder, str(student.model))
-            return {**named, "init": student.init}
+            return {**result, **identity(self.student_folder, str(student.model))}
         if isinstance(student.config, str):
-            return {"config": Path(student.config).read_text(), "init": student.init}
-        return {**flatten(student.config, "config"), "init": student.init}
+            return {**result, "config": Path(student.config).read_text()}
+        return {**result, **flatten(student.config, "config")}
 
     @cached_property
     def tokenizer(self) -> dict[str, Any]:
@@ -81,10 +95,21 @@ class Identities:
         return dict(tokenizer_identity(self.tokenizer_folder))
 
     @cached_property
+    def responses(self) -> dict[str, Any]:
+        """Everything that decides the answers of distill.mode: responses."""
+        from trainer.responses.identity import responses_identity
+
+        assert self.responses_spec is not None
+        return responses_identity(self.responses_spec, self.data, self.teacher, self.tokenizer)
+
+    @cached_property
     def corpus(self) -> dict[str, Any]:
         """Everything that decides the sequences; not how often they are read."""
         from trainer.corpus.prepare import corpus_identity
+        from trainer.responses.identity import corpus_of_answers
 
+        if self.responses_spec is not None:
+            return corpus_of_answers(self.data, self.tokenizer, self.responses)
         return corpus_identity(self.data, self.tokenizer)
 
     @cached_property

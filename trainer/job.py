@@ -8,46 +8,37 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from cluster.storage import Store
-from trainer.auto import auto_learning_rate, auto_micro_batch
+from trainer.auto import (
+    auto_activation_checkpointing,
+    auto_learning_rate,
+    auto_micro_batch,
+)
 from trainer.fingerprint import fingerprint, flatten
 from trainer.identity import Identities
+from trainer.lossspec import LossesSpec
 from trainer.models import absolute, find_model, width_of
+from trainer.rules import Sections
 from trainer.spec import (
-    CacheSpec,
+    AnswersFile,
     DataSpec,
-    DistillSpec,
+    SourceSpec,
     StudentSpec,
     TeacherSpec,
-    TokenizerSpec,
 )
 
 # Folders below the storage that all runs share.
 CORPORA, CACHES = "_corpora", "_logits"
 # Keys of `distill` that change how a training runs, not what comes out of it.
-_RUNNING = {"checkpoint_minutes", "checkpoint_steps", "keep_checkpoints", "control"}
-
-
-class Sections(Protocol):
-    """The sections of a spec that the trainer reads."""
-
-    @property
-    def seed(self) -> int: ...
-    @property
-    def teacher(self) -> TeacherSpec | None: ...
-    @property
-    def student(self) -> StudentSpec: ...
-    @property
-    def tokenizer(self) -> TokenizerSpec | None: ...
-    @property
-    def data(self) -> DataSpec | None: ...
-    @property
-    def cache(self) -> CacheSpec: ...
-    @property
-    def distill(self) -> DistillSpec | None: ...
-    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Any: ...
+_RUNNING = {
+    "activation_checkpointing",
+    "checkpoint_minutes",
+    "checkpoint_steps",
+    "keep_checkpoints",
+    "control",
+}
 
 
 Spec = TypeVar("Spec", bound=Sections)
@@ -60,16 +51,24 @@ def resolve(spec: Spec) -> Spec:
     ValueError, one line, if the student's config cannot be read.
     """
     spec = _absolute(spec)
-    distill, data = spec.distill, spec.data
+    distill, data, student = spec.distill, spec.data, spec.student
     if distill is None:
         return spec
     assert data is not None
     changes: dict[str, Any] = {}
-    if distill.micro_batch == "auto":
-        changes["micro_batch"] = auto_micro_batch(data.sequence_length)
+    lora, micro_batch = student.lora is not None, distill.micro_batch
+    if micro_batch == "auto":
+        changes["micro_batch"] = micro_batch = auto_micro_batch(data.sequence_length)
     if distill.learning_rate == "auto":
-        width = width_of(_raw_config(spec.student))
-        changes["learning_rate"] = auto_learning_rate(spec.student.init, width)
+        width = width_of(_raw_config(spec))
+        changes["learning_rate"] = auto_learning_rate(student.init, width, lora)
+    if distill.activation_checkpointing == "auto":
+        tokens = micro_batch * data.sequence_length
+        changes["activation_checkpointing"] = auto_activation_checkpointing(
+            _raw_config(spec), tokens, lora
+        )
+    if distill.evaluate_steps == "auto":
+        changes["evaluate_steps"] = max(1, distill.steps // 10)
     update: dict[str, Any] = {"distill": distill.model_copy(update=changes)}
     if data.max_tokens == "auto":
         tokens = distill.steps * distill.tokens_per_step
@@ -87,32 +86,51 @@ def _absolute(spec: Spec) -> Spec:
         student["model"] = absolute(spec.student.model)
     if isinstance(spec.student.config, str):
         student["config"] = absolute(spec.student.config)
+    if spec.responses is not None and isinstance(spec.responses.origin, AnswersFile):
+        origin = AnswersFile(file=absolute(spec.responses.origin.file))
+        update["responses"] = spec.responses.model_copy(update={"origin": origin})
     update["student"] = spec.student.model_copy(update=student)
     return spec.model_copy(update=update)
 
 
-def _raw_config(student: StudentSpec) -> dict[str, Any]:
-    """The student's config as it is written."""
+def _raw_config(spec: Sections) -> dict[str, Any]:
+    """The student's config as it is written; of a student cut from its teacher with its layers."""
+    student = spec.student
     if isinstance(student.config, dict):
         return student.config
     if student.config is not None:
         path = Path(student.config)
     else:
-        assert student.model is not None
-        path = (
-            find_model("student.model", student.model, student.revision, weights=False)
-            / "config.json"
-        )
+        key = "student.model"
+        model: StudentSpec | TeacherSpec | None = student if student.model is not None else None
+        if student.init == "slice":
+            key, model = "teacher.model", spec.teacher
+        assert model is not None
+        folder = find_model(key, str(model.model), model.revision, weights=False)
+        path = folder / "config.json"
     try:
-        return json.loads(path.read_text())
+        raw: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"student.config: {path} cannot be read as JSON ({error})") from None
+    return raw if student.layers is None else {**raw, "num_hidden_layers": student.layers}
 
 
 def identities(spec: Sections) -> Identities:
     """The identities of this spec's parts."""
     assert spec.data is not None
-    return Identities(spec.teacher, spec.student, spec.tokenizer, spec.data, spec.cache)
+    return Identities(
+        spec.teacher, spec.student, spec.tokenizer, spec.data, spec.cache, spec.responses
+    )
+
+
+def learnt_data(spec: Sections) -> DataSpec:
+    """`data` with a source for each of those of the corpus; a file of answers is one."""
+    data = spec.data
+    assert data is not None
+    if data.train or spec.responses is None or not isinstance(spec.responses.origin, AnswersFile):
+        return data
+    given = SourceSpec(source=spec.responses.origin.file, format="prompt_completion")
+    return data.model_copy(update={"train": [given]})
 
 
 def schedule_inputs(spec: Sections) -> dict[str, Any]:
@@ -123,7 +141,7 @@ def schedule_inputs(spec: Sections) -> dict[str, Any]:
         "distill.steps": spec.distill.steps,
         "distill.tokens_per_step": spec.distill.tokens_per_step,
         "data.max_tokens": spec.data.max_tokens,
-        **flatten([source.weight for source in spec.data.train], "weights"),
+        **flatten([source.weight for source in learnt_data(spec).train], "weights"),
         "seed": spec.seed,
     }
 
@@ -133,19 +151,36 @@ def draws_inputs(spec: Sections) -> dict[str, Any]:
     return {"cache.redraws": spec.cache.redraws} if spec.cache.method == "sample" else {}
 
 
+def reads_cache(spec: Sections) -> bool:
+    """Whether the training reads distributions of the train part from the logit cache."""
+    distill = spec.distill
+    if spec.teacher is None or distill is None or distill.mode == "online":
+        return False
+    return bool(distill.losses.of_distributions())
+
+
+def capture_inputs(spec: Sections) -> dict[str, Any]:
+    """What decides which records the cache has to hold, beside the corpus; flat."""
+    if not reads_cache(spec):  # those of select and report alone
+        return {}
+    return {**schedule_inputs(spec), **draws_inputs(spec)}
+
+
 def training_inputs(
-    spec: Sections, student: Mapping[str, Any], corpus: str, cache: str | None
+    spec: Sections, names: Identities, corpus: str, cache: str | None
 ) -> dict[str, Any]:
     """What the trained weights depend on; flat.
 
-    student: what it starts from (`Identities.student`); corpus, cache: the names of their folders.
+    names: of `spec`; corpus, cache: the names of their folders.
     """
     assert spec.distill is not None
     inputs = flatten(spec.distill.model_dump(exclude=_RUNNING), "distill")
-    inputs |= flatten(dict(student), "student")
+    inputs |= flatten(names.student, "student")
     inputs |= schedule_inputs(spec)
     inputs["corpus"] = corpus
-    if spec.teacher is not None:
+    # Also where no loss wants it: the weights that agree best with it on select are published.
+    inputs |= flatten(names.teacher, "teacher")
+    if reads_cache(spec):
         inputs["cache"] = cache
         inputs |= draws_inputs(spec)
     return inputs
@@ -161,8 +196,8 @@ def make_capture(
     return Capture(
         teacher=spec.teacher,
         cache_spec=spec.cache,
-        data=spec.data,
-        distill=spec.distill,
+        data=learnt_data(spec),
+        distill=spec.distill if reads_cache(spec) else None,
         seed=spec.seed,
         batch_tokens=batch_tokens,
         shard_seconds=shard_seconds,
@@ -174,33 +209,43 @@ def make_capture(
 def make_trainings(
     spec: Sections, inputs: Mapping[str, Any], run: Store, corpus: Store, cache: Store | None
 ) -> list[Any]:
-    """The `trainer.loop.Training`s of a resolved spec: the student's, then the control's.
+    """The `trainer.training.Training`s of a resolved spec: the student's, then the control's.
 
-    Checkpoints are kept apart by what the weights depend on, `inputs` (`training_inputs`).
+    The control learns from the text alone, with the same steps in the same order. Checkpoints are
+    kept apart by what the weights depend on, `inputs` (`training_inputs`).
     """
-    from trainer.loop import Training
+    from trainer.training import Training
 
     assert spec.distill is not None and spec.data is not None
     jobs = []
-    for stage, role, losses in (
-        ("distill", "student", spec.distill.losses),
-        ("control", "control", {"ce": 1.0}),
+    alone = {"mode": "cached", "losses": LossesSpec.model_validate({"ce": 1.0})}
+    for stage, role, distill in (
+        ("distill", "student", spec.distill),
+        ("control", "control", spec.distill.model_copy(update=alone)),
     ):
         if stage == "control" and not spec.distill.control:
             continue
-        name = f"{stage}-{fingerprint({**inputs, 'losses': losses})[:12]}"
+        losses = distill.losses
+        name = f"{stage}-{fingerprint({**inputs, 'losses': losses.model_dump()})[:12]}"
         jobs.append(
             Training(
                 stage=stage,
+                teacher=spec.teacher if _needs_teacher(spec.student, losses) else None,
                 student=spec.student,
-                distill=spec.distill.model_copy(update={"losses": losses}),
-                data=spec.data,
+                distill=distill,
+                data=learnt_data(spec),
                 cache_spec=spec.cache,
                 seed=spec.seed,
                 corpus=corpus,
                 cache=cache,
                 checkpoints=run.sub("checkpoints", name),
                 output=run.sub(role),
+                last=run.sub(f"{role}-last"),
             )
         )
     return jobs
+
+
+def _needs_teacher(student: StudentSpec, losses: LossesSpec) -> bool:
+    """Whether a training learns from the teacher, or starts from its layers."""
+    return bool(losses.of_teacher()) or student.init == "slice"

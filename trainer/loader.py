@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class MicroBatch:
 
     input_ids, position_ids: int64 [batch, seq]. token_weights: float32 [batch * seq].
     labels: int64 [batch * seq], the next token. With a teacher: ids int64 and log_probs float32
-    [batch * seq, k], log_tail float32 [batch * seq].
+    [batch * seq, k], log_tail float32 [batch * seq]. keys: of the sequences that count, in order.
     """
 
     input_ids: Tensor
@@ -47,14 +47,28 @@ class MicroBatch:
     ids: Tensor | None = None
     log_probs: Tensor | None = None
     log_tail: Tensor | None = None
+    keys: tuple[bytes, ...] = ()
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The tensors by name."""
+        return {item.name: getattr(self, item.name) for item in fields(self)[:-1]}
 
     def to(self, device: torch.device) -> dict[str, Tensor | None]:
-        """The fields by name, on `device`."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        """The tensors by name, on `device`; from pinned memory the copies are not waited for."""
         return {
             name: None if value is None else value.to(device, non_blocking=True)
-            for name, value in values.items()
+            for name, value in self.tensors().items()
         }
+
+    def pinned(self, device: torch.device) -> MicroBatch:
+        """The same in page-locked memory, from where copies to a GPU run beside its work."""
+        with torch.cuda.device(device):  # each thread has its own; else the first GPU holds it
+            pages: dict[str, Any] = {
+                name: value.pin_memory()
+                for name, value in self.tensors().items()
+                if value is not None
+            }
+        return replace(self, **pages)
 
 
 @dataclass(frozen=True)
@@ -101,11 +115,13 @@ def make_micro_batch(
         torch.from_numpy(batch.position_ids),
         torch.from_numpy((batch.loss_mask * weights[:, None]).reshape(-1)),
         torch.from_numpy(next_tokens(batch.input_ids).reshape(-1)),
+        keys=tuple(key.tobytes() for key in batch.keys[weights > 0]),
     )
     if teacher is None:
         return micro
     keys = [key.tobytes() for key in batch.keys]
-    records = teacher.read(keys, np.zeros(len(rows), np.int64) if epochs is None else epochs)
+    read_in = np.zeros(len(rows), np.int64) if epochs is None else epochs
+    records = teacher.read(keys, read_in, batch.loss_mask)
     return replace(
         micro,
         ids=torch.from_numpy(records.ids),
@@ -116,7 +132,7 @@ def make_micro_batch(
 
 @dataclass(frozen=True)
 class StepLoader:
-    """Makes the steps of one rank."""
+    """Makes the steps of one rank; pin: the GPU that they will go to."""
 
     part: Part
     order: Order
@@ -124,6 +140,7 @@ class StepLoader:
     micro_batch: int
     rank: int
     world: int
+    pin: torch.device | None = None
 
     def accumulation(self, sequences_per_step: int) -> int:
         """Micro-batches per step and rank."""
@@ -144,11 +161,18 @@ class StepLoader:
             make_micro_batch(self.part, indices[rows], weights[at], self.teacher, epochs[rows])
             for at, rows in _batches(share, self.micro_batch)
         ]
+        if self.pin is not None:
+            micros = [micro.pinned(self.pin) for micro in micros]
         return Step(number, micros, tokens)
 
     def steps(self, start: int, stop: int, ahead: int = 2, threads: int = 1) -> Prefetched:
         """Steps from `start` to `stop`, `ahead` of them made before they are asked for."""
         return Prefetched(self.step, start, stop, ahead, threads)
+
+    def close(self) -> None:
+        """Closes the teacher's readers."""
+        if self.teacher is not None:
+            self.teacher.close()
 
 
 class Prefetched:
@@ -190,15 +214,42 @@ class Prefetched:
         self._pool.shutdown(cancel_futures=True)
 
 
-def evaluation_batches(
-    part: Part, teacher: CachedTeacher | None, micro_batch: int, rank: int, world: int
-) -> Iterator[tuple[MicroBatch, Sequence[bytes]]]:
-    """A whole part dealt to ranks, weights = loss mask; equally many batches on every rank."""
-    share = deal(np.arange(len(part), dtype=np.int64), rank, world, micro_batch)
-    real = (share >= 0).astype(np.float32)
-    for at, rows in _batches(np.maximum(share, 0), micro_batch):
-        keys = [part.keys[row].tobytes() for row in rows[real[at] > 0]]
-        yield make_micro_batch(part, rows, real[at], teacher), keys
+@dataclass(frozen=True)
+class PartLoader:
+    """A whole part as steps of one micro-batch for one rank, token weights = loss mask.
+
+    Equally many on every rank; `Step.tokens` are the loss tokens of the part.
+    """
+
+    part: Part
+    teacher: CachedTeacher | None
+    micro_batch: int
+    rank: int
+    world: int
+    pin: torch.device | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self.part) // (self.world * self.micro_batch))
+
+    def step(self, number: int) -> Step:
+        """Micro-batch `number`, made now."""
+        whole = np.arange(len(self.part), dtype=np.int64)
+        share = deal(whole, self.rank, self.world, self.micro_batch)
+        rows = share[number * self.micro_batch :][: self.micro_batch]
+        real = (rows >= 0).astype(np.float32)
+        micro = make_micro_batch(self.part, np.maximum(rows, 0), real, self.teacher)
+        if self.pin is not None:
+            micro = micro.pinned(self.pin)
+        return Step(number, [micro], int(self.part.loss_tokens.sum()))
+
+    def steps(self, ahead: int = 2, threads: int = 1) -> Prefetched:
+        """All of them, `ahead` made before they are asked for."""
+        return Prefetched(self.step, 0, len(self), ahead, threads)
+
+    def close(self) -> None:
+        """Closes the teacher's readers."""
+        if self.teacher is not None:
+            self.teacher.close()
 
 
 def _batches(rows: NDArray[np.int64], size: int) -> Iterator[tuple[slice, NDArray[np.int64]]]:

@@ -184,6 +184,12 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device | None = N
         output_loading_info=True,
     )
     model, info = loaded
+    check_loading(folder, info)
+    return model
+
+
+def check_loading(folder: Path, info: dict[str, Any]) -> None:
+    """Raises ValueError, one line, unless the loading info of `from_pretrained` is clean."""
     bad = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and "keys" in kind}
     if bad:
         first = next(iter(bad.items()))
@@ -191,7 +197,6 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device | None = N
             f"{folder}: the weights do not fit the model: {first[0]} {first[1][:3]}"
             f" ({sum(map(len, bad.values()))} in all)"
         )
-    return model
 
 
 def identity(folder: Path, name: str) -> dict[str, str]:

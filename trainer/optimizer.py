@@ -1,4 +1,4 @@
-"""Optimizer, learning rate and the DeepSpeed configuration of a training."""
+"""Optimizer and learning rate of a training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def learning_rate(spec: DistillSpec, step: int) -> float:
 
 
 def make_optimizer(model: Any, spec: DistillSpec) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only (not on norms, biases and other vectors)."""
+    """AdamW of what is trained; weight decay on matrices only, adapters among them.
+
+    Not on norms, biases and other vectors. It also runs on the CPU, for `offload: cpu`.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
@@ -40,18 +43,3 @@ def make_optimizer(model: Any, spec: DistillSpec) -> torch.optim.AdamW:
         betas=spec.betas,
         fused=True,
     )
-
-
-def training_config(spec: DistillSpec, micro_batch: int, accumulation: int, world: int) -> dict:
-    """DeepSpeed's configuration for training; master weights and gradients are float32."""
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch * accumulation * world,
-        "zero_optimization": {"stage": spec.zero_stage},
-        "bf16": {"enabled": spec.dtype == "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "gradient_clipping": spec.max_grad_norm,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 30,
-    }

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from trainer.lossspec import LossesSpec
+from trainer.section import Section
 
 Dtype = Literal["bfloat16", "float32"]
-LossName = Literal["forward_kl", "ce"]
 Auto = Literal["auto"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A part of the spec: unknown keys are errors, values never change after validation."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
 
 
 class TeacherSpec(Section):
@@ -36,6 +30,21 @@ class TeacherSpec(Section):
     )
 
 
+class LoraSpec(Section):
+    """Low-rank adapters (LoRA) are trained, the student's own weights stay as they are."""
+
+    r: int = Field(16, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(32.0, gt=0, description="Adapters are scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
+    targets: Auto | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = (
+        Field(
+            "auto",
+            description="Linear layers that get an adapter, by the end of their names, e.g. "
+            "[q_proj, v_proj]. auto: all but the head.",
+        )
+    )
+
+
 class StudentSpec(Section):
     """The model that learns."""
 
@@ -49,12 +58,28 @@ class StudentSpec(Section):
         "JSON file; vocabulary and special tokens are filled in from the tokenizer. "
         "With init: random.",
     )
-    init: Literal["pretrained", "random"] = Field(
-        "pretrained", description="Start from the model's weights, or from random ones."
+    init: Literal["pretrained", "random", "slice"] = Field(
+        "pretrained",
+        description="Start from the model's weights, from random ones, or from evenly kept layers "
+        "of the teacher (slice, with layers).",
+    )
+    layers: int | None = Field(
+        None, ge=1, description="Layers that init: slice keeps of the teacher's."
+    )
+    lora: LoraSpec | None = Field(
+        None, description="Train adapters of low rank only. null: train all weights."
     )
 
     @model_validator(mode="after")
     def _one_origin(self) -> StudentSpec:
+        if self.init == "slice":
+            if self.model is not None or self.config is not None:
+                raise ValueError("init: slice takes the teacher's layers; remove model and config")
+            if self.layers is None:
+                raise ValueError("init: slice needs layers, the number to keep of the teacher's")
+            return self
+        if self.layers is not None:
+            raise ValueError("layers is for init: slice; remove it, or set init: slice")
         if self.model is None and self.config is None:
             raise ValueError("needs model (hub id or folder) or config (with init: random)")
         if self.config is not None and self.init != "random":
@@ -80,8 +105,11 @@ class SourceSpec(Section):
         description="Hub data set id, a glob of local files (txt, json, jsonl, parquet), or "
         "builtin:python-docs (the prose that ships with CPython).",
     )
-    format: Literal["text", "input_ids"] = Field(
-        "text", description="text: tokenised here; input_ids: already tokenised."
+    format: Literal["text", "input_ids", "messages", "prompt_completion"] = Field(
+        "text",
+        description="text: tokenised here; input_ids: already tokenised; messages: conversations "
+        "(lists of {role, content}); prompt_completion: the columns prompt and completion, texts "
+        "or messages. Of the last two the loss counts what the assistant says alone.",
     )
     column: str | None = Field(
         None, description="Column that holds the documents. Default: the name of the format."
@@ -97,7 +125,8 @@ class DataSpec(Section):
     """The corpus: sources, and how they become sequences of fixed length."""
 
     train: list[SourceSpec] = Field(
-        min_length=1, description="Sources; select and report are set apart from them too."
+        description="Sources; select and report are set apart from them too. With distill.mode: "
+        "responses they hold the prompts, and are [] where responses.from is a file.",
     )
     select_sequences: int = Field(
         256, ge=1, description="Sequences of the part on which choices are made."
@@ -166,6 +195,11 @@ class CacheSpec(Section):
         description="topk: temperatures whose tail mass is kept; training may use these and no "
         "others.",
     )
+    positions: Literal["all", "loss"] = Field(
+        "all",
+        description="Positions that are captured. all: every one; loss: those that count in the "
+        "loss, such as the assistant's words of a conversation.",
+    )
     remap: Literal["frequency", "none"] = Field(
         "frequency",
         description="frequency: ids are numbered by how often the corpus has them, which makes "
@@ -195,7 +229,7 @@ class CacheSpec(Section):
 
     def identity(self) -> dict[str, Any]:
         """What decides the content of a record; further sets of draws are further records."""
-        names = {"method", "remap", *METHOD_KEYS[self.method]} - {"redraws"}
+        names = {"method", "positions", "remap", *METHOD_KEYS[self.method]} - {"redraws"}
         return self.model_dump(include=names)
 
 
@@ -209,13 +243,21 @@ METHOD_KEYS = {
 class DistillSpec(Section):
     """Training."""
 
-    losses: dict[LossName, float] = Field(
-        default={"forward_kl": 1.0},
-        description="Weight of each loss: forward_kl (to the teacher), ce (cross-entropy with "
-        "the text).",
+    mode: Literal["cached", "online", "responses"] = Field(
+        "cached",
+        description="cached: the teacher's distributions come from the logit cache; online: from "
+        "the teacher itself, beside the student; responses: the corpus is made of answers "
+        "(section responses), with cached distributions of them if the losses want any.",
+    )
+    losses: LossesSpec = Field(
+        default_factory=lambda: LossesSpec(forward_kl=1.0),
+        description="What is learnt, and how much each counts.",
     )
     temperature: float = Field(
-        1.0, gt=0, description="Temperature of forward_kl; one of cache.temperatures."
+        1.0,
+        gt=0,
+        description="Temperature of the losses to the teacher's distributions; with a cache one of "
+        "cache.temperatures.",
     )
     dtype: Dtype = Field(
         "bfloat16",
@@ -234,8 +276,8 @@ class DistillSpec(Section):
     )
     learning_rate: Auto | Annotated[float, Field(gt=0)] = Field(
         "auto",
-        description="Peak learning rate. auto: 1e-3 x (768 / width)^0.5 from random weights, at "
-        "most 3e-3; 2e-5 from pretrained ones.",
+        description="Peak learning rate. auto: 2e-5 from pretrained weights, 2e-4 with lora, 1e-4 "
+        "for a slice of the teacher; 1e-3 x (768 / width)^0.5 from random ones, at most 3e-3.",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Learning rate after the warm-up; cosine and linear end at 10 %."
@@ -245,8 +287,24 @@ class DistillSpec(Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm clipping.")
     zero_stage: Literal[1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage.")
-    activation_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass, to save memory."
+    offload: Literal["none", "cpu"] = Field(
+        "none",
+        description="cpu: optimizer state and master weights in host memory (ZeRO-Offload).",
+    )
+    activation_checkpointing: Auto | bool = Field(
+        "auto",
+        description="Recompute activations in the backward pass, to save memory. auto: where those "
+        "of a micro-batch are estimated above 8 GiB, with lora above 16 GiB.",
+    )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Laid over the DeepSpeed configuration that the other keys make; keys that "
+        "these own are refused.",
+    )
+    evaluate_steps: Auto | Annotated[int, Field(ge=1)] | None = Field(
+        "auto",
+        description="Evaluate on select every so many steps; the best weights become the student, "
+        "the last are kept beside it. auto: a tenth of the steps; null: only at the end.",
     )
     checkpoint_minutes: float = Field(20.0, gt=0, description="Minutes between checkpoints.")
     checkpoint_steps: int | None = Field(
@@ -259,17 +317,10 @@ class DistillSpec(Section):
         "order, so that the gain of the teacher is measured.",
     )
 
-    @field_validator("losses")
-    @classmethod
-    def _weights(cls, value: dict[str, float]) -> dict[str, float]:
-        if not value or any(weight < 0 for weight in value.values()) or not any(value.values()):
-            raise ValueError("needs at least one loss with a weight above 0, and none below 0")
-        return value
-
 
 def temperature_fault(distill: DistillSpec, cache: CacheSpec) -> str | None:
     """One line if the cache does not serve the temperature of the training, else None."""
-    if distill.temperature in cache.temperatures:
+    if distill.mode == "online" or distill.temperature in cache.temperatures:
         return None
     got = f"distill.temperature: got {distill.temperature}"
     if cache.method == "sample":
@@ -278,3 +329,60 @@ def temperature_fault(distill: DistillSpec, cache: CacheSpec) -> str | None:
             "the tails of cache.temperatures"
         )
     return f"{got}; may be one of cache.temperatures ({', '.join(map(str, cache.temperatures))})"
+
+
+class AnswersFile(Section):
+    """Answers that are there."""
+
+    file: str = Field(
+        min_length=1,
+        description="A .jsonl file of rows with messages, or with prompt and completion.",
+    )
+
+
+class AnswersEndpoint(Section):
+    """Answers from an OpenAI-compatible server."""
+
+    endpoint: str = Field(
+        pattern=r"^https?://", description="Base URL.", examples=["https://api.example.com/v1"]
+    )
+    model: str = Field(min_length=1, description="Name of the model on the server.")
+    api_key_env: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Environment variable that holds the key. null: none is sent.",
+    )
+    requests_per_minute: float | None = Field(
+        None, gt=0, description="At most so many requests a minute. null: no limit."
+    )
+    concurrency: int = Field(8, ge=1, le=256, description="Requests under way at once.")
+
+
+def _kind_of_origin(value: Any) -> str | None:
+    if isinstance(value, AnswersEndpoint) or (isinstance(value, dict) and "file" not in value):
+        return "an endpoint"
+    if isinstance(value, (AnswersFile, dict)):
+        return "a file"
+    return "the teacher"
+
+
+class ResponsesSpec(Section):
+    """Answers that the student learns from, for distill.mode: responses."""
+
+    # The tags are no keys, so that one-line errors can tell them from the keys of the spec.
+    origin: Annotated[
+        Annotated[Literal["teacher"], Tag("the teacher")]
+        | Annotated[AnswersFile, Tag("a file")]
+        | Annotated[AnswersEndpoint, Tag("an endpoint")],
+        Discriminator(_kind_of_origin),
+    ] = Field(
+        "teacher",
+        alias="from",
+        description="teacher: generated by the teacher on the workers of capture; {file}: there "
+        "already; {endpoint, model}: from an OpenAI-compatible server.",
+    )
+    max_new_tokens: int = Field(512, ge=1, description="Longest answer, in tokens.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0: greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of sampling.")
+    samples: int = Field(1, ge=1, le=64, description="Answers per prompt.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of sampling.")

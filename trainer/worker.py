@@ -70,16 +70,16 @@ class Worker:
         if self.is_main:
             self.hooks.emit(event, **fields)
 
-    def sum(self, values: Sequence[float], group: Any = None) -> list[float]:
+    def sum(self, values: Sequence[float] | torch.Tensor, group: Any = None) -> list[float]:
         """Sums of each value over all ranks, in float64, in the same order on every rank.
 
+        values: a tensor [n] on this rank's device is waited for once, when all are summed.
         `group`: one of `patient_group`, instead of the ranks' own.
         """
-        if self.world == 1:
-            return [float(value) for value in values]
         device = self.device if group is None else torch.device("cpu")
-        tensor = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(tensor, group=self.group if group is None else group)
+        tensor = torch.as_tensor(values, dtype=torch.float64).to(device, copy=True)
+        if self.world > 1:
+            dist.all_reduce(tensor, group=self.group if group is None else group)
         return tensor.tolist()
 
     def patient_group(self) -> Any:

@@ -19,6 +19,8 @@ SEGMENT = re.compile(r"^(\d+)-(\d+)\.jsonl$")
 RESERVED = {"t", "attempt", "event"}
 LONGEST_INTERVAL_S = 30.0
 READERS = 8
+# Events of a step, which come again when a resumed attempt takes that step again.
+REPLAYED = ("step", "evaluation")
 
 log = logging.getLogger(__name__)
 
@@ -142,16 +144,16 @@ class EventTail:
 def read_events(store: Store) -> list[dict[str, Any]]:
     """All events in order of (attempt, segment, line), without the steps that were replayed.
 
-    Of "step" events with the same (stage, step) the last one stays, at its own place: it is from
-    the attempt whose result lives on.
+    Of `REPLAYED` events of one kind, stage and step the last one stays, at its own place: it is
+    from the attempt whose result lives on.
     """
     events = _read(store, [name for _, _, name in _segments(store)])
-    last = {_step(event): i for i, event in enumerate(events) if event["event"] == "step"}
-    return [e for i, e in enumerate(events) if e["event"] != "step" or last[_step(e)] == i]
+    last = {_step(event): i for i, event in enumerate(events) if event["event"] in REPLAYED}
+    return [e for i, e in enumerate(events) if e["event"] not in REPLAYED or last[_step(e)] == i]
 
 
-def _step(event: dict[str, Any]) -> tuple[Any, Any]:
-    return event.get("stage"), event.get("step")
+def _step(event: dict[str, Any]) -> tuple[Any, ...]:
+    return event["event"], event.get("stage"), event.get("step")
 
 
 def _segments(store: Store) -> list[tuple[int, int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,20 @@ import yaml
 from jobs.report import figures as f
 from jobs.report import pictures, table
 from jobs.report.rows import Row, StageCost, cost, rows_of
-from jobs.report.source import TRAININGS, RunData, curve, number, training_metrics
+from jobs.report.source import (
+    TRAININGS,
+    RunData,
+    curve,
+    evaluations,
+    number,
+    training_metrics,
+)
 
 STYLE = Path(__file__).with_name("style.css")
+HELD_OUT = {
+    "select_ce": "Cross-entropy on select",
+    "select_forward_kl": "KL to the teacher on select",
+}
 CURVE_NAMES = {"distill": "student", "control": "control (cross-entropy only)"}
 
 
@@ -104,13 +116,15 @@ def _size_picture(rows: list[Row]) -> str:
 
 def _training(data: RunData) -> str:
     cards = []
-    for quantity, title in _quantities(data):
+    drawings = [(title, partial(_points, data, quantity)) for quantity, title in _quantities(data)]
+    drawings += [(title, partial(_held_out_points, data, name)) for name, title in HELD_OUT.items()]
+    for title, points_of in drawings:
         curves = [
             pictures.Curve(
                 CURVE_NAMES[stage], "student" if stage == "distill" else "control", points
             )
             for stage in TRAININGS
-            if (points := _points(data, stage, quantity))
+            if (points := points_of(stage))
         ]
         drawn = pictures.curve_picture(title, curves)
         if drawn:
@@ -145,7 +159,7 @@ def _quantities(data: RunData) -> list[tuple[str, str]]:
     return found
 
 
-def _points(data: RunData, stage: str, quantity: str) -> list[tuple[float, float]]:
+def _points(data: RunData, quantity: str, stage: str) -> list[tuple[float, float]]:
     points = []
     for event in curve(data, stage):
         value = number(event.get(quantity))
@@ -154,6 +168,16 @@ def _points(data: RunData, stage: str, quantity: str) -> list[tuple[float, float
         if value is not None:
             points.append((float(event["step"]), value))
     return points
+
+
+def _held_out_points(data: RunData, name: str, stage: str) -> list[tuple[float, float]]:
+    """A number of the evaluations on select; [] where there was one alone, at the end."""
+    points = [
+        (float(event["step"]), value)
+        for event in evaluations(data, stage)
+        if (value := number(event.get(name))) is not None
+    ]
+    return points if len(points) > 1 else []
 
 
 def _held_out(data: RunData) -> list[str]:

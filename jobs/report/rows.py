@@ -104,11 +104,11 @@ def _model_name(data: RunData, role: str) -> str:
 
 
 def technique(spec: dict[str, Any], role: str, cell: Row | None = None) -> str:
-    """How a model came to be, in words, e.g. "distilled (forward_kl 0.9 + ce 0.1)"."""
+    """How a model came to be, in words, e.g. "distilled online (jsd 0.9 + ce 0.1), LoRA r 16"."""
     if role == "teacher":
         return "teacher"
     if role == "control":
-        return "cross-entropy only (control)"
+        return f"cross-entropy only (control){_start_in_words(spec)}"
     if cell is not None:
         bits, size = cell.get("bits"), cell.get("group_size")
         words = [str(cell.get("method") or "quantized")]
@@ -118,18 +118,58 @@ def technique(spec: dict[str, Any], role: str, cell: Row | None = None) -> str:
     distill = spec.get("distill")
     if not distill:
         return "as given (not trained here)"
-    losses = {name: weight for name, weight in (distill.get("losses") or {}).items() if weight}
+    answers = " from answers" if distill.get("mode") == "responses" else ""
+    losses = used_losses(distill.get("losses") or {})
     if set(losses) <= {"ce"}:
-        return "cross-entropy"
-    return f"distilled ({losses_in_words(losses)})"
+        return f"cross-entropy{answers}{_start_in_words(spec)}"
+    online = " online" if distill.get("mode") == "online" else ""
+    return f"distilled{online}{answers} ({losses_in_words(losses)}){_start_in_words(spec)}"
 
 
-def losses_in_words(losses: dict[str, float]) -> str:
-    """Losses by falling weight, e.g. "forward_kl 0.9 + ce 0.1"; one alone without its weight."""
-    if len(losses) == 1:
-        return next(iter(losses))
-    falling = sorted(losses.items(), key=lambda item: (-item[1], item[0]))
-    return " + ".join(f"{name} {weight:g}" for name, weight in falling)
+def _start_in_words(spec: dict[str, Any]) -> str:
+    """What of the student is its teacher's, and what of it alone was trained."""
+    student = spec.get("student") or {}
+    is_slice = student.get("init") == "slice"
+    words = f", slice of {student['layers']} of the teacher's layers" if is_slice else ""
+    lora = student.get("lora")
+    return f"{words}, LoRA r {lora.get('r')}" if isinstance(lora, dict) else words
+
+
+def used_losses(losses: dict[str, Any]) -> dict[str, Any]:
+    """The losses of a spec whose weight ever is above 0."""
+    return {name: loss for name, loss in losses.items() if max(_weights(loss)) > 0}
+
+
+def losses_in_words(losses: dict[str, Any]) -> str:
+    """Losses by falling weight, e.g. "forward_kl 0.9 + ce 0.1"; one alone without its weight.
+
+    A loss is its weight, or {weight, ...}; a weight may be {start, end, until, shape}. Of what else
+    a loss says the numbers are told: "jsd (beta 0.3) 0.5 + ce 1 to 0".
+    """
+    falling = sorted(losses.items(), key=lambda item: (-max(_weights(item[1])), item[0]))
+    return " + ".join(_loss_in_words(name, loss, len(losses) == 1) for name, loss in falling)
+
+
+def _loss_in_words(name: str, loss: Any, alone: bool) -> str:
+    settings = loss if isinstance(loss, dict) else {}
+    told = [
+        f"{key} {value:g}" if number(value) is not None else str(value)
+        for key, value in settings.items()
+        if key in ("alpha", "beta", "metric")
+    ]
+    words = name + (f" ({', '.join(told)})" if told else "")
+    start, end = _weights(loss)
+    if start != end:
+        return f"{words} {start:g} to {end:g}"
+    return words if alone else f"{words} {start:g}"
+
+
+def _weights(loss: Any) -> tuple[float, float]:
+    """The first and the last weight of a loss."""
+    weight = loss.get("weight", 1.0) if isinstance(loss, dict) else loss
+    if isinstance(weight, dict):
+        return number(weight.get("start")) or 0.0, number(weight.get("end")) or 0.0
+    return number(weight) or 0.0, number(weight) or 0.0
 
 
 @dataclass(frozen=True)

@@ -138,9 +138,38 @@ def curve(data: RunData, stage: str) -> list[dict[str, Any]]:
     return sorted(steps, key=lambda event: event["step"])
 
 
+def evaluations(data: RunData, stage: str) -> list[dict[str, Any]]:
+    """The evaluation events of one training stage, by rising step; of one step the last.
+
+    As with `curve`, what lies beyond the newest training's steps is an older one's.
+    """
+    steps = curve(data, stage)
+    last = steps[-1]["step"] if steps else None
+    found = {
+        event["step"]: event
+        for event in data.of_kind("evaluation")
+        if event.get("stage") == stage and number(event.get("step")) is not None
+    }
+    return [found[step] for step in sorted(found) if last is None or step <= last]
+
+
 def training_metrics(data: RunData, stage: str) -> dict[str, Any]:
-    """Held-out and other closing numbers of a training stage; of several, the newest."""
+    """Held-out and other closing numbers of a training stage; of several, the newest.
+
+    With the means of its checkpoints: seconds for which they held the training up, and of their
+    uploads beside it.
+    """
     for event in reversed(data.of_kind("training_done")):
         if event.get("stage") == stage:
-            return dict(event.get("metrics") or {})
+            return {**(event.get("metrics") or {}), **_checkpoints(data, stage)}
     return {}
+
+
+def _checkpoints(data: RunData, stage: str) -> dict[str, Any]:
+    made = [event for event in data.of_kind("checkpoint") if event.get("stage") == stage]
+    found: dict[str, Any] = {}
+    for name, key in (("checkpoint_seconds", "seconds"), ("checkpoint_upload_seconds", "upload_s")):
+        values = [value for event in made if (value := number(event.get(key))) is not None]
+        if values:
+            found[name] = sum(values) / len(values)
+    return found

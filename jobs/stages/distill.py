@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from cluster.workers import Group
 from jobs.stages.base import Context
 from jobs.stages.capture import devices
 from jobs.stages.ranks import run_ranks
@@ -15,11 +17,17 @@ def run(context: Context) -> dict[str, Any]:
     work = trainings(context)
     assert context.spec.distill is not None
     results, group = run_ranks(context, "distill", work, context.spec.resources.distill)
-    outputs: dict[str, Any] = {"metrics": devices(group, results)}
+    outputs: dict[str, Any] = {"metrics": _costs(group, results)}
     for job, metrics in zip(work, results, strict=True):
         outputs[job.output.name] = metrics["weights"]
         outputs["metrics"][job.stage] = metrics
     return outputs
+
+
+def _costs(group: Group, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the trainings cost, each on as many workers as it had in an elastic group."""
+    spent = [devices(replace(group, workers=result["world"]), [result]) for result in results]
+    return {**spent[0], "device_hours": sum(part["device_hours"] for part in spent)}
 
 
 def reset(context: Context) -> None:

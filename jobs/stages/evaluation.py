@@ -17,6 +17,7 @@ import numpy as np
 from cluster.storage import Attempt, Store
 from quant.spec import QuantSpec, SweepSpec
 from trainer.corpus.corpus import Batch, open_corpus
+from trainer.logits.positions import read_along
 from trainer.logits.reader import CacheReader
 from trainer.models import find_model
 from trainer.spec import TeacherSpec
@@ -66,8 +67,9 @@ class TeacherBatch:
 
 
 def teacher_batch(reader: CacheReader, batch: Batch) -> TeacherBatch:
-    """The cached records of a batch, by sequence; the tail at temperature 1."""
-    found = reader.read_many([key.tobytes() for key in batch.keys], batch.input_ids.shape[1])
+    """The cached records of a batch, by sequence, where they count; the tail at temperature 1."""
+    keys = [key.tobytes() for key in batch.keys]
+    found = read_along(reader, keys, batch.loss_mask, reader.positions)
     assert found.entropy is not None and found.true_log_prob is not None  # the kind is eval
     shape = batch.input_ids.shape
     return TeacherBatch(

@@ -1,13 +1,19 @@
-"""prepare: sources become a corpus; one Ray task per source shard."""
+"""prepare: sources become a corpus; one Ray task per source shard.
+
+With distill.mode: responses the sources hold prompts; they are answered first, by the teacher on
+the workers of capture, or from here by a server.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.fanout import Cancelled, Failure, fan_out
 from jobs.errors import Interrupted, SpecErrors
 from jobs.stages.base import Context
+from jobs.stages.ranks import run_ranks
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -16,21 +22,77 @@ def run(context: Context) -> dict[str, Any]:
     from trainer.corpus.prepare import prepare
     from trainer.corpus.tokenizer import load_tokenizer
     from trainer.fingerprint import fingerprint
+    from trainer.responses.make import answered, on_answers
 
     spec, identities = context.spec, context.inputs.identities
     assert spec.data is not None
     name = fingerprint(identities.corpus)
     store = context.shared.sub("_corpora", name)
+    told: dict[str, Any] = {}
     if context.forced or not is_complete(store):
         folder = identities.tokenizer_folder
         tokenizer = spec.tokenizer if folder is None else load_tokenizer(folder)
+        data, each = spec.data, _Tasks(context)
         try:
-            prepare(spec.data, tokenizer, store, _Tasks(context), identity=identities.corpus)
+            if spec.responses is None:
+                prepare(data, tokenizer, store, each, identity=identities.corpus)
+            else:
+                answers = _answers(context)
+                data, brought = answered(data, answers), on_answers(each, answers)
+                prepare(data, tokenizer, store, brought, identity=identities.corpus)
         except ValueError as error:
             raise SpecErrors([str(error)]) from error
+    if spec.responses is not None:
+        told = {"answers": fingerprint(identities.responses)}
     corpus = open_corpus(store)
     sizes = {part: len(corpus.part(part)) for part in ("train", "select", "report")}
-    return {"corpus": name, "sequences": sizes, "vocab_size": corpus.manifest["vocab_size"]}
+    vocab = corpus.manifest["vocab_size"]
+    return {"corpus": name, "sequences": sizes, "vocab_size": vocab, **told}
+
+
+def _answers(context: Context) -> Any:
+    """The complete answers of this spec; made, or added to, first if they are not there.
+
+    When the stage is forced, those that failed before are asked for again.
+    """
+    from trainer.responses.make import collect, finish, make_job, open_answers
+    from trainer.worker import Hooks, Stopped
+
+    spec, identity = context.spec, context.inputs.identities.responses
+    assert spec.responses is not None
+    answers = open_answers(context.shared, identity)
+    there = answers.manifest()
+    if there is not None and not (context.forced and there["counts"].get("failed")):
+        return answers
+    began = time.time()
+    if spec.responses.origin == "teacher":
+        asked = spec.resources.capture
+        job = make_job(
+            spec, answers, batch_tokens=asked.batch_tokens, publish_seconds=asked.shard_seconds
+        )
+        results, _ = run_ranks(context, "prepare", [job], asked)
+        facts = results[0]
+    else:
+        hooks = Hooks(
+            emit=context.emit,
+            stop_requested=context.stop.is_set,
+            fence=context.attempt.fence,
+            attempt=context.attempt.number,
+        )
+        try:
+            facts = collect(spec, answers, hooks)
+        except Stopped as stopped:
+            raise Interrupted(str(stopped)) from None
+    manifest = finish(spec, answers, identity, facts, began)
+    counts = manifest["counts"]
+    context.emit("answers", stage="prepare", counts=counts, failed=manifest.get("failed", []))
+    if counts.get("cut") or counts.get("failed"):
+        context.reporter.say(
+            f"prepare: {counts['answers']} answers, {counts.get('cut', 0)} cut at "
+            f"responses.max_new_tokens, {counts.get('failed', 0)} failed, "
+            f"{counts.get('left_out', 0)} left out ({answers.store.url})"
+        )
+    return answers
 
 
 class _Tasks:

@@ -31,7 +31,7 @@ class GroupFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """What the ranks of one launch do: `work` one after the other (captures or trainings)."""
+    """What the ranks of one launch do: `run(worker)` of each of `work`, one after the other."""
 
     work: Sequence[Any]
     attempt: Attempt
@@ -45,8 +45,6 @@ def rank_main(config: dict[str, Any]) -> None:
     import torch
 
     from cluster.storage import EventWriter
-    from trainer.loop import Training, train
-    from trainer.teacher import capture
     from trainer.worker import Hooks, Stopped, start_worker
 
     ranks: Ranks = config["ranks"]
@@ -78,11 +76,8 @@ def rank_main(config: dict[str, Any]) -> None:
                 uses_gpu=ranks.uses_gpu,
                 timeout_minutes=COLLECTIVE_TIMEOUT_MINUTES,
             )
-            results = []
             try:
-                for job in ranks.work:
-                    run = train if isinstance(job, Training) else capture
-                    results.append(run(job, worker))
+                results = [job.run(worker) for job in ranks.work]
                 outcome: dict[str, Any] = {"status": "done", "results": results}
             except Stopped as stopped:
                 outcome = {"status": "stopped", "why": str(stopped)}
@@ -127,13 +122,22 @@ def run_ranks(
     for everything else that ends the group.
     """
     try:
-        group = fit_group(stage, asked, context.cluster)
+        # Answers are generated on the workers of capture, and by that name a user knows them.
+        key = "capture" if stage == "prepare" else stage
+        group = fit_group(key, asked, context.cluster)
     except NotEnough as error:
         raise SpecErrors([str(error)]) from error
     attempt = context.attempt
     outcome = f"state/launches/{attempt.number:04d}-{stage}.json"
     ranks = Ranks(work, attempt, outcome, group.cpus, group.gpus > 0)
-    context.emit("launch", stage=stage, workers=group.workers, cpus=group.cpus, gpus=group.gpus)
+    context.emit(
+        "launch",
+        stage=stage,
+        workers=group.workers,
+        **({} if group.fewest is None else {"fewest": group.fewest}),
+        cpus=group.cpus,
+        gpus=group.gpus,
+    )
     launch = Launch(
         rank_main,
         {"ranks": ranks},
@@ -153,8 +157,7 @@ def run_ranks(
         if not at_work and not warned and time.monotonic() - began > WAITING_SECONDS:
             warned = True
             context.reporter.say(
-                f"{stage}: still waiting for {group.workers} workers of {group.cpus} CPUs and "
-                f"{group.gpus} GPUs (`ray status` shows what is free)"
+                f"{stage}: still waiting for {group} (`ray status` shows what is free)"
             )
     failure = launch.error()
     context.pump()

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.report import figures
-from jobs.report.rows import Row, losses_in_words, rows_of, technique
+from jobs.report.rows import Row, losses_in_words, rows_of, technique, used_losses
 from jobs.report.source import (
     TRAININGS,
     RunData,
     curve,
+    evaluations,
     number,
     seconds_since_epoch,
     training_metrics,
@@ -107,10 +108,10 @@ def _config(data: RunData, rows: list[Row], key: str, cell: Row | None = None) -
     teacher, student = _section(spec, "teacher"), _section(spec, "student")
     train, cache = _section(spec, "distill"), _section(spec, "cache")
     if key == "control":
-        train = {**train, "losses": {"ce": 1.0}, "temperature": None}
+        train = {**train, "mode": "cached", "losses": {"ce": 1.0}, "temperature": None}
     how = cell["technique"] if cell else technique(spec, ROLE_OF[key]) if key in ROLE_OF else None
     named = {row["role"]: row for row in rows if row["role"] != "cell"}
-    losses = train.get("losses") or {}
+    losses = used_losses(train.get("losses") or {})
     drawn = cache.get("method") == "sample"
     return {
         "run": data.name,
@@ -130,12 +131,17 @@ def _config(data: RunData, rows: list[Row], key: str, cell: Row | None = None) -
         "cache_k": None if drawn else cache.get("k"),
         "cache_draws": cache.get("draws") if drawn else None,
         "cache_redraws": cache.get("redraws") if drawn else None,
+        "mode": train.get("mode"),
         "losses": losses_in_words(losses) or None,
+        "lora_r": _section(student, "lora").get("r"),
+        "student_layers": student.get("layers"),
         "temperature": train.get("temperature"),
         "steps": train.get("steps"),
         "tokens_per_step": train.get("tokens_per_step"),
         "learning_rate": train.get("learning_rate"),
         "zero_stage": train.get("zero_stage"),
+        "offload": train.get("offload"),
+        "evaluate_steps": train.get("evaluate_steps"),
         "dtype": train.get("dtype"),
     }
 
@@ -180,7 +186,25 @@ def _steps(data: RunData, stage: str) -> History:
             if key not in ("t", "attempt", "step", "steps") and number(value) is not None
         }
         rows[int(event["step"])] = {**numbers, **_timestamp(event)}
-    return sorted(rows.items())
+    told = evaluations(data, stage)
+    for event in told:
+        row = rows.setdefault(int(event["step"]), _timestamp(event))
+        row |= {
+            key: value
+            for key, value in event.items()
+            if key.startswith("select_") and number(value) is not None
+        }
+        row["evaluation_seconds"] = number(event.get("seconds")) or 0.0
+    history = sorted(rows.items())
+    # W&B takes no more of a step that it has: the newest waits for its evaluation.
+    every = number(_section(data.spec, "distill").get("evaluate_steps"))
+    newest = history[-1][0] if history else 0
+    waits = bool(every) and newest % (every or 1) == 0 and newest not in [e["step"] for e in told]
+    return history[:-1] if waits and not _is_over(data, stage) else history
+
+
+def _is_over(data: RunData, stage: str) -> bool:
+    return _ended(data) or (bool(training_metrics(data, stage)) and not _redone(data, stage))
 
 
 def _progress(data: RunData, stage: str) -> History:

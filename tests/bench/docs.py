@@ -160,6 +160,12 @@ def write(page: Path = PAGE, results: Path = HERE / "results") -> list[str]:
         parts[f"angle-{student}"] = angles(found)
     if "trainings" in angle:
         parts["trainings"] = trainings(angle["trainings"])
+    fill(page, parts)
+    return list(parts)
+
+
+def fill(page: Path, parts: dict[str, str]) -> None:
+    """Puts tables into a page, by name. Raises ValueError for one that it has no place for."""
     text = page.read_text()
     for name, part in parts.items():
         pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
@@ -167,7 +173,6 @@ def write(page: Path = PAGE, results: Path = HERE / "results") -> list[str]:
         if count != 1:
             raise ValueError(f"{page}: {count} places for the table {name}; needs one")
     page.write_text(text)
-    return list(parts)
 
 
 def _read(path: Path) -> Json:

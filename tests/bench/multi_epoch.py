@@ -16,7 +16,7 @@ from trainer.losses import CrossEntropy, ForwardKL, Loss, Target
 from trainer.models import build_model, new_config
 from trainer.optimizer import learning_rate, make_optimizer
 from trainer.spec import DistillSpec
-from trainer.student import last_hidden
+from trainer.student.module import last_hidden
 
 SEQUENCES = 16  # per optimizer step
 LOSSES: dict[str, tuple[float, Loss]] = {

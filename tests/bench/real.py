@@ -17,7 +17,7 @@ from trainer.fused import head_of
 from trainer.job import CACHES, CORPORA
 from trainer.logits.reader import CacheReader
 from trainer.models import load_model
-from trainer.student import last_hidden
+from trainer.student.module import last_hidden
 from trainer.worker import torch_dtype
 
 CHUNK = 1024  # tokens whose float64 softmax is held at once

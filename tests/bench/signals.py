@@ -24,7 +24,7 @@ from trainer.logits.coding import coding_of
 from trainer.logits.records import Draws, Records
 from trainer.losses import Target
 from trainer.spec import CacheSpec
-from trainer.student import last_hidden
+from trainer.student.module import last_hidden
 from trainer.teacher.draws import draw, stream, uniforms
 
 SPECS = {

@@ -140,6 +140,9 @@ def test_stopped_in_every_stage(world: World, how: signal.Signals) -> None:
     for stage in ("distill", "control"):
         assert tiny.losses(run, stage) == tiny.losses(world.undisturbed, stage)
         assert sorted(tiny.losses(run, stage)) == list(range(1, STEPS + 1))
+        assert curve(run, stage) == curve(world.undisturbed, stage)
+        assert max(curve(run, stage)) == STEPS and len(curve(run, stage)) == 10
+        assert chosen(run, stage) == chosen(world.undisturbed, stage)
     assert_same_records(spec, world)
     keep = ("perplexity", "accuracy", "kl_to_student", "kl_to_teacher", "bytes")
     found, wanted = (
@@ -151,6 +154,19 @@ def test_stopped_in_every_stage(world: World, how: signal.Signals) -> None:
     for name, text in kept.items():  # finished cells were not made again
         before, after = (tiny.json.loads(t) for t in (text, run.read_text(name)))
         assert [before[key] for key in quality] == [after[key] for key in quality]
+
+
+def curve(run: Store, stage: str) -> dict[int, list[float]]:
+    """What the evaluations on `select` found, by step."""
+    names = ("select_ce", "select_forward_kl")
+    return {e["step"]: [e[name] for name in names] for e in events(run, "evaluation", stage)}
+
+
+def chosen(run: Store, stage: str) -> list[Any]:
+    """Which weights became the model, and what they reach on `select`."""
+    metrics = events(run, "training_done", stage)[-1]["metrics"]
+    names = ("best_step", "weights", "select_ce", "last_select_ce")
+    return [metrics[name] for name in names]
 
 
 def assert_same_records(spec: dict[str, Any], world: World) -> None:

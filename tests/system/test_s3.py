@@ -26,15 +26,11 @@ POOL = 12  # sequences that are read, over more than three epochs
 
 def run_all(jobs: list[Any]) -> list[Told]:
     """Runs captures and trainings one after the other."""
-    from trainer.loop import Training, train
-    from trainer.teacher import capture
-
     worker, results = start(), []
     for job in jobs:
         log = Log()
         told = Told(log.events)
-        work = train if isinstance(job, Training) else capture
-        told.metrics = work(job, replace(worker, hooks=log.hooks()))
+        told.metrics = job.run(replace(worker, hooks=log.hooks()))
         results.append(told)
     return results
 
@@ -63,13 +59,19 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def jobs_in(store: Any, texts: str, teacher: Path) -> list[Any]:
     """A capture of two sets of draws and a training from them, all in `store`."""
-    from trainer.loop import Training
     from trainer.spec import CacheSpec, DistillSpec, StudentSpec, TeacherSpec
     from trainer.teacher import Capture
+    from trainer.training import Training
 
     data = data_spec(texts, max_tokens=POOL * LENGTH)
     distill = DistillSpec(
-        dtype="float32", steps=STEPS, tokens_per_step=8 * LENGTH, micro_batch=2, learning_rate=5e-3
+        dtype="float32",
+        steps=STEPS,
+        tokens_per_step=8 * LENGTH,
+        micro_batch=2,
+        learning_rate=5e-3,
+        evaluate_steps=2,
+        activation_checkpointing=False,
     )
     shared = {
         "data": data,
@@ -88,9 +90,11 @@ def jobs_in(store: Any, texts: str, teacher: Path) -> list[Any]:
         ),
         Training(
             stage="distill",
+            teacher=None,
             student=StudentSpec(config=config_values(), init="random"),
             checkpoints=store.sub("checkpoints"),
             output=store.sub("student"),
+            last=store.sub("student-last"),
             **shared,
         ),
     ]

@@ -107,7 +107,7 @@ def wrapper(seen: list[int]) -> Any:
     from torch import nn
 
     from trainer.fused import head_of
-    from trainer.student import last_hidden
+    from trainer.student.module import last_hidden
 
     class Logits(nn.Module):
         engine: Any = SimpleNamespace(held=lambda: 0)
@@ -418,9 +418,9 @@ def test_one_worker_that_cannot_hold_or_share_a_teacher_is_refused(
 
     monkeypatch.setattr(engine, "memory_of", lambda worker: 1e4)
     spec = TeacherSpec(model=str(folders["llama"]), dtype="float32", sharding=sharding)
-    job: Any = SimpleNamespace(teacher=spec)
+    alone = Worker(0, 1, torch.device("cpu"))
     with pytest.raises(ValueError, match=told) as caught:
-        engine.load_teacher(job, 160, Worker(0, 1, torch.device("cpu")))
+        engine.load_teacher(spec, 160, alone, lambda model: model)
     assert "\n" not in str(caught.value)
 
 

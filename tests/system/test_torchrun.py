@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.storage import open_store, read_events
+from cluster.storage import Store, open_store, read_events
 from tests.material import LENGTH, VOCAB, config_values, make_corpus, save_model, write_texts
 from tests.ranks import ROOT
 
@@ -86,8 +86,12 @@ def run_of(spec: Path) -> Any:
 @pytest.fixture(scope="module")
 def interrupted(spec) -> tuple[str, str]:
     """Output of a launch that is told to stop while it trains."""
-    process = launch(str(spec))
-    store, deadline = run_of(spec), time.monotonic() + 120
+    return stopped(launch(str(spec)), run_of(spec))
+
+
+def stopped(process: subprocess.Popen[str], store: Store) -> tuple[str, str]:
+    """Output of a launch that is told to stop once it trains."""
+    deadline = time.monotonic() + 120
     while not any(event["event"] == "step" for event in read_events(store)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -174,13 +178,36 @@ def test_the_pipeline_finds_everything_where_torchrun_left_it(spec, finished, mo
     assert len(run.list("checkpoints")) == 2
 
 
+def test_an_online_training_goes_on_with_fewer_ranks(spec) -> None:
+    """The teacher beside the student, nothing captured of train, and one rank after two."""
+    changes = [
+        "name=online", "distill.mode=online", "distill.losses={jsd: 1, hidden: 0.1}",
+        "distill.temperature=3", "distill.control=false", "distill.evaluate_steps=60",
+        "distill.steps=120",
+    ]  # fmt: skip
+    store = open_store(spec.parent / "runs" / "online")
+    out, error = stopped(launch(str(spec), *changes), store)
+    assert "interrupted: distill stopped after step" in error, error
+    process = launch(str(spec), *changes, ranks=1)
+    out, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert "which 2 ranks saved and 1 go on with" in out
+    assert "distill: step 60, perplexity on select" in out
+    events = read_events(store)
+    steps = [event for event in events if event["event"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, 121))
+    assert steps[-1]["jsd"] < steps[0]["jsd"] and steps[-1]["hidden"] < steps[0]["hidden"]
+    (captured, *_) = [e["metrics"]["sequences"] for e in events if e["event"] == "capture_done"]
+    assert captured <= 16  # of select and report alone
+
+
 def test_a_wrong_spec_is_one_line_and_exit_code_2(spec) -> None:
     """One process, without torchrun; faults of keys, of rules, and of what is not there."""
     for override, line in (
-        ("distill.stepz=3", "error: distill.stepz: Extra inputs are not permitted"),
+        ("distill.stepz=3", "error: distill.stepz: unknown key"),
         ("distill.tokens_per_step=33", "error: distill.tokens_per_step: got 33; may be a multiple"),
         ("distill.temperature=4", "error: distill.temperature: got 4.0; may be one of"),
-        ("teacher=null", "error: distill: forward_kl and control need a teacher"),
+        ("distill.losses={hidden: 1}", "error: distill.losses.hidden: got distill.mode: cached"),
     ):
         from trainer.__main__ import load
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -36,6 +35,16 @@ KEPT = {"method": "topk", "k": 8, "step": 0.001, "temperatures": [1.0, 2.0]}
 DRAWN = {"method": "sample", "draws": 6, "redraws": 2}
 POOL = 12
 STAGES, TIES = (1, 2, 3), (True, False)
+# Trainings that two workers make as one does: `accumulation` micro-batches per step and worker.
+CASES: dict[str, dict[str, Any]] = {
+    "tied-1": {"accumulation": 1},
+    "tied-4": {"accumulation": 4},
+    "untied-4": {"tied": False, "accumulation": 4},
+    "ragged": {"tokens_per_step": 5 * LENGTH},
+    "bfloat16": {"dtype": "bfloat16", "accumulation": 4},
+}
+# One worker alone holds all of everything, so most of them are made once.
+ALONE = ("tied-1", "tied-4")
 RESUMES = [(2, "float32"), (3, "float32"), (2, "bfloat16"), (3, "bfloat16")]
 
 
@@ -47,28 +56,28 @@ def train_all(jobs: list[tuple[Any, int | None]]) -> list[Told]:
     import torch
 
     from trainer import loop
-    from trainer.checkpoint import CheckpointMisfit
+    from trainer.checkpoints.checkpoint import CheckpointMisfit
     from trainer.worker import Stopped
 
     worker = start()
-    publish = loop._Run.publish
+    publish = loop.publish
     results = []
     for job, stop_at in jobs:
         log = Log(stop_at)
         told = Told(log.events)
         began = time.time()
 
-        def spy(run: Any, metrics: dict[str, Any], told: Told = told) -> None:
-            told.logits = engine_logits(run)
+        def spy(job: Any, built: Any, corpus: Any, worker: Any, *rest: Any, told=told) -> None:
+            told.logits = engine_logits(built, corpus, worker)
             told.held_bytes = sum(
                 value.numel() * value.element_size()
-                for state in run.engine.optimizer.optimizer.state.values()
+                for state in built.engine.optimizer.optimizer.state.values()
                 for value in state.values()
                 if torch.is_tensor(value)
             )
-            publish(run, metrics)
+            publish(job, built, corpus, worker, *rest)
 
-        loop._Run.publish = spy  # type: ignore[method-assign]
+        loop.publish = spy
         try:
             told.metrics = loop.train(job, replace(worker, hooks=log.hooks(attempt=1)))
         except (Stopped, CheckpointMisfit) as error:
@@ -78,26 +87,30 @@ def train_all(jobs: list[tuple[Any, int | None]]) -> list[Told]:
     return results
 
 
-def engine_logits(run: Any) -> np.ndarray:
+def engine_logits(built: Any, corpus: Any, worker: Any) -> np.ndarray:
     """The training engine's own logits [4 * seq, vocab] of the first report sequences."""
     import torch
 
     from trainer.loader import make_micro_batch
+    from trainer.losses import CrossEntropy
+    from trainer.student import module as student
 
     seen = []
+    fused_loss = student.fused_loss
 
-    class Spy:
-        needs_teacher = False
-
-        def value_and_grad(self, logits: Any, target: Any) -> tuple[Any, Any]:
-            seen.append(logits.clone())
-            return logits.new_zeros(len(logits)), torch.zeros_like(logits)
+    def spy(hidden: Any, head: Any, *rest: Any) -> Any:
+        seen.append(head.logits(hidden))  # inside the engine's forward: ZeRO-3 has the head here
+        return fused_loss(hidden, head, *rest)
 
     ones = np.ones(4, np.float32)
-    micro = make_micro_batch(run.corpus.part("report"), np.arange(4), ones, None)
-    run.engine.eval()
-    with torch.no_grad():
-        run.engine(**micro.to(run.worker.device), losses={"spy": (1.0, Spy())})
+    micro = make_micro_batch(corpus.part("report"), np.arange(4), ones, None)
+    built.engine.eval()
+    student.fused_loss = spy
+    try:
+        with torch.no_grad():
+            built.engine(**micro.to(worker.device), losses={"ce": (1.0, CrossEntropy())})
+    finally:
+        student.fused_loss = fused_loss
     return torch.cat(seen).float().numpy()
 
 
@@ -116,8 +129,8 @@ class World:
     def job(self, name: str, *, kind: str = "llama", tied: bool = True, **distill: Any) -> Any:
         """A training into folders of its own."""
         from cluster.storage import open_store
-        from trainer.loop import Training
         from trainer.spec import CacheSpec, DistillSpec, StudentSpec
+        from trainer.training import Training
 
         values: dict[str, Any] = {
             "losses": {"forward_kl": 0.7, "ce": 0.3},
@@ -127,10 +140,13 @@ class World:
             "tokens_per_step": 8 * LENGTH,
             "micro_batch": 2,
             "learning_rate": 5e-3,
+            "evaluate_steps": None,
+            "activation_checkpointing": False,
         }
         store = open_store(self.root)
         return Training(
             stage="distill",
+            teacher=None,
             student=StudentSpec(config=config_values(kind, tied=tied), init="random"),
             distill=DistillSpec(**{**values, **distill}),
             data=self.data,
@@ -140,6 +156,7 @@ class World:
             cache=store.sub("cache"),
             checkpoints=store.sub("checkpoints", name),
             output=store.sub("students", name),
+            last=store.sub("students-last", name),
         )
 
     def drawn_job(self, name: str, **distill: Any) -> Any:
@@ -172,15 +189,17 @@ def world(tmp_path_factory) -> World:
 
 
 def stage_jobs(world: World, ranks: int) -> dict[str, Any]:
-    """One training per ZeRO stage and head; on one rank the stage makes no difference."""
-    stages = STAGES if ranks > 1 else (2,)
+    """One training per ZeRO stage and case."""
     jobs = {}
-    for stage in stages:
-        for tied in TIES:
-            name = f"w{ranks}-z{stage}-{'tied' if tied else 'untied'}"
-            jobs[name] = world.job(name, tied=tied, zero_stage=stage)
-        name = f"w{ranks}-z{stage}-ragged"
-        jobs[name] = world.job(name, zero_stage=stage, tokens_per_step=5 * LENGTH)
+    for stage in STAGES:
+        for case, how in CASES.items():
+            if ranks == 1 and stage != 2 and case not in ALONE:
+                continue
+            name = f"w{ranks}-z{stage}-{case}"
+            values = {"zero_stage": stage, **how}
+            if "accumulation" in how:
+                values["micro_batch"] = 8 // ranks // values.pop("accumulation")
+            jobs[name] = world.job(name, **values)
     name = f"w{ranks}-drawn"
     jobs[name] = world.drawn_job(name)
     once = world.drawn_job(f"{name}-once")
@@ -221,26 +240,18 @@ def two(world) -> list[dict[str, Told]]:
 def stopped(world, two) -> dict[str, list[str]]:
     """Names in the checkpoint folders of the stopped trainings, before they are resumed."""
     folder = world.root / "checkpoints"
-    found = {
+    return {
         f"z{stage}-{dtype}": sorted(
             path.name for path in (folder / f"z{stage}-{dtype}-stopped").iterdir()
         )
         for stage, dtype in RESUMES
     }
-    for copy in ("other-world", "damaged"):
-        shutil.copytree(folder / "z3-float32-stopped", folder / copy)
-    victim = max((folder / "damaged").glob("*/state/*optim_states.pt"))
-    data = bytearray(victim.read_bytes())
-    data[len(data) // 2] ^= 1
-    victim.write_bytes(bytes(data))
-    return found
 
 
 @pytest.fixture(scope="module")
-def one(world, stopped) -> dict[str, Told]:
-    """What is trained on one rank, and a checkpoint of two that is refused there."""
+def one(world) -> dict[str, Told]:
+    """What is trained on one rank."""
     jobs = stage_jobs(world, 1)
-    jobs["other-world"] = world.job("other-world", zero_stage=3)
     (results,) = spawn(train_all, [(job, None) for job in jobs.values()], world=1)
     return dict(zip(jobs, results, strict=True))
 
@@ -249,7 +260,6 @@ def one(world, stopped) -> dict[str, Told]:
 def resumed(world, stopped) -> list[dict[str, Told]]:
     """The stopped trainings, continued by new processes; a second time, which finds them done."""
     jobs = resume_jobs(world, "-stopped")
-    jobs["damaged"] = world.job("damaged", zero_stage=3)
     jobs["again"] = jobs["z2-float32-stopped"]
     results = spawn(train_all, [(job, None) for job in jobs.values()], world=2)
     return [dict(zip(jobs, told, strict=True)) for told in results]
@@ -258,27 +268,43 @@ def resumed(world, stopped) -> list[dict[str, Told]]:
 # Stages and world sizes.
 
 
-@pytest.mark.parametrize("case", ["tied", "untied", "ragged"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_workers_have_the_losses_of_one(one, two, stage, case) -> None:
     alone, together = one[f"w1-z2-{case}"], two[0][f"w2-z{stage}-{case}"]
-    assert together.steps() == alone.steps() == list(range(1, STEPS + 1))
-    np.testing.assert_allclose(together.values(), alone.values(), rtol=1e-4)
-    assert alone.values()[-1] < alone.values()[0] - 0.1  # it learns: equality is of something
-    norms = [
-        [e["grad_norm"] for e in told.events if e["event"] == "step"] for told in (together, alone)
-    ]
-    np.testing.assert_allclose(*norms, rtol=1e-3)
+    assert_same_training(together, alone, 1e-4 if case != "bfloat16" else 5e-3)
+
+
+@pytest.mark.parametrize("case", ALONE)
+@pytest.mark.parametrize("stage", STAGES)
+def test_neither_stage_nor_accumulation_change_the_losses(one, two, stage, case) -> None:
+    """The engine divides by the micro-batches of a step, its reduction by the ranks."""
+    for told in (one[f"w1-z{stage}-{case}"], two[0][f"w2-z{stage}-{case}"]):
+        assert_same_training(told, one["w1-z2-tied-1"], 1e-4)
+
+
+def assert_same_training(told: Told, other: Told, tolerance: float) -> None:
+    assert told.steps() == other.steps() == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(told.values(), other.values(), rtol=tolerance)
+    assert other.values()[-1] < other.values()[0] - 0.1  # it learns: equality is of something
+    norms = [[e["grad_norm"] for e in t.events if e["event"] == "step"] for t in (told, other)]
+    np.testing.assert_allclose(*norms, rtol=10 * tolerance)
     for name in ("select_ce", "select_forward_kl"):
-        assert together.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-3)
+        assert told.metrics[name] == pytest.approx(other.metrics[name], rel=10 * tolerance)
+
+
+def test_bfloat16_learns_what_float32_does(one) -> None:
+    low, high = one["w1-z2-bfloat16"], one["w1-z2-tied-4"]
+    np.testing.assert_allclose(low.values(), high.values(), rtol=0.02)
+    assert low.losses() != high.losses()
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_rank_holds_its_share_of_the_optimizer(two, one, stage) -> None:
-    parameters = two[0]["w2-z2-untied"].metrics["parameters"]
+    parameters = two[0]["w2-z2-untied-4"].metrics["parameters"]
     whole = 2 * 4 * parameters  # Adam's two float32 moments
-    assert one["w1-z2-untied"].held_bytes == pytest.approx(whole, rel=0.02)
-    shares = [told[f"w2-z{stage}-untied"].held_bytes for told in two]
+    assert one["w1-z2-untied-4"].held_bytes == pytest.approx(whole, rel=0.02)
+    shares = [told[f"w2-z{stage}-untied-4"].held_bytes for told in two]
     assert shares == pytest.approx([whole / 2, whole / 2], rel=0.05)
 
 
@@ -314,7 +340,8 @@ def test_the_first_loss_is_the_mean_over_the_global_batch(world, one, two) -> No
     truth = expected_loss(
         world, plain_logits(model.eval(), batch, by_document=True), numbers, "train"
     )
-    for told in (one["w1-z2-tied"], two[0]["w2-z3-tied"]):
+    stages = [two[0][f"w2-z{stage}-{case}"] for stage in STAGES for case in ALONE]
+    for told in (*(one[f"w1-z2-{case}"] for case in ALONE), *stages):
         step = told.first("step")
         assert step["ce"] == pytest.approx(truth["ce"], rel=1e-5)
         assert step["forward_kl"] == pytest.approx(truth["forward_kl"], rel=2e-3)  # rounded records
@@ -372,10 +399,10 @@ def test_the_loss_on_select_is_a_mean_over_tokens(world, one) -> None:
     """An evaluation loss a thousand times too large: a sum that nobody divided."""
     part = world.corpus.part("select")
     numbers = np.arange(len(part))
-    student = load_plain(world.root / "students" / "w1-z2-tied")
+    student = load_plain(world.root / "students" / "w1-z2-tied-4")
     logits = plain_logits(student, part.batch(numbers), by_document=True)
     truth = expected_loss(world, logits, numbers, "select")
-    metrics = one["w1-z2-tied"].metrics
+    metrics = one["w1-z2-tied-4"].metrics
     assert metrics["select_ce"] == pytest.approx(truth["ce"], rel=1e-4)
     assert metrics["select_perplexity"] == pytest.approx(np.exp(truth["ce"]), rel=1e-3)
 
@@ -408,7 +435,8 @@ print(json.dumps(result))
 @pytest.fixture(scope="module")
 def loaded(world, two, resumed) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
     """What transformers alone, in a process that knows nothing of this project, reads and says."""
-    names = [name for name in stage_jobs(world, 2) if "drawn" not in name] + ["z2-bfloat16"]
+    names = [f"w2-z{stage}-{tie}-4" for stage in STAGES for tie in ("tied", "untied")]
+    names.append("z2-bfloat16")
     report = world.corpus.part("report").batch(np.arange(4))
     np.savez(world.root / "ids.npz", ids=report.input_ids, positions=report.position_ids)
     folders = [str(world.root / "students" / name) for name in names]
@@ -433,7 +461,7 @@ def loaded(world, two, resumed) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
 @pytest.mark.parametrize("tied", TIES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_transformers_alone_loads_the_student_that_was_trained(loaded, two, stage, tied) -> None:
-    name = f"w2-z{stage}-{'tied' if tied else 'untied'}"
+    name = f"w2-z{stage}-{'tied' if tied else 'untied'}-4"
     info, logits = loaded[name]
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         assert info.get(kind, []) == [], kind
@@ -452,14 +480,14 @@ def test_a_student_in_bfloat16_is_saved_as_such(loaded, two) -> None:
 
 
 def test_only_safetensors_are_in_the_folder(world, two) -> None:
-    names = {path.name for path in (world.root / "students" / "w2-z3-tied").iterdir()}
+    names = {path.name for path in (world.root / "students" / "w2-z3-tied-4").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"} <= names
     assert not [name for name in names if name.endswith((".pt", ".bin", ".pkl"))]
 
 
 def test_names_of_a_wrapper_are_no_names_of_a_student(world, tmp_path) -> None:
     from trainer.corpus.tokenizer import load_tokenizer
-    from trainer.student import save_student
+    from trainer.student.saving import save_student
 
     folder = world.teacher
     model, tokenizer = load_plain(folder), load_tokenizer(folder)
@@ -521,19 +549,3 @@ def test_checkpoints_come_as_asked_for_and_old_ones_go(world, two, stopped, resu
 def test_a_training_that_is_done_is_not_done_again(resumed) -> None:
     again, first = (resumed[0][name] for name in ("again", "z2-float32-stopped"))
     assert again.events == [] and again.metrics == {**first.metrics, "seconds": 0.0}
-
-
-def test_another_world_size_is_refused_in_one_line(world, one) -> None:
-    error = one["other-world"].error
-    assert error.startswith("CheckpointMisfit: ") and "\n" not in error
-    assert "written by 2 workers, this run has 1" in error
-    assert "resources.distill.workers=2" in error
-    assert not (world.root / "students" / "other-world").exists()
-
-
-def test_a_damaged_checkpoint_is_refused_before_it_is_unpickled(world, resumed) -> None:
-    for rank in resumed:
-        error = rank["damaged"].error
-        assert error.startswith("CheckpointMisfit: ") and "\n" not in error
-        assert "optim_states.pt: damaged" in error and ".json" in error
-    assert not (world.root / "students" / "damaged").exists()

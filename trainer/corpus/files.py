@@ -16,6 +16,8 @@ WHOLE_HASH_BYTES = 64 << 20  # a larger file is hashed by samples
 CHECKED_FILES = 100  # columns of the first files are checked before work, of the rest on reading
 BATCH_ROWS = 1024
 
+Columns = tuple[str, ...]  # names, one or more
+
 
 def is_local(source: str) -> bool:
     """True for a path or a glob, False for a hub id (`name` or `owner/name`)."""
@@ -64,11 +66,11 @@ def find(key: str, source: str) -> list[str]:
     return found
 
 
-def pieces(key: str, source: str, column: str) -> list[tuple[str, int, int | None]]:
+def pieces(key: str, source: str, wanted: Columns) -> list[tuple[str, int, int | None]]:
     """(path, first row, row after the last) per shard; (path, 0, None) is a whole file.
 
     Raises:
-        ValueError: as `find`, and a column that is not in a file.
+        ValueError: as `find`, and a wanted column that is not in a file.
     """
     result: list[tuple[str, int, int | None]] = []
     for number, path in enumerate(find(key, source)):
@@ -76,7 +78,7 @@ def pieces(key: str, source: str, column: str) -> list[tuple[str, int, int | Non
         if size == 0:
             continue
         if number < CHECKED_FILES:
-            check_column(f"{key}.column: {path}", columns(f"{key} ({path})", path), column)
+            check_columns(f"{key}.column: {path}", columns(f"{key} ({path})", path), wanted)
         if size <= SHARD_BYTES or LOADERS[Path(path).suffix.lower()] == "text":
             result.append((path, 0, None))
             continue
@@ -100,16 +102,20 @@ def columns(label: str, path: str) -> list[str]:
     return []
 
 
-def check_column(label: str, names: list[str], column: str) -> None:
-    """Raise the one-line ValueError for a column that is not among `names`."""
-    if names and column not in names:
-        raise ValueError(
-            f"{label} has no column {column!r}; set column: to one of {', '.join(names)}"
+def check_columns(label: str, names: list[str], wanted: Columns) -> None:
+    """Raise the one-line ValueError for a wanted column that is not among `names`."""
+    absent = [column for column in wanted if column not in names]
+    if names and absent:
+        way_out = (
+            f"set column: to one of {', '.join(names)}"
+            if len(wanted) == 1
+            else f"it needs {' and '.join(wanted)}, and has {', '.join(names)}"
         )
+        raise ValueError(f"{label} has no column {absent[0]!r}; {way_out}")
 
 
-def rows(label: str, path: str, column: str, start: int, stop: int | None) -> Iterator[Any]:
-    """The column's values of rows [start, stop) of a file, in order."""
+def rows(label: str, path: str, wanted: Columns, start: int, stop: int | None) -> Iterator[Any]:
+    """The columns' values of rows [start, stop) of a file, in order; see `column_values`."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{label}: not on this node; put it on storage all nodes share")
     with reading(label):
@@ -117,14 +123,16 @@ def rows(label: str, path: str, column: str, start: int, stop: int | None) -> It
             data = _open(label, path, streaming=True)
         else:  # datasets' own Arrow cache gives random access to the rows of a large file
             data = _open(label, path, streaming=False).select(range(start, stop))
-        yield from column_values(label, data, column)
+        yield from column_values(label, data, wanted)
 
 
-def column_values(label: str, data: Any, column: str) -> Iterator[Any]:
-    """The values of one column of a (streaming) `datasets` data set; other columns stay Arrow."""
+def column_values(label: str, data: Any, wanted: Columns) -> Iterator[Any]:
+    """The values of a column of a (streaming) `datasets` data set, or tuples of those of several;
+    other columns stay Arrow."""
     for table in data.with_format("arrow").iter(batch_size=BATCH_ROWS):
-        check_column(label, list(table.column_names), column)
-        yield from table.column(column).to_pylist()
+        check_columns(label, list(table.column_names), wanted)
+        values = [table.column(column).to_pylist() for column in wanted]
+        yield from values[0] if len(wanted) == 1 else zip(*values, strict=True)
 
 
 def fingerprint(key: str, source: str) -> dict[str, str | int]:

@@ -11,16 +11,16 @@ from trainer.corpus import files
 
 
 def ranges(
-    key: str, repository: str, name: str | None, split: str, column: str
+    key: str, repository: str, name: str | None, split: str, wanted: files.Columns
 ) -> tuple[list[tuple[int, int]], str]:
-    """Row ranges of about 64 MB of the column, and the fingerprint of the data set.
+    """Row ranges of about 64 MB of the columns, and the fingerprint of the data set.
 
     Raises:
         ValueError: the data set, its configuration or its split cannot be had, or no such column.
     """
     data = _load(key, repository, name, split)
-    files.check_column(f"{key}.column: {repository}", data.column_names, column)
-    size = data.data.table.column(column).nbytes
+    files.check_columns(f"{key}.column: {repository}", data.column_names, wanted)
+    size = sum(data.data.table.column(column).nbytes for column in wanted)
     return files.cut(len(data), -(-size // files.SHARD_BYTES)), data._fingerprint
 
 
@@ -29,12 +29,12 @@ def rows(
     repository: str,
     name: str | None,
     split: str,
-    column: str,
+    wanted: files.Columns,
     start: int,
     stop: int,
     expected: str,
 ) -> Iterator[Any]:
-    """The column's values of rows [start, stop).
+    """The columns' values of rows [start, stop); see `files.column_values`.
 
     Raises:
         RuntimeError: the data set on this node is another version than `expected`.
@@ -45,7 +45,7 @@ def rows(
             f"{label}: this node has another version of the data set than the driver; "
             "it changed on the hub, or an old copy is in this node's cache"
         )
-    yield from files.column_values(label, data.select(range(start, stop)), column)
+    yield from files.column_values(label, data.select(range(start, stop)), wanted)
 
 
 def fingerprint(key: str, repository: str, name: str | None, split: str) -> dict[str, str | int]:

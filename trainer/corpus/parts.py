@@ -1,6 +1,7 @@
 """Which documents there are, and which part each belongs to: pure functions on numpy arrays.
 
-A document is known by the blake2b-128 hash of its text (NFC-normalised, stripped). Of equal
+A document is known by the blake2b-128 hash of its text (NFC-normalised, stripped), or of what is
+said in it by whom. Of equal
 documents the first stays, in the order of sources, shards and rows. The hash also orders the
 documents: the held-out parts take them from the front of that order, so a document's place
 depends on nothing but its text and the seed, and no document is in two parts.
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.corpus.sources import Shard, read_documents
+from trainer.corpus.rows import measure_row
+from trainer.corpus.sources import Document, Shard, read_documents
 
 TOKEN_BYTES = 4  # what a token counts in documents that are token ids already
 
@@ -61,7 +63,8 @@ class Documents:
 
 
 def scan(shard: Shard, min_chars: int, max_chars: int | None) -> Scan:
-    """Hash and measure every document of a shard; the limits, in characters, are for text only."""
+    """Hash and measure every document of a shard; the limits are in characters of what is said,
+    and not for token ids."""
     digests, sizes, kept = bytearray(), [], []
     for document in read_documents(shard):
         digest, size, keep = measure(document, min_chars, max_chars)
@@ -75,15 +78,19 @@ def scan(shard: Shard, min_chars: int, max_chars: int | None) -> Scan:
     )
 
 
-def measure(
-    document: str | list[int], min_chars: int, max_chars: int | None
-) -> tuple[bytes, int, bool]:
+def measure(document: Document, min_chars: int, max_chars: int | None) -> tuple[bytes, int, bool]:
     """(hash of 16 bytes, size in bytes, whether it is kept) of one document."""
+
+    def fits(chars: int) -> bool:
+        return chars >= max(min_chars, 1) and (max_chars is None or chars <= max_chars)
+
     if isinstance(document, str):
         text = unicodedata.normalize("NFC", document).strip()
         data = text.encode("utf-8", "surrogatepass")
-        kept = len(text) >= max(min_chars, 1) and (max_chars is None or len(text) <= max_chars)
-        return hashlib.blake2b(data, digest_size=16).digest(), len(data), kept
+        return hashlib.blake2b(data, digest_size=16).digest(), len(data), fits(len(text))
+    if not isinstance(document, list):
+        known, size, chars = measure_row(document)
+        return known, size, fits(chars) and not document.is_empty
     data = np.array(document, dtype="<i8").tobytes()
     digest = hashlib.blake2b(data, digest_size=16, person=b"input_ids").digest()
     return digest, TOKEN_BYTES * len(document), bool(document)
@@ -130,9 +137,9 @@ def mix(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-def read_rows(shard: Shard, rows: NDArray[np.int64]) -> list[str | list[int]]:
+def read_rows(shard: Shard, rows: NDArray[np.int64]) -> list[Document]:
     """The documents at ascending `rows` of a shard."""
-    result: list[str | list[int]] = []
+    result: list[Document] = []
     if len(rows) == 0:
         return result
     wanted = iter(rows.tolist())

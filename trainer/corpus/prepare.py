@@ -33,13 +33,13 @@ from numpy.typing import NDArray
 from cluster.storage import Store
 from trainer.corpus import pack, sources, tables
 from trainer.corpus import tokenizer as tokenizers_
+from trainer.corpus.chat import chat_faults
 from trainer.corpus.corpus import FORMAT, MANIFEST, PARTS, TOKENIZER
 from trainer.corpus.parts import Documents, merge, read_rows, scan
-from trainer.corpus.sources import Shard
+from trainer.corpus.sources import Document, Shard
 from trainer.spec import DataSpec, TokenizerSpec
 
 Each = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
-Document = str | list[int]
 
 SEED = 0  # fixed, so that jobs with other seeds share the corpus and are judged on the same report
 BYTES_PER_TOKEN = 5.0  # first guess of how much text the held-out parts need; exact counts follow
@@ -82,6 +82,8 @@ def prepare(
         ValueError: a source is wrong, or the corpus is too small for its parts.
     """
     shards = resolve_all(data)
+    for fault in chat_faults(data, tokenizer):
+        raise ValueError(fault)
     limits = (data.min_chars, data.max_chars)
     documents = merge(each(scan, [(shard, *limits) for shard in shards]), SEED)
     if len(documents) == 0:
@@ -104,12 +106,14 @@ def prepare(
         )
         if len(rows)
     ]
-    files["train"] = [file for file in each(write_train, calls) if file is not None]
+    written = each(write_train, calls)
+    files["train"] = [file for file, _ in written if file is not None]
     if not files["train"]:
         raise too_small(data, f"all {len(documents)} documents are in select and report")
     for name, (packed, origin) in parts.items():
         files[name] = [tables.write(store, f"{name}-00000.arrow", packed, origin)]
-    manifest = _manifest(data, tokenizer, identity, shards, documents, files)
+    cut = sum(number for _, number in written) + sum(packed.cut for packed, _ in parts.values())
+    manifest = _manifest(data, tokenizer, identity, shards, documents, cut, files)
     store.write_json(MANIFEST, manifest)
     return manifest
 
@@ -134,18 +138,18 @@ def write_train(
     store: Store,
     length: int,
     packing: pack.Packing,
-) -> tables.FileInfo | None:
+) -> tuple[tables.FileInfo | None, int]:
     """Tokenise and pack documents `rows` of a shard, publish train-<number>.arrow; a task.
 
-    None when no sequence has a position to learn from.
+    None when no sequence has a position to learn from; and how many conversations were cut.
     """
     tokenizer = tokenizers_.load_tokenizer(store.fetch_folder(TOKENIZER))
     ids = tokenizers_.encode(tokenizer, read_rows(shard, rows), shard.label)
     packed = pack.pack(ids, length, packing, tokenizers_.pad_id(tokenizer))
     if len(packed) == 0:
-        return None
+        return None, packed.cut
     origin = np.full(len(packed), shard.source, dtype=np.int16)
-    return tables.write(store, f"train-{number:05d}.arrow", packed, origin)
+    return tables.write(store, f"train-{number:05d}.arrow", packed, origin), packed.cut
 
 
 def too_small(data: DataSpec, found: str) -> ValueError:
@@ -195,7 +199,7 @@ class _HeldOut:
         """{part: (sequences, their sources)} and how many documents these used up."""
         data, pad = self.data, tokenizers_.pad_id(tokenizer)
         stop, start = self._prefix(BYTES_PER_TOKEN), 0
-        ids: list[NDArray[np.int32]] = []
+        ids: list[pack.Document] = []
         while True:
             ids += tokenizers_.encode(tokenizer, self._read(start, stop), "data.train")
             parts, used = {}, 0
@@ -231,8 +235,13 @@ class _HeldOut:
         from_end = np.cumsum(self.documents.sizes[::-1])
         most = int(np.searchsorted(from_end, TOKENIZER_BYTES)) + 1
         start = max(reserved, len(self.documents) - most)
-        texts = self._read(start, len(self.documents))
-        return [text for text in texts if isinstance(text, str)]
+        read = self._read(start, len(self.documents))
+        texts = (
+            [document] if isinstance(document, str) else document.texts
+            for document in read
+            if not isinstance(document, list)
+        )
+        return [text for several in texts for text in several]
 
     def _read(self, start: int, stop: int) -> list[Document]:
         """Documents [start, stop) of the hash order."""
@@ -258,6 +267,7 @@ def _manifest(
     identity: dict[str, Any],
     shards: list[Shard],
     documents: Documents,
+    cut: int,
     files: dict[str, list[tables.FileInfo]],
 ) -> dict[str, Any]:
     import tokenizers
@@ -294,6 +304,7 @@ def _manifest(
             "filtered": int(documents.filtered.sum()),
             "duplicate": int(documents.duplicate.sum()),
             "kept": len(documents),
+            "cut": cut,
         },
         "sources": per_source,
         "versions": {

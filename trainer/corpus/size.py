@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
+from trainer.corpus.chat import chat_faults
 from trainer.corpus.parts import TOKEN_BYTES, measure
 from trainer.corpus.prepare import resolve_all, too_small
 from trainer.corpus.sources import Shard, read_documents
@@ -17,6 +18,8 @@ from trainer.spec import DataSpec, TokenizerSpec
 
 SAMPLE_DOCUMENTS = 100  # of each source, to measure tokens per byte
 MARGIN = 1.5  # the other documents may be denser than the sample
+PADDED = 2.0  # conversations stay whole: two sequences that follow each other hold more than one
+WHOLE = ("messages", "prompt_completion")
 UNTRAINED = 0.75  # tokens per byte of a byte-level BPE of 1,024 entries or more, at most
 
 
@@ -31,9 +34,12 @@ def check_size(data: DataSpec, tokenizer: Any) -> None:
     """
     need = (data.select_sequences + data.report_sequences + 1) * data.sequence_length
     shards = resolve_all(data)
+    for fault in chat_faults(data, tokenizer):
+        raise ValueError(fault)
     seen: set[bytes] = set()
     ratios: dict[int, float] = {}
-    tokens = 0.0
+    # What is kept whole may leave most of the last sequence empty too.
+    tokens = float(data.sequence_length * any(shard.format in WHOLE for shard in shards))
     for shard in shards:
         if shard.source not in ratios:
             ratios[shard.source] = tokens_per_byte(shard, tokenizer)
@@ -52,9 +58,13 @@ def tokens_per_byte(shard: Shard, tokenizer: Any) -> float:
     """At most how many tokens a byte of the shard's source becomes, from its first documents."""
     if shard.format == "input_ids":
         return 1 / TOKEN_BYTES
+    padded = PADDED if shard.format in WHOLE else 1.0
     if isinstance(tokenizer, TokenizerSpec):
-        return UNTRAINED if tokenizer.train >= 1024 else 1.0
-    sample = [text for text in islice(read_documents(shard), SAMPLE_DOCUMENTS) if text]
-    size = sum(len(text.encode()) for text in sample if isinstance(text, str))
+        return padded * (UNTRAINED if tokenizer.train >= 1024 else 1.0)
+    first = [
+        (row, *measure(row, 1, None)) for row in islice(read_documents(shard), SAMPLE_DOCUMENTS)
+    ]
+    sample = [row for row, _, _, kept in first if kept]
+    size = sum(size for _, _, size, kept in first if kept)
     tokens = sum(map(len, encode(tokenizer, sample, shard.label)))
-    return MARGIN * tokens / size if size else 1.0
+    return padded * MARGIN * tokens / size if size else padded

@@ -5,19 +5,24 @@ in row ranges; the prose of CPython in five. So whoever maps a function over the
 many tasks, gets the same result. Everything but the built-in prose is read by Hugging Face
 `datasets`.
 
-A .txt file is one document (`sample_by="document"`); in the other formats a row is a document.
+A .txt file is one document (`sample_by="document"`); in the other formats a row is a document:
+a text, token ids, or a row of which the assistant's words are learnt (`trainer.corpus.rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from trainer.corpus import files, hub, pythondocs
+from trainer.corpus.rows import COMPLETION, PROMPT, Row, conversation, prompt_completion
 from trainer.spec import SourceSpec
 
 BUILTIN = "builtin:python-docs"
+RENDERING = 1  # raised when rows with messages, or prompts, become other tokens or labels
+
+Document = str | list[int] | Row
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Shard:
     source: int
     number: int
     kind: Literal["file", "hub", "python-docs"]
-    format: Literal["text", "input_ids"]
+    format: Literal["text", "input_ids", "messages", "prompt_completion"]
     column: str
     path: str
     start: int = 0
@@ -47,6 +52,11 @@ class Shard:
         """How an error names this shard."""
         return f"data.train.{self.source} ({self.path})"
 
+    @property
+    def columns(self) -> files.Columns:
+        """The columns that are read."""
+        return _columns(self.format, self.column)
+
 
 def resolve(source: SourceSpec, index: int) -> list[Shard]:
     """The shards of `data.train[index]`, in a fixed order.
@@ -57,6 +67,12 @@ def resolve(source: SourceSpec, index: int) -> list[Shard]:
     """
     key = f"data.train.{index}"
     column = source.column or source.format
+    columns = _columns(source.format, column)
+    if source.format == "prompt_completion" and source.column is not None:
+        raise ValueError(
+            f"{key}.column: got {source.column!r}; format: prompt_completion reads the columns "
+            f"{PROMPT} and {COMPLETION}: remove column"
+        )
     common: dict[str, Any] = {"source": index, "format": source.format, "column": column}
     if source.source.startswith("builtin:"):
         if source.source != BUILTIN:
@@ -69,12 +85,12 @@ def resolve(source: SourceSpec, index: int) -> list[Shard]:
             for number, (start, stop) in enumerate(pythondocs.ranges())
         ]  # fmt: skip
     if files.is_local(source.source):
-        pieces = files.pieces(key, source.source, column)
+        pieces = files.pieces(key, source.source, columns)
         return [
             Shard(**common, number=number, kind="file", path=path, start=start, stop=stop)
             for number, (path, start, stop) in enumerate(pieces)
         ]
-    ranges, fingerprint = hub.ranges(key, source.source, source.name, source.split, column)
+    ranges, fingerprint = hub.ranges(key, source.source, source.name, source.split, columns)
     return [
         Shard(**common, number=number, kind="hub", path=source.source, start=start, stop=stop,
               name=source.name, split=source.split, fingerprint=fingerprint)
@@ -82,8 +98,9 @@ def resolve(source: SourceSpec, index: int) -> list[Shard]:
     ]  # fmt: skip
 
 
-def read_documents(shard: Shard) -> Iterator[str | list[int]]:
-    """Every row of the shard in order: its text, or its token ids; a null is "" or [].
+def read_documents(shard: Shard) -> Iterator[Document]:
+    """Every row of the shard in order: its text, its token ids, or what is said in it; a null is
+    "", [] or a row that is empty.
 
     Raises:
         ValueError: the file is broken, the column is missing, or a row holds something else.
@@ -101,12 +118,12 @@ def read_documents(shard: Shard) -> Iterator[str | list[int]]:
     if shard.kind == "hub":
         assert shard.stop is not None
         values = hub.rows(
-            shard.label, shard.path, shard.name, shard.split, shard.column,
+            shard.label, shard.path, shard.name, shard.split, shard.columns,
             shard.start, shard.stop, shard.fingerprint,
         )  # fmt: skip
     else:
-        values = files.rows(shard.label, shard.path, shard.column, shard.start, shard.stop)
-    check = _text if shard.format == "text" else _ids
+        values = files.rows(shard.label, shard.path, shard.columns, shard.start, shard.stop)
+    check = _CHECKS[shard.format]
     for row, value in enumerate(values, start=shard.start):
         yield check(shard, row, value)
 
@@ -119,12 +136,21 @@ def fingerprint(source: SourceSpec, index: int = 0) -> dict[str, str | int]:
     The weight is not in it: it changes how often a sequence is read, not the sequence.
     """
     key = f"data.train.{index}"
-    shared = {"format": source.format, "column": source.column or source.format}
+    shared: dict[str, str | int] = {
+        "format": source.format,
+        "column": source.column or source.format,
+    }
+    if source.format in ("messages", "prompt_completion"):
+        shared["rendering"] = RENDERING
     if source.source.startswith("builtin:"):
         return {**shared, "source": source.source, **pythondocs.fingerprint()}
     if files.is_local(source.source):
         return {**shared, **files.fingerprint(key, source.source)}
     return {**shared, **hub.fingerprint(key, source.source, source.name, source.split)}
+
+
+def _columns(format: str, column: str) -> files.Columns:
+    return (PROMPT, COMPLETION) if format == "prompt_completion" else (column,)
 
 
 def _text(shard: Shard, row: int, value: Any) -> str:
@@ -148,3 +174,19 @@ def _ids(shard: Shard, row: int, value: Any) -> list[int]:
             "format: input_ids needs token ids; set format: text for strings"
         )
     return value
+
+
+def _conversation(shard: Shard, row: int, value: Any) -> Row:
+    return conversation(f"{shard.label}: row {row}", value)
+
+
+def _prompt_completion(shard: Shard, row: int, value: Any) -> Row:
+    return prompt_completion(f"{shard.label}: row {row}", *value)
+
+
+_CHECKS: dict[str, Callable[[Shard, int, Any], Document]] = {
+    "text": _text,
+    "input_ids": _ids,
+    "messages": _conversation,
+    "prompt_completion": _prompt_completion,
+}

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from trainer.corpus import pack, sources
+from trainer.corpus.chat import Chat
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -138,24 +140,29 @@ def check_same_vocabulary(
 
 
 def encode(
-    tokenizer: Any, documents: Sequence[str | list[int]], label: str
-) -> list[NDArray[np.int32]]:
-    """Token ids of documents, each ended by the end-of-text token.
+    tokenizer: Any, documents: Sequence[sources.Document], label: str
+) -> list[pack.Document]:
+    """Token ids of documents, each ended by the end-of-text token; see `chat` for conversations.
 
     Text gets the tokens that the tokenizer itself puts around it (a model that begins every text
     with a token needs it here too). Special tokens written out in the text are recognised.
 
     Raises:
-        ValueError: a document of token ids holds one outside the vocabulary.
+        ValueError: a document of token ids holds one outside the vocabulary, or a conversation
+            cannot be rendered.
     """
     eos, size = int(tokenizer.eos_token_id), vocabulary_size(tokenizer)
     backend = tokenizer.backend_tokenizer
-    result: list[NDArray[np.int32]] = []
+    chat = Chat(tokenizer)
+    result: list[pack.Document] = []
     for start in range(0, len(documents), BATCH_DOCUMENTS):
         batch = documents[start : start + BATCH_DOCUMENTS]
         texts = [document for document in batch if isinstance(document, str)]
         encoded = iter(backend.encode_batch_fast(texts)) if texts else iter(())
         for document in batch:
+            if not isinstance(document, (str, list)):
+                result.append(chat.labelled(document))
+                continue
             given = next(encoded).ids if isinstance(document, str) else document
             ids = np.array(given, dtype=np.int64)
             if not isinstance(document, str) and (ids.min() < 0 or ids.max() >= size):

@@ -134,20 +134,24 @@ def decode(data: bytes | memoryview, book: Codebook) -> Records:
 
 
 def decode_many(
-    blobs: Sequence[bytes | memoryview], book: Codebook, length: int | None = None
+    blobs: Sequence[bytes | memoryview],
+    book: Codebook,
+    length: int | Sequence[int] | None = None,
 ) -> Records:
     """The records of several sequences, one after the other along the positions; the width is
     that of the widest row.
 
-    length: positions of every sequence, where it is known. Raises ValueError when a blob is no
-    record of this codebook, or of another length.
+    length: positions of every sequence, or of each one, where that is known. Raises ValueError
+    when a blob is no record of this codebook, or of another length.
     """
     heads = [_head(blob, book.coding) for blob in blobs]
     rows = sum(head[1] for head in heads)
     width = max((head[0] for head in heads), default=1)
-    if length is not None and any(head[1] != length for head in heads):
-        found = next(head[1] for head in heads if head[1] != length)
-        raise ValueError(f"a record of {found} positions; its sequence has {length}")
+    if length is not None:
+        lengths = [length] * len(heads) if isinstance(length, int) else length
+        for (_, found, _), wanted in zip(heads, lengths, strict=True):
+            if found != wanted:
+                raise ValueError(f"a record of {found} positions; its sequence has {wanted}")
     if length is None and rows * width > _MOST_ENTRIES:
         raise ValueError(f"a record of {rows} x {width} ids; too many to be true")
     coding = book.coding

@@ -103,24 +103,31 @@ def _compare_one(
     batch = part.batch([number])
     key = batch.keys[0].tobytes()
     record = reader.read(key)
-    length = batch.input_ids.shape[1]
-    if len(record.ids) != length:
+    captured = np.ones(batch.input_ids.shape[1], bool)
+    if job.cache_spec.positions == "loss":
+        captured = batch.loss_mask[0] != 0
+    if len(record.ids) != captured.sum():
         raise ValueError(
             f"{job.cache.url}: the record of sequence {key.hex()} has {len(record.ids)} positions, "
-            f"and the sequence {length}; remove the cache with: {command('rm', job.cache)}"
+            f"and the sequence {captured.sum()}; remove the cache with: {command('rm', job.cache)}"
         )
     labels = torch.from_numpy(next_tokens(batch.input_ids)[0])
     others = {"batch": runs.reshaped, "dtype": runs.float32}
     others_logits = {name: run.logits(key) for name, run in others.items() if run is not None}
+    done = 0
     for start, logits in runs.captured.logits(key):
+        inside = torch.from_numpy(np.flatnonzero(captured[start : start + len(logits)]))
         # Compared on the CPU: float64 is slow or missing on some devices.
-        logits = logits.cpu()
-        rows = slice(start, start + len(logits))
-        noisy = {name: next(more)[1].cpu() for name, more in others_logits.items()}
+        noisy = {name: next(more)[1].cpu()[inside] for name, more in others_logits.items()}
+        logits = logits.cpu()[inside]
+        rows = slice(done, done + len(inside))
+        done = rows.stop
+        if not len(inside):
+            continue
+        positions = start + inside
         ids = torch.from_numpy(record.ids[rows])
         log_q = torch.from_numpy(record.log_probs[rows])
         if coding.method == "sample":
-            positions = torch.arange(rows.start, rows.stop)
             redraw = partial(_redraw, job, kind, key, positions, coding.k)
             tally.add(**drawn_errors(ids, log_q, coding.k, logits, noisy, redraw))
             continue
@@ -133,7 +140,7 @@ def _compare_one(
             entropy, true = (
                 torch.from_numpy(v[rows]) for v in (record.entropy, record.true_log_prob)
             )
-            values |= scalar_errors(entropy, true, labels[rows], log_p, noisy)
+            values |= scalar_errors(entropy, true, labels[positions], log_p, noisy)
         tally.add(**values)
 
 

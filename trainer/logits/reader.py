@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import TypeAlias
 
@@ -22,6 +23,7 @@ from trainer.logits.codec import decode_many
 from trainer.logits.index import KEY_BYTES, Index, checksum, kind_of
 from trainer.logits.records import Coding, Records
 from trainer.logits.store import (
+    IDENTITY,
     SHARDS,
     CacheDamaged,
     Files,
@@ -29,6 +31,7 @@ from trainer.logits.store import (
     damaged,
     list_shards,
     load_codebook,
+    read_identity,
     read_index,
 )
 
@@ -110,6 +113,14 @@ class CacheReader:
         """What is kept of every distribution; None of an empty cache."""
         return None if self._codebook is None else self._codebook.coding
 
+    @cached_property
+    def positions(self) -> str:
+        """Which positions of a sequence have records, by the cache's identity: "all", or those
+        that count in the loss, "loss"."""
+        if not self.cache.exists(IDENTITY):
+            return "all"
+        return str(read_identity(self.cache).get("cache.positions", "all"))
+
     @property
     def bytes(self) -> int:
         """Stored bytes of this kind: records and indexes."""
@@ -135,10 +146,11 @@ class CacheReader:
         there, and CacheDamaged."""
         return self.read_many([key])
 
-    def read_many(self, keys: Sequence[Key], length: int | None = None) -> Records:
+    def read_many(self, keys: Sequence[Key], length: int | Sequence[int] | None = None) -> Records:
         """The records of several sequences, one after the other along the positions.
 
-        length: positions of every sequence, where it is known. The width is that of the widest row.
+        length: positions of every sequence, or of each one, where that is known. The width is that
+        of the widest row.
         Raises MissingRecord, naming the way out, CacheDamaged (also for another length), and
         ValueError for no keys at all.
         """
@@ -202,13 +214,18 @@ class CacheReader:
         return f"{SHARDS}/{self._shards[self._shard[row]].name}.bin"
 
     def _undecodable(
-        self, rows: list[int], blobs: list[Blob], length: int | None, error: ValueError
+        self,
+        rows: list[int],
+        blobs: list[Blob],
+        length: int | Sequence[int] | None,
+        error: ValueError,
     ) -> CacheDamaged:
         """Names the record that cannot be decoded although it is as it was written."""
         assert self._codebook is not None
-        for row, blob in zip(rows, blobs, strict=True):
+        lengths = length if isinstance(length, Sequence) else [length] * len(rows)
+        for row, blob, its_length in zip(rows, blobs, lengths, strict=True):
             try:
-                decode_many([blob], self._codebook, length)
+                decode_many([blob], self._codebook, its_length)
             except ValueError as its_error:
                 key = self._keys[row : row + 1].tobytes().hex()
                 why = f"holds no valid record of sequence {key}: {its_error}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.fused import Head, head_of
 from trainer.logits.records import Coding
-from trainer.student import last_hidden
+from trainer.student.module import last_hidden
 from trainer.teacher.draws import draw, uniforms
 from trainer.teacher.topk import BLOCK, largest, log_tails
 
@@ -39,20 +39,23 @@ class TeacherWithRecords(nn.Module):
         labels: Tensor,
         coding: Coding,
         streams: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """input_ids, position_ids, labels (the next tokens): int64 [batch, seq].
 
-        streams: int64 [batch, redraws, 4] of `draws.stream`, for the coding "sample". Returns on
-        the device, with T = batch * seq: whether all logits are finite or minus infinity, bool [T];
-        then of "sample": ids int32 [T, redraws, draws]; of the others: ids int32 [T, k] with the
-        most likely first, log-probabilities float32 [T, k], log tails float32 [T, temperatures];
-        and of "exact" entropy and the label's log-probability, float32 [T] both.
+        streams: int64 [batch, redraws, 4] of `draws.stream`, for the coding "sample". places: int64
+        [T], the positions whose records are asked for, ascending, counted through all sequences;
+        None: all T = batch * seq of them. Returns on the device: whether all logits are finite or
+        minus infinity, bool [T]; then of "sample": ids int32 [T, redraws, draws]; of the others:
+        ids int32 [T, k] with the most likely first, log-probabilities float32 [T, k], log tails
+        float32 [T, temperatures]; and of "exact" entropy and the label's log-probability, float32
+        [T] both.
         """
         hidden = last_hidden(self.model, input_ids, position_ids)
         head = head_of(self.model, self.vocab)
         length = input_ids.shape[1]
         parts = []
-        for tokens, logits, probabilities in strips(head, hidden):
+        for tokens, logits, probabilities in strips(head, hidden, places):
             torch.softmax(logits, dim=-1, out=probabilities)
             # One logit that is NaN or infinite makes its whole row NaN; so do none but -infinity.
             usable = ~probabilities[:, 0].isnan()
@@ -65,12 +68,15 @@ class TeacherWithRecords(nn.Module):
         return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
-def strips(head: Head, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def strips(
+    head: Head, hidden: Tensor, places: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(tokens, logits, room for as many numbers) strip by strip; each overwrites the one before.
 
-    hidden: [all tokens, hidden]. tokens: int64 [n]; logits: float32 [n, width], width being the
-    vocabulary rounded up to whole blocks, minus infinity beyond it. All products have equally many
-    rows, so what a token gets does not depend on its place.
+    hidden: [all tokens, hidden]. places: int64 [some], the tokens that are wanted (None: all).
+    tokens: int64 [n], some of those; logits: float32 [n, width], width being the vocabulary rounded
+    up to whole blocks, minus infinity beyond it. All products have equally many rows, also where
+    few are wanted, so what a token gets does not depend on its place, nor on which others are.
     """
     total, rows = hidden.shape[0], head.weight.shape[0]
     width = -(-head.vocab // BLOCK) * BLOCK
@@ -82,9 +88,14 @@ def strips(head: Head, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]
     logits = torch.full((strip, width), -torch.inf, dtype=torch.float32, device=hidden.device)
     room = torch.empty_like(logits)
     numbers = torch.arange(total, device=hidden.device)
+    if places is not None:
+        numbers, total = places, places.shape[0]
+        hidden = hidden[places]
+        if total < chunk:
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, chunk - total))
     weight = head.weight.t()
     for start in range(0, total, chunk):
-        first = min(start, total - chunk)  # the last product takes some tokens once more
+        first = max(0, min(start, total - chunk))  # the last product takes some once more
         states = hidden[first : first + chunk]
         if head.bias is None:
             torch.mm(states, weight, out=raw)

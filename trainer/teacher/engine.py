@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
+from torch import nn
+
+from trainer.fused import Head, head_of
 from trainer.models import count_parameters, find_model, load_model, meta_model, read_config
-from trainer.student import check_head
-from trainer.teacher.compress import TeacherWithRecords
+from trainer.spec import TeacherSpec
+from trainer.student.module import check_head
 from trainer.teacher.experts import check_shardable
-from trainer.teacher.job import Capture
 from trainer.teacher.placement import groups_for, memory_of
 from trainer.teacher.zero import ShardedEngine, largest_layer, load_sharded
 from trainer.worker import Worker, torch_dtype
@@ -20,7 +23,7 @@ from trainer.worker import Worker, torch_dtype
 class Teacher:
     """A loaded teacher.
 
-    engine: called like `TeacherWithRecords.forward`. group: this rank within the ranks that share
+    engine: called like the wrapping module. group: this rank within the ranks that share
     one copy of the weights (alone, where every worker has its own): they make equally many forward
     passes, in step, and wait for no other group.
     """
@@ -36,19 +39,39 @@ class Teacher:
             return self.engine.held()
         return sum(p.numel() * p.element_size() for p in self.engine.parameters())
 
+    @contextmanager
+    def head(self, vocab: int) -> Iterator[Head]:
+        """The teacher's output head, whole on this rank as long as the context lasts.
+
+        Collective within the group; after it a sharded teacher's head is gone from memory.
+        """
+        if isinstance(self.engine, ShardedEngine):
+            with self.engine.gathered_head(vocab) as head:
+                yield head
+        else:
+            yield head_of(self.engine.model, vocab)
+
     def close(self) -> None:
         """Frees what the process would otherwise keep; the teacher cannot be called any more."""
         if isinstance(self.engine, ShardedEngine):
             self.engine.close()
 
 
-def load_teacher(job: Capture, vocab: int, worker: Worker) -> Teacher:
-    """The teacher of a capture on this rank's device; collective.
+def load_teacher(
+    teacher: TeacherSpec,
+    vocab: int,
+    worker: Worker,
+    wrap: Callable[[Any], nn.Module],
+    stage: str = "capture",
+    reserve: float = 0.0,
+) -> Teacher:
+    """The teacher inside of `wrap(model)`, on this rank's device; collective.
 
-    Where every worker holds all of it DeepSpeed has nothing to do, and the module itself is called.
-    Raises ValueError for a model that cannot be captured as the spec asks, or by so few workers.
+    The wrapping module has the model as its `model`. Where every worker holds all of it
+    DeepSpeed has nothing to do, and that module itself is called. reserve: bytes of each worker's
+    memory that something else will need, such as a student in training.
+    Raises ValueError for a model that cannot be run as the spec asks, or by so few workers.
     """
-    teacher = job.teacher
     folder = find_model("teacher.model", teacher.model, teacher.revision)
     config = read_config(folder)
     dtype = torch_dtype(teacher.dtype)
@@ -61,29 +84,30 @@ def load_teacher(job: Capture, vocab: int, worker: Worker) -> Teacher:
         largest_layer(shape) * dtype.itemsize,
         worker.gather(memory_of(worker)),
         nodes,
+        stage=stage,
+        reserve=reserve,
     )
     sharded = len(groups) < worker.world
     across = sharded and len(groups) == 1 < len(nodes)
     worker.emit(
         "teacher",
-        stage="capture",
+        stage=stage,
         sharding="zero3" if sharded else "none",
         groups=groups,
         across_nodes=across,
     )
     if across and worker.is_main:
         print(
-            f"capture: no node holds the teacher alone; it is sharded over all {worker.world} "
+            f"{stage}: no node holds the teacher alone; it is sharded over all {worker.world} "
             f"workers on {len(nodes)} nodes, and every layer travels between nodes",
             flush=True,
         )
     group = worker.split(groups)
     if sharded:
         check_shardable(config)
-        wrap = partial(TeacherWithRecords, vocab=vocab)
         engine: Any = load_sharded(folder, config, dtype, group, wrap, vocab)
     else:
         model = load_model(folder, dtype, worker.device).requires_grad_(False)
         check_head(model, vocab)
-        engine = TeacherWithRecords(model, vocab).eval()
+        engine = wrap(model).eval()
     return Teacher(engine, parameters, sharded, group)

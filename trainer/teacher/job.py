@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.storage import Store
 from trainer.corpus.corpus import Corpus, Part
 from trainer.logits.coding import train_kinds
 from trainer.logits.reader import CacheReader
-from trainer.loop import make_schedule
 from trainer.spec import CacheSpec, DataSpec, DistillSpec, TeacherSpec
+from trainer.training import make_schedule
+from trainer.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,12 @@ class Capture:
     shard_seconds: float
     corpus: Store
     cache: Store
+
+    def run(self, worker: Worker) -> dict[str, Any]:
+        """Captures on the ranks of `worker`; collective."""
+        from trainer.teacher.run import capture
+
+        return capture(self, worker)
 
 
 def wanted(job: Capture, corpus: Corpus) -> Iterator[tuple[str, Part, list[int]]]:

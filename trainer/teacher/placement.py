@@ -30,28 +30,62 @@ def memory_of(worker: Worker) -> float:
     return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", worker.world))
 
 
+def training_bytes(
+    weights: float,
+    trained: float,
+    largest: float,
+    *,
+    itemsize: int,
+    zero_stage: int,
+    world: int,
+    offloaded: bool,
+) -> float:
+    """Bytes that the training states of a model need on one of `world` ranks.
+
+    weights: parameters of the model; trained: those that learn; largest: of its largest layer.
+    itemsize: bytes of one weight. Per trained parameter a gradient of float32 beside that of the
+    weights' own type, and 12 bytes of master weight and Adam's moments. ZeRO stage 1 shares out the
+    12 bytes, stage 2 also the gradients, stage 3 also the weights, but for the largest layer, which
+    is gathered (Rajbhandari et al., 2020, ZeRO, section 5). offloaded: the 12 bytes and the float32
+    gradients are in the host's memory, not the GPU's. Activations are not in it.
+    """
+    gradient, states = 4.0, 12.0
+    if offloaded:
+        gradient = states = 0.0
+    if zero_stage == 1:
+        return itemsize * weights + (itemsize + gradient + states / world) * trained
+    if zero_stage == 2:
+        return itemsize * weights + (itemsize + gradient + states) / world * trained
+    shared = itemsize * weights + (itemsize + gradient + states) * trained
+    return shared / world + itemsize * largest
+
+
 def groups_for(
     sharding: str,
     weights: float,
     largest: float,
     memory: Sequence[float],
     nodes: Sequence[Sequence[int]],
+    *,
+    stage: str = "capture",
+    reserve: float = 0.0,
 ) -> list[list[int]]:
     """The groups of ranks that share a copy; groups of one where every rank has its own.
 
     weights, largest: bytes of the whole teacher and of its largest layer, which a rank needs beside
-    its share. memory: bytes by rank. nodes: ranks by node. A copy is spread over as few as
-    possible: every layer travels between those who share it, once per forward pass. Raises
-    ValueError, one line, where all ranks together have too little memory, and where one rank has
-    nobody to share with.
+    its share. memory: bytes by rank; reserve: of each, for something else. nodes: ranks by node. A
+    copy is spread over as few as possible: every layer travels between those who share it, once per
+    forward pass. Raises ValueError, one line, where all ranks together have too little memory, and
+    where one rank has nobody to share with.
     """
     ranks = range(len(memory))
     alone = [[rank] for rank in ranks]
+    key = f"resources.{stage}"
 
     def fit(groups: Sequence[Sequence[int]], share: float) -> bool:
         return all(
             weights / len(group) + (largest if len(group) > 1 else 0)
-            <= share * min(memory[rank] for rank in group)
+            <= share * (min(memory[rank] for rank in group) - reserve)
             for group in groups
         )
 
@@ -59,7 +93,7 @@ def groups_for(
         return alone
     if sharding == "zero3" and len(memory) == 1:
         raise ValueError(
-            "teacher.sharding: zero3 needs at least 2 workers; set resources.capture.workers, or "
+            f"teacher.sharding: zero3 needs at least 2 workers; set {key}.workers, or "
             "sharding: none"
         )
     if sharding == "auto" and fit(alone, FITS):
@@ -71,9 +105,12 @@ def groups_for(
     if not fit(everyone, 1.0):
         many = len(memory) > 1
         layer = f" and {largest / 1e9:.1f} GB for the largest layer" if many else ""
+        beside = (
+            f", of which the student's training takes {reserve / 1e9:.1f} GB" if reserve else ""
+        )
         raise ValueError(
             f"teacher.model: {weights / 1e9:.1f} GB of weights{layer} do not fit {len(memory)} "
-            f"worker{'s' if many else ''} of {min(memory) / 1e9:.1f} GB; give resources.capture "
+            f"worker{'s' if many else ''} of {min(memory) / 1e9:.1f} GB{beside}; give {key} "
             "more workers"
         )
     return everyone

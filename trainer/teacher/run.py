@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainer.loader import next_tokens
 from trainer.logits.coding import coding_of, train_kinds
 from trainer.teacher.blocks import Block, Work, blocks, plan
 from trainer.teacher.codebooks import Codebooks
+from trainer.teacher.compress import TeacherWithRecords
 from trainer.teacher.draws import stream
 from trainer.teacher.engine import Teacher, load_teacher
 from trainer.teacher.job import Capture, batch_size, count_wanted
@@ -33,7 +35,8 @@ def capture(job: Capture, worker: Worker) -> dict[str, Any]:
     """Adds the missing records to the cache; returns metrics; collective.
 
     Of the metrics forward_s and wait_s (forward passes, and waiting for the writer) are means over
-    the ranks; bytes_per_token is by family of kinds, and of one set of draws where there are more.
+    the ranks; bytes_per_token is by family of kinds, of the positions that have records, and of one
+    set of draws where there are more.
     Raises `Stopped` after a clean stop that the user asked for, ValueError for logits that are not
     numbers.
     """
@@ -50,7 +53,8 @@ def capture(job: Capture, worker: Worker) -> dict[str, Any]:
     metrics: dict[str, Any] = {"sequences": total, "present": present, "tokens": 0, "bytes": 0}
     if works:
         closing = worker.patient_group()
-        teacher = load_teacher(job, int(corpus.manifest["vocab_size"]), worker)
+        vocab = int(corpus.manifest["vocab_size"])
+        teacher = load_teacher(job.teacher, vocab, worker, partial(TeacherWithRecords, vocab=vocab))
         run = CaptureRun(job, worker, corpus, works, teacher)
         try:
             run.all_blocks()
@@ -59,16 +63,16 @@ def capture(job: Capture, worker: Worker) -> dict[str, Any]:
         families = sorted({work.family for work in works})
         tokens, forward_s, wait_s, stopped, *published = worker.sum(
             [run.tokens, run.forward_s, run.wait_s, float(run.stopped)]
-            + [count[family] for count in (run.bytes, run.records) for family in families],
+            + [count[family] for count in (run.bytes, run.positions) for family in families],
             closing,
         )
-        sizes, records = published[: len(families)], published[len(families) :]
+        sizes, positions = published[: len(families)], published[len(families) :]
         metrics.update(
             tokens=int(tokens),
             bytes=int(sum(sizes)),
             bytes_per_token={
-                family: size / (count * run.length)
-                for family, size, count in zip(families, sizes, records, strict=True)
+                family: size / count
+                for family, size, count in zip(families, sizes, positions, strict=True)
                 if count
             },
             forward_s=forward_s / worker.world,
@@ -87,9 +91,9 @@ def capture(job: Capture, worker: Worker) -> dict[str, Any]:
 class CaptureRun:
     """One rank's forward passes over its blocks, and its writer.
 
-    tokens: captured by it. bytes, records: published, by family of kinds. forward_s, wait_s:
-    seconds of forward passes, and of waiting for the writer. stopped: whether a stop was asked for
-    before the end.
+    tokens: of the sequences captured by it. bytes, positions: published, by family of kinds.
+    forward_s, wait_s: seconds of forward passes, and of waiting for the writer. stopped: whether a
+    stop was asked for before the end.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ class CaptureRun:
         self.vocab = int(corpus.manifest["vocab_size"])
         self.tokens = 0
         self.bytes: Counter[str] = Counter()
-        self.records: Counter[str] = Counter()
+        self.positions: Counter[str] = Counter()
         self.forward_s = self.wait_s = 0.0
         self.stopped = False
         self._totals = _sequences((work.family, work.numbers) for work in works)
@@ -139,7 +143,7 @@ class CaptureRun:
                     writer.put(made)
                     self._progress(block)
                 del made  # its memory is the writer's
-        self.bytes, self.records, self.wait_s = writer.bytes, writer.records, writer.wait_s
+        self.bytes, self.positions, self.wait_s = writer.bytes, writer.positions, writer.wait_s
         self.stopped = self.stopped or writer.gave_up
 
     def _forward(self, block: Block) -> Made:
@@ -148,6 +152,11 @@ class CaptureRun:
         batch = part.batch(block.filled(self.size))
         device = self.worker.device
         coding = coding_of(self.job.cache_spec, self.vocab, work.family)
+        captured = np.ones(batch.loss_mask.shape, bool)
+        places = None
+        if self.job.cache_spec.positions == "loss":
+            captured = batch.loss_mask != 0
+            places = torch.from_numpy(np.flatnonzero(captured)).to(device)
         kinds, streams = [0], None
         if coding.method == "sample":
             kinds = np.flatnonzero(block.lacks.any(axis=0)).tolist()
@@ -159,10 +168,11 @@ class CaptureRun:
                 torch.from_numpy(next_tokens(batch.input_ids)).to(device),
                 coding,
                 streams,
+                places,
             )
         keys = [key.tobytes() for key in batch.keys[: len(block.numbers)]]
         on_host, ready = to_host(results)
-        return Made(block, keys, self.length, coding, kinds, on_host, ready)
+        return Made(block, keys, captured, coding, kinds, on_host, ready)
 
     def _streams(self, batch: Batch, kinds: list[str]) -> Tensor:
         """int64 [batch, kinds, 4]: see `draws.stream`."""

@@ -11,11 +11,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.storage import Store
@@ -38,14 +38,15 @@ LOOK_SECONDS = 0.2
 class Made:
     """What a forward pass made of a block: results of `TeacherWithRecords`, on the host.
 
-    keys: of the block's sequences; the results may be of more. length: tokens per sequence.
+    keys: of the block's sequences; the results may be of more. captured: bool [sequences, seq],
+    the positions that the results are of, in their order.
     kinds: which of the work's kinds the sets of draws are of, by index (one index without draws).
     ready: waits until the results have arrived from the device.
     """
 
     block: Block
     keys: list[bytes]
-    length: int
+    captured: NDArray[np.bool_]
     coding: Coding
     kinds: list[int]
     results: tuple[Tensor, ...]
@@ -57,46 +58,42 @@ class Made:
         Raises ValueError, naming the sequence, for logits that are NaN or infinite.
         """
         self.ready()
-        count = len(self.keys)
-        arrays: list[Any] = [
-            value.numpy().reshape(-1, self.length, *value.shape[1:])[:count]
-            for value in self.results
-        ]
-        usable = arrays[0].all(axis=1)
+        captured = self.captured[: len(self.keys)]
+        ends = np.cumsum(captured.sum(axis=1))
+        rows = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        usable, *arrays = (value.numpy()[: ends[-1]] for value in self.results)
         if not usable.all():
-            bad = int(np.argmin(usable))
-            position = int(np.argmin(arrays[0][bad]))
+            bad, position = np.argwhere(captured)[np.argmin(usable)]
             raise ValueError(
                 f"teacher.model: NaN or infinite logits at position {position} of sequence "
                 f"{self.keys[bad].hex()} ({self.block.work.part}); check the model's weights, or "
                 "try teacher.dtype=float32"
             )
         if self.coding.method == "sample":
-            draws = arrays[1]
-            return [[Draws(draws[i, :, j]) for i in range(count)] for j in range(draws.shape[2])]
-        ids, log_probs, tails, *scalars = arrays[1:]
+            [draws] = arrays
+            return [[Draws(draws[one, j]) for one in rows] for j in range(draws.shape[1])]
+        ids, *others = arrays
         ids = ids.astype(np.int64)
-        return [
-            [
-                Records(ids[i], log_probs[i], tails[i], *(values[i] for values in scalars))
-                for i in range(count)
-            ]
-        ]
+        return [[Records(ids[one], *(values[one] for values in others)) for one in rows]]
 
 
 @dataclass
 class _Shard:
-    """Encoded records that wait to be published, by sequence key, and the time of the first."""
+    """Encoded records that wait to be published, by sequence key, and the time of the first.
+
+    positions: of each record. size: bytes of all.
+    """
 
     blobs: dict[bytes, bytes]
     since: float
+    positions: dict[bytes, int] = field(default_factory=dict)
     size: int = 0
 
 
 class Writer:
     """The thread that encodes and publishes; one per rank.
 
-    bytes, records: published, by family of kinds; every set of draws of a sequence is a record.
+    bytes, positions: published, by family of kinds; every set of draws counts.
     wait_s: seconds that the forward passes waited for it. gave_up: whether records were lost,
     because a stop or an error came before there was a codebook.
     """
@@ -111,7 +108,7 @@ class Writer:
     ) -> None:
         """ahead: batches that are in the making on the device, beside those on the host."""
         self.bytes: Counter[str] = Counter()
-        self.records: Counter[str] = Counter()
+        self.positions: Counter[str] = Counter()
         self.wait_s, self.gave_up = 0.0, False
         self._cache, self._codebooks, self._fence = cache, codebooks, fence
         self._seconds = shard_seconds
@@ -200,6 +197,7 @@ class Writer:
                     blob = encode(item, book)
                     shard = self._open.setdefault(kind, _Shard({}, time.monotonic()))
                     shard.blobs[key] = blob  # the same sequence may be in two parts
+                    shard.positions[key] = len(item.ids)
                     shard.size += len(blob)
         if sum(shard.size for shard in self._open.values()) >= SHARD_BYTES:
             self._publish(list(self._open))
@@ -211,4 +209,4 @@ class Writer:
             self._fence()
             book = self._codebooks.used(kind)
             self.bytes[family_of(kind)] += write_shard(self._cache, kind, keys, blobs, book)[1]
-            self.records[family_of(kind)] += len(keys)
+            self.positions[family_of(kind)] += sum(shard.positions.values())

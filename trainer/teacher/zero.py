@@ -10,14 +10,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from trainer.fused import Head, head_of
 from trainer.models import count_parameters
-from trainer.student import check_head
+from trainer.student.module import check_head
 from trainer.teacher.experts import mark_leaves
 from trainer.teacher.load import stream_model
 from trainer.worker import Worker
@@ -46,6 +48,18 @@ class ShardedEngine:
                 module._external_params.pop(id(parameter), None)
         return outputs
 
+    @contextmanager
+    def gathered_head(self, vocab: int) -> Iterator[Head]:
+        """The model's output head, whole as long as the context lasts; collective in the group."""
+        import deepspeed
+
+        root = self._engine.module
+        with deepspeed.zero.GatheredParameters(list(root.head().parameters()), modifier_rank=None):
+            head = head_of(root.module.model, vocab)
+            # Plain tensors: what uses them knows nothing of the partitions behind them.
+            bias = None if head.bias is None else head.bias.data
+            yield replace(head, weight=head.weight.data, bias=bias)
+
     def held(self) -> int:
         """Bytes of weights on this rank now: its partition, and what is gathered."""
         return sum(
@@ -56,12 +70,9 @@ class ShardedEngine:
 
     def close(self) -> None:
         """Frees the weights; DeepSpeed's module-wide lists would keep them for good."""
-        from deepspeed.runtime.zero import parameter_offload
-
         module = self._engine.module
         self._engine.destroy()
-        stack = parameter_offload.FWD_MODULE_STACK
-        stack[:] = [entry for entry in stack if entry is not module]
+        forget(module)
         for parameter in module.parameters():
             empty = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
             parameter.ds_tensor.data = parameter.data = empty
@@ -131,6 +142,17 @@ def load_sharded(
     sharded = ShardedEngine(engine, group)
     sharded()
     return sharded
+
+
+def forget(module: nn.Module) -> None:
+    """Takes an engine's module out of DeepSpeed's list, which would keep its weights for good.
+
+    An engine of ZeRO-3 enters its module there, and `destroy` leaves it.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [entry for entry in stack if entry is not module]
 
 
 def largest_layer(model: Any) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from pydantic import ValidationError
 
 from cluster.session import Cluster
-from cluster.spec import WorkerResources
+from cluster.spec import CaptureResources, ResourcesSpec, WorkerResources
 from cluster.workers import Group, NotEnough, fit_group
 
 
-def fit(nodes: list[tuple[int, int]], **asked: int) -> Group:
+def fit(nodes: list[tuple[int, int]], **asked: Any) -> Group:
     return fit_group("distill", WorkerResources(**asked), Cluster("local", tuple(nodes), True))
 
 
@@ -40,3 +43,37 @@ def test_what_can_never_be_placed_is_told_with_the_numbers() -> None:
         fit([(4, 0), (4, 0)], workers=1, cpus_per_worker=6)
     with pytest.raises(NotEnough, match="1 CPUs and 1 GPUs do not fit"):
         fit([(4, 0)], workers=1, gpus_per_worker=1)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "group"),
+    [
+        ([(4, 0), (4, 0)], [1, 2], Group(2, 4, 0, 1)),
+        ([(4, 0)], [1, 8], Group(8, 1, 0, 1)),  # four of them fit for now
+        ([(8, 4)], [2, 8], Group(8, 1, 1, 2)),
+        ([(8, 0)], [2, 2], Group(2, 4, 0, 2)),
+    ],
+)
+def test_an_elastic_group_needs_room_for_its_fewest(
+    nodes: list[tuple[int, int]], asked: list[int], group: Group
+) -> None:
+    assert fit(nodes, workers=asked) == group
+
+
+def test_too_little_room_for_the_fewest_is_told() -> None:
+    with pytest.raises(NotEnough, match="resources.distill: 3 workers of 1 CPUs .* only 2 do"):
+        fit([(2, 0)], workers=[3, 8])
+    assert str(fit([(4, 0)], workers=[2, 4])) == "2 to 4 workers of 1 CPUs and 0 GPUs"
+    assert str(fit([(4, 0)], workers=4)) == "4 workers of 1 CPUs and 0 GPUs"
+
+
+@pytest.mark.parametrize("wrong", [[2, 1], [0, 2], [1], [1, 2, 3], "many", 0, [1.5, 2]])
+def test_a_range_of_workers_is_fewest_and_most(wrong: Any) -> None:
+    with pytest.raises(ValidationError):
+        WorkerResources(workers=wrong)
+
+
+def test_only_training_is_elastic() -> None:
+    assert ResourcesSpec(distill={"workers": [2, 8]}).distill.workers == (2, 8)
+    with pytest.raises(ValidationError):
+        CaptureResources(workers=[2, 8])

@@ -149,6 +149,52 @@ def test_a_teacher_that_zero3_cannot_shard(faults: Run, teacher: Path) -> None:
     assert line.startswith("teacher.sharding: zero3 does not work for a quantized llama")
 
 
+def test_a_slice_of_more_layers_than_there_are(faults: Run) -> None:
+    line = only(faults(student={"init": "slice", "layers": 9}))
+    assert line.startswith("student.layers: got 9; may be 1 to 2")
+
+
+def test_a_lora_target_that_is_no_layer(faults: Run, teacher: Path) -> None:
+    model = str(teacher / "runs" / "teacher" / "student")
+    line = only(faults(student={"model": model, "lora": {"targets": ["q_porj"]}}))
+    assert line.startswith("student.lora.targets: got 'q_porj'") and "q_proj" in line
+
+
+def test_hidden_layers_that_a_model_does_not_have(faults: Run) -> None:
+    losses = {"forward_kl": 1.0, "hidden": {"layers": [[0, 7]]}}
+    line = only(faults(distill__mode="online", distill__losses=losses))
+    assert line.startswith("distill.losses.hidden.layers: ") and "7" in line
+
+
+def test_a_deepspeed_key_that_another_key_owns(faults: Run) -> None:
+    line = only(faults("distill.deepspeed={zero_optimization: {stage: 3}}"))
+    assert line.startswith("distill.deepspeed.zero_optimization.stage: ")
+    assert "distill.zero_stage" in line
+
+
+def test_a_family_that_is_not_verified(faults: Run) -> None:
+    line = only(faults("sweep=null", student={"init": "random", "config": {"model_type": "opt"}}))
+    assert line.startswith("student.config.model_type: got a model of type opt")
+    assert "llama" in line
+
+
+def test_conversations_without_a_chat_template(faults: Run, teacher: Path) -> None:
+    from tests.material import write_chats
+
+    source = {"source": write_chats(teacher / "chats"), "format": "messages"}
+    line = only(faults(data__train=[source]))
+    assert line.startswith("data.train.0.format: ") and "chat template" in line
+
+
+def test_a_file_of_answers_that_is_not_there(faults: Run) -> None:
+    changes: dict[str, Any] = {
+        "distill__mode": "responses",
+        "data__train": [],
+        "responses": {"from": {"file": "none.jsonl"}},
+    }
+    assert only(faults(**changes)).startswith("responses.from.file: no file none.jsonl")
+
+
 def test_all_faults_are_told_at_once(faults: Run) -> None:
     lines = faults("sweep.group_size=[48]", "data.report_sequences=5000")
     assert len(lines) == 2, lines

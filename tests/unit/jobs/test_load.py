@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import SpecErrors
-from jobs.load import _parse, as_yaml, dump_spec, find_spec, load_spec, recipes
+from jobs.load import dump_spec, find_spec, load_spec, recipes
 from jobs.schema import json_schema, spec_of
+from trainer.yamlfile import as_yaml, parse
 
 GOOD = """\
 name: a-run
@@ -22,7 +23,12 @@ student: {model: org/small}
 data: {train: [{source: "texts/*.txt"}]}
 """
 
-SOURCES = "a list, not empty, each a section (source, format, column, split, ...)"
+LOSS = "a number from 0, a section (weight) or null"
+ORIGIN = (
+    "teacher, a section (file) or a section (endpoint, model, api_key_env, requests_per_minute, "
+    "concurrency)"
+)
+SOURCES = "a list, each a section (source, format, column, split, ...)"
 
 
 @pytest.fixture
@@ -88,11 +94,59 @@ def faults_of(file: Path, text: str) -> list[str]:
             "distill.betas=[0.9]",
             "distill.betas: got [0.9]; may be a list of 2, each a number from 0 to below 1",
         ),
-        ("distill.losses.kl=1", "distill.losses.kl: unknown key; may be forward_kl or ce"),
-        ("distill.losses.ce=x", 'distill.losses.ce: got "x"; may be a number'),
+        (
+            "distill.losses.kl=1",
+            "distill.losses.kl: unknown key; may be forward_kl, reverse_kl, jsd, skew_kl, ce "
+            "or hidden",
+        ),
+        ("distill.losses.ce=x", f'distill.losses.ce: got "x"; may be {LOSS}'),
+        ("distill.losses.ce=-1", f"distill.losses.ce: got -1; may be {LOSS}"),
+        ("distill.losses.ce=true", f"distill.losses.ce: got true; may be {LOSS}"),
         (
             "distill.losses={ce: 0}",
-            "distill.losses: needs at least one loss with a weight above 0, and none below 0",
+            "distill.losses: needs at least one loss with a weight above 0",
+        ),
+        (
+            "distill.losses=3",
+            "distill.losses: got 3; may be a section (forward_kl, reverse_kl, jsd, skew_kl, ...)",
+        ),
+        (
+            "distill.losses={jsd: {beta: 1}}",
+            "distill.losses.jsd.beta: got 1; may be a number above 0 to below 1",
+        ),
+        (
+            "distill.losses={jsd: {b: 1}}",
+            "distill.losses.jsd.b: unknown key; may be weight or beta",
+        ),
+        (
+            "distill.losses={ce: {weight: x}}",
+            'distill.losses.ce.weight: got "x"; may be a number from 0 or a section '
+            "(start, end, until, shape)",
+        ),
+        (
+            "distill.losses={ce: {weight: {start: 1}}}",
+            "distill.losses.ce.weight.end: missing; may be a number from 0",
+        ),
+        (
+            "distill.losses={ce: {weight: {start: 1, end: true}}}",
+            "distill.losses.ce.weight.end: got true; may be a number from 0",
+        ),
+        (
+            "distill={mode: online, losses: {hidden: {layers: [[0, -1]]}}}",
+            "distill.losses.hidden.layers.0.1: got -1; may be a whole number from 0",
+        ),
+        (
+            "distill={mode: online, losses: {hidden: {layers: [[0]]}}}",
+            "distill.losses.hidden.layers.0: got [0]; may be a list of 2, each a whole number "
+            "from 0",
+        ),
+        (
+            "student.lora.targets=[]",
+            "student.lora.targets: got []; may be auto or a list, not empty, each text, not empty",
+        ),
+        (
+            "distill.evaluate_steps=0",
+            "distill.evaluate_steps: got 0; may be auto, a whole number from 1 or null",
         ),
         ("cache.k=5000", "cache.k: got 5000; may be a whole number from 1 to 4096"),
         ("cache.method=both", 'cache.method: got "both"; may be sample or topk'),
@@ -137,7 +191,11 @@ def faults_of(file: Path, text: str) -> list[str]:
         ("name=2024", "name: got 2024; may be text (put it in quotes)"),
         ("storage=", "storage: got null; may be text, not empty"),
         ("seed=-1", "seed: got -1; may be a whole number from 0 to 4294967295"),
-        ("data.train=[]", f"data.train: got []; may be {SOURCES}"),
+        (
+            "data.train=[]",
+            "data.train: got []; may be a list, not empty, each a section (source, format, "
+            "column, split, ...); empty with responses.from: {file: ...} alone",
+        ),
         ("data.train=x", f'data.train: got "x"; may be {SOURCES}'),
         ("data.train.0={}", "data.train.0.source: missing; may be text, not empty"),
         ("data.train.0.weight=0", "data.train.0.weight: got 0; may be a number above 0"),
@@ -171,15 +229,42 @@ def test_a_wrong_value_is_one_line(file: Path, override: str, line: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "responses.from=x",
+            f'responses.from: got "x"; may be {ORIGIN}',
+        ),
+        (
+            "responses.from={endpoint: me, model: a}",
+            'responses.from.endpoint: got "me"; may be text, e.g. https://api.example.com/v1',
+        ),
+        (
+            "responses.from={file: a.jsonl, model: b}",
+            "responses.from.model: is not for these keys beside it; responses.from may be "
+            + ORIGIN,
+        ),
+        ("responses.samples=0", "responses.samples: got 0; may be a whole number from 1 to 64"),
+    ],
+)
+def test_a_wrong_value_of_responses_is_one_line(file: Path, override: str, line: str) -> None:
+    mode = ["distill.mode=responses", "data.train.0.format=messages"]
+    assert faults(file, *mode, override) == [line]
+
+
+@pytest.mark.parametrize(
     ("key", "hint"),
     [
         ("stpes", "did you mean distill.steps?"),
         ("steps", "did you mean distill.steps?"),
-        ("model", "did you mean teacher.model or student.model?"),
+        ("model", "did you mean teacher.model, student.model or responses.from.model?"),
         ("studnet", "did you mean student?"),
         ("distill.stepz", "did you mean distill.steps?"),
         ("distill.k", "did you mean cache.k?"),
-        ("cache.temperature", "did you mean cache.temperatures or distill.temperature?"),
+        (
+            "cache.temperature",
+            "did you mean cache.temperatures, responses.temperature or distill.temperature?",
+        ),
         ("distill.workers", "did you mean resources.capture.workers or resources.distill.workers?"),
         ("data.train.0.wieght", "did you mean data.train.0.weight?"),
         ("data.column", "did you mean data.train.0.column?"),
@@ -409,12 +494,48 @@ def test_faults_of_overrides_and_spec_come_together(file: Path) -> None:
 # -- writing -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["distill.losses={jsd: {weight: 0.5, beta: 0.2}, ce: 1}", "cache.method=topk"],
+        ["distill.losses={forward_kl: {weight: {start: 1, end: 0, until: 0.5, shape: cosine}}}"],
+        ["distill={mode: online, losses: {forward_kl: 1, hidden: {layers: [[0, 1], [1, 3]]}}}"],
+        ["distill.deepspeed={zero_optimization: {reduce_bucket_size: 1e6}}"],
+        ["student={init: slice, layers: 3, lora: {targets: [q_proj]}}"],
+        ["distill.mode=responses", "data.train.0.format=messages", "responses={from: teacher}"],
+        [
+            "distill.mode=responses",
+            "data.train=[]",
+            "responses={from: {file: a.jsonl}}",
+        ],
+        [
+            "distill.mode=responses",
+            "data.train.0.format=messages",
+            "responses={from: {endpoint: http://x/v1, model: m, requests_per_minute: 30}}",
+        ],
+    ],
+)
+def test_what_a_run_writes_loads_to_the_same_spec(file: Path, overrides: list[str]) -> None:
+    spec = load_spec(file, overrides)
+    text = dump_spec(spec)
+    jsonschema.Draft202012Validator(json_schema()).validate(yaml.safe_load(text))
+    file.write_text(text)
+    assert load_spec(file) == spec
+    assert dump_spec(load_spec(file)) == text
+    # Losses stand as they would be written, and those that are not used do not.
+    if spec.distill is not None and "jsd" in spec.distill.losses.used():
+        assert spec.model_dump()["distill"]["losses"] == {
+            "jsd": {"weight": 0.5, "beta": 0.2},
+            "ce": 1.0,
+        }
+
+
 @pytest.mark.parametrize("recipe", sorted(recipes()))
 def test_recipes_load_validate_and_round_trip(recipe: str) -> None:
     spec = load_spec(recipe)
     assert find_spec(recipe) == recipes()[recipe]
     jsonschema.Draft202012Validator(json_schema()).validate(
-        _parse(recipes()[recipe].read_text(), recipe)[0]
+        parse(recipes()[recipe].read_text(), recipe)[0]
     )
     text = dump_spec(spec)
     again = spec_of(yaml.safe_load(text))

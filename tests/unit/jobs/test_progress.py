@@ -46,3 +46,20 @@ def test_failed_cells_are_named_and_counted() -> None:
         "sweep: hqq-2b-g64 failed: ValueError: no",
         "sweep: 1/1  cells  1 failed",
     ]
+
+
+def test_evaluations_and_resumes_are_told() -> None:
+    plain = io.StringIO()
+    with Reporter(Console(file=plain, width=200)) as reporter:
+        said = {"event": "evaluation", "stage": "distill", "step": 20, "select_perplexity": 12.345}
+        reporter.event({**said, "select_forward_kl": 0.25})
+        reporter.event({**said, "stage": "control"})
+        resumed = {"event": "resume", "stage": "distill", "step": 20, "saved_by": 3}
+        reporter.event({**resumed, "world": 3})
+        reporter.event({**resumed, "world": 2})
+    assert plain.getvalue().splitlines() == [
+        "distill: step 20, perplexity on select 12.35, KL to the teacher 0.2500",
+        "control: step 20, perplexity on select 12.35",
+        "distill: continues from the checkpoint of step 20",
+        "distill: continues from the checkpoint of step 20, which 3 ranks saved and 2 go on with",
+    ]

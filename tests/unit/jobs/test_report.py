@@ -15,9 +15,10 @@ from rich.console import Console
 from cluster.storage import Attempt, EventWriter, Fenced, Store, open_store
 from jobs.report import build_report, collect, compare, load_run, markdown, show, terminal
 from jobs.report import figures as f
+from jobs.report.html import HELD_OUT, page
 from jobs.report.pictures import pareto_front
-from jobs.report.rows import cost
-from jobs.report.source import curve
+from jobs.report.rows import cost, technique
+from jobs.report.source import curve, evaluations, training_metrics
 from jobs.report.svg import Box, log_ticks, place_labels, ticks
 
 EVIL = '<script>alert("x")</script>'
@@ -383,3 +384,81 @@ def test_labels_of_points_close_together_do_not_overlap() -> None:
         boxes.append(Box(left, label.y - 10, left + width, label.y + 2))
     assert all(a.overlap(b) == 0 for i, a in enumerate(boxes) for b in boxes[:i])
     assert all(frame.left <= box.left and box.right <= frame.right for box in boxes)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"distill": {"losses": {"forward_kl": 1.0}}}, "distilled (forward_kl)"),
+        (
+            {
+                "distill": {
+                    "mode": "online",
+                    "losses": {"jsd": {"weight": 0.5, "beta": 0.3}, "ce": 1},
+                }
+            },
+            "distilled online (ce 1 + jsd (beta 0.3) 0.5)",
+        ),
+        (
+            {
+                "distill": {
+                    "losses": {
+                        "forward_kl": {"weight": {"start": 1.0, "end": 0.25, "until": 0.5}},
+                        "hidden": {"weight": 0.1, "layers": "auto", "metric": "mse"},
+                        "ce": 0,
+                    }
+                }
+            },
+            "distilled (forward_kl 1 to 0.25 + hidden (mse) 0.1)",
+        ),
+        (
+            {
+                "student": {"init": "slice", "layers": 4, "lora": {"r": 8, "alpha": 16}},
+                "distill": {"losses": {"skew_kl": {"weight": 1, "alpha": 0.1}}},
+            },
+            "distilled (skew_kl (alpha 0.1)), slice of 4 of the teacher's layers, LoRA r 8",
+        ),
+        (
+            {"distill": {"mode": "responses", "losses": {"ce": 1.0}}},
+            "cross-entropy from answers",
+        ),
+        (
+            {"distill": {"mode": "responses", "losses": {"ce": 0.5, "forward_kl": 0.5}}},
+            "distilled from answers (ce 0.5 + forward_kl 0.5)",
+        ),
+    ],
+)
+def test_how_a_student_came_to_be(spec: dict[str, Any], words: str) -> None:
+    assert technique(spec, "student") == words
+    ending = ", LoRA r 8" if "lora" in spec.get("student", {}) else "(control)"
+    assert technique(spec, "control").startswith("cross-entropy only (control)")
+    assert technique(spec, "control").endswith(ending)
+
+
+def test_evaluations_are_curves_and_the_newest_training_alone_has_them(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    with EventWriter(run, Attempt.claim(run).number) as events:
+        for stage in ("distill", "control"):
+            for step, value in ((10, 5.0), (20, 9.9), (20, 4.0), (30, 3.5), (70, 1.0)):
+                more = {"select_forward_kl": value / 10} if stage == "distill" else {}
+                events.emit("evaluation", stage=stage, step=step, select_ce=value, **more)
+            events.emit("checkpoint", stage=stage, step=10, seconds=2.0, upload_s=8.0)
+            events.emit("checkpoint", stage=stage, step=20, seconds=4.0, upload_s=10.0)
+    data = load_run(run)
+    # What is evaluated twice was replayed; step 70 was of a training with more steps.
+    assert [(e["step"], e["select_ce"]) for e in evaluations(data, "distill")] == [
+        (10, 5.0), (20, 4.0), (30, 3.5),
+    ]  # fmt: skip
+    found = training_metrics(data, "distill")
+    assert (found["checkpoint_seconds"], found["checkpoint_upload_seconds"]) == (3.0, 9.0)
+    text = page(data)
+    assert "Cross-entropy on select" in text and "KL to the teacher on select" in text
+    ce, kl = (text.split(f"<h3>{title}</h3>")[1].split("</svg>")[0] for title in HELD_OUT.values())
+    assert "control" in ce.split("</div>")[0] and "control" not in kl.split("</div>")[0]
+
+
+def test_an_evaluation_at_the_end_alone_is_no_curve(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    with EventWriter(run, Attempt.claim(run).number) as events:
+        events.emit("evaluation", stage="distill", step=30, select_ce=4.0)
+    assert "Cross-entropy on select" not in page(load_run(run))

@@ -68,6 +68,13 @@ def test_other_names_are_refused(name: str) -> None:
     )
 
 
+CHATS = [{"source": "chats.jsonl", "format": "messages"}]
+ANSWERED: dict[str, Any] = {
+    "distill__mode": "responses",
+    "data__train": CHATS,
+    "responses": {"from": "teacher"},
+}
+SERVER = {"from": {"endpoint": "http://here/v1", "model": "big"}}
 ALONE = {"teacher": None, "distill__losses": {"ce": 1.0}}
 
 
@@ -113,8 +120,8 @@ ALONE = {"teacher": None, "distill__losses": {"ce": 1.0}}
         ),
         (
             {"distill__control": True, "distill__losses": {"ce": 1.0, "forward_kl": 0}},
-            "distill.control: got true; may be false without forward_kl in distill.losses, "
-            "as the student is then the control",
+            "distill.control: got true; may be false without a loss to the teacher in "
+            "distill.losses, as the student is then the control",
         ),
         (
             {"distill": None, "student__init": "random"},
@@ -160,6 +167,83 @@ ALONE = {"teacher": None, "distill__losses": {"ce": 1.0}}
             "which learns from text",
         ),
         (
+            {
+                "teacher__sharding": "zero3",
+                "distill__mode": "online",
+                "resources": {"distill": {"workers": 1}},
+            },
+            "teacher.sharding: got zero3 with resources.distill.workers: 1; may be none or auto, "
+            "or give at least 2 workers",
+        ),
+        (
+            {"distill__losses": {"jsd": 1.0}},
+            "distill.losses.jsd: may not be used with cache.method: sample, whose draws would bias "
+            "it, as it is not linear in the teacher's distribution; may be forward_kl, or use "
+            "cache: {method: topk} or distill.mode: online",
+        ),
+        (
+            {"distill__losses": {"forward_kl": 1, "hidden": 0.1}},
+            "distill.losses.hidden: got distill.mode: cached; may be used with mode: online, as a "
+            "cache holds no hidden states",
+        ),
+        (
+            {**ALONE, "distill__mode": "online"},
+            "distill.mode: got online without a teacher; may be cached, or give teacher",
+        ),
+        (
+            {"distill__mode": "online", "distill__losses": {"ce": 1.0}},
+            "distill.mode: got online without a loss to the teacher in distill.losses; may be "
+            "cached",
+        ),
+        (
+            {**ALONE, "student": {"init": "slice", "layers": 2}, "tokenizer": {"train": 300}},
+            "student.init: got slice without a teacher, whose layers it keeps; may be pretrained "
+            "or random, or give teacher",
+        ),
+        (
+            {"student": {**SCRATCH, "lora": {}}},
+            "student.lora: may not be given with student.init: random, as adapters cannot make up "
+            "for weights that know nothing; remove lora, or start from pretrained",
+        ),
+        (
+            {"distill": None, "student__lora": {"r": 4}},
+            "student.lora: may not be given with distill: null, which trains nothing; remove it",
+        ),
+        (
+            {"distill": None, "student": {"init": "slice", "layers": 2}},
+            "student.init: got slice; may be pretrained with distill: null, which sweeps "
+            "student.model as it is",
+        ),
+        (
+            {"distill__mode": "responses", "data__train": CHATS},
+            "responses: got null; needed by distill.mode: responses, e.g. {from: teacher}",
+        ),
+        (
+            {"responses": {"from": "teacher"}},
+            "responses: may not be given with distill: {mode: cached}; set distill.mode: "
+            "responses, or remove it",
+        ),
+        (
+            {**ANSWERED, "data__train": [{"source": "texts/*.txt"}]},
+            "data.train.0.format: got text; may be messages or prompt_completion with "
+            "distill.mode: responses, which takes the prompts from them",
+        ),
+        (
+            {**ANSWERED, **ALONE},
+            "responses.from: got teacher, and there is none; give teacher, {file: ...} or "
+            "{endpoint: ..., model: ...}",
+        ),
+        (
+            {**ANSWERED, "responses": {"from": {"file": "a.jsonl"}}},
+            "data.train: may be [] with responses.from: {file: ...}, as prompts and answers come "
+            "from that file",
+        ),
+        (
+            {**ANSWERED, "responses": {"temperature": 0, "samples": 2}},
+            "responses.samples: got 2; may be 1 with temperature: 0, where all answers to a prompt "
+            "are the same",
+        ),
+        (
             {"teacher__revision": "v2", "teacher__model": "./big"},
             'teacher.revision: got "v2"; only hub ids have revisions, teacher.model is "./big"',
         ),
@@ -190,6 +274,14 @@ def test_a_broken_rule_is_one_line(changes: dict[str, Any], line: str) -> None:
         {"cache": {"draws": 20, "redraws": 4, "seed": 3}},
         {"cache": {"method": "topk", "k": 64}},
         {"data__max_tokens": 64},
+        {"distill__mode": "online", "distill__temperature": 3.0},
+        {"teacher__sharding": "zero3", "resources": {"distill": {"workers": 1}}},
+        {"distill__mode": "online", "distill__losses": {"jsd": {"beta": 0.2}, "hidden": 0.1}},
+        {"distill__losses": {"reverse_kl": 1, "skew_kl": 1}, "cache": {"method": "topk"}},
+        {"student": {"init": "slice", "layers": 2, "lora": {"r": 4}}},
+        ANSWERED,
+        {**ANSWERED, "distill__losses": {"ce": 1.0}, "teacher": None, "responses": SERVER},
+        {**ANSWERED, "responses": {"from": {"file": "a.jsonl"}}, "data__train": []},
         {"teacher__revision": "v2"},
         {"student__model": "gpt2", "student__revision": "v2"},
     ],

@@ -422,3 +422,28 @@ def test_a_training_that_is_redone_is_not_complete(tmp_path: Path) -> None:
     with EventWriter(run, 2) as events:
         steps(events, "distill", 1, 2)
     assert [t.complete for t in plan(load_run(run))] == [False]
+
+
+def test_evaluations_are_in_the_history_and_the_newest_step_waits_for_its_own(
+    tmp_path: Path,
+) -> None:
+    # W&B takes nothing more of a step that was sent.
+    run = open_store(tmp_path / "tracked")
+    every = {"distill": {"losses": {"forward_kl": 1.0}, "steps": STEPS, "evaluate_steps": 2}}
+    run.write_text("spec.yaml", yaml.safe_dump({**SPEC, **every}))
+    with EventWriter(run, Attempt.claim(run).number) as events:
+        steps(events, "distill", 1, 4)
+        events.emit("evaluation", stage="distill", step=2, select_ce=4.0, seconds=1.5)
+        events.flush()
+        history = plan(load_run(run))[0].history
+        assert [step for step, _ in history] == [1, 2, 3]
+        assert history[1][1]["select_ce"] == 4.0 and history[1][1]["evaluation_seconds"] == 1.5
+        assert "select_ce" not in history[0][1]
+        events.emit("evaluation", stage="distill", step=4, select_ce=3.0, seconds=1.5)
+        events.flush()
+        assert [step for step, _ in plan(load_run(run))[0].history] == [1, 2, 3, 4]
+        steps(events, "distill", 5, 6)
+        events.emit("run_end", status="failed")
+        events.flush()
+        # Nothing will come any more.
+        assert [step for step, _ in plan(load_run(run))[0].history] == [1, 2, 3, 4, 5, 6]

@@ -89,7 +89,8 @@ def made_of(job: Capture, block: Block) -> Made:
     full = [part.keys[i].tobytes() for i in block.filled(SIZE)]
     coding = coding_of(job.cache_spec, VOCAB, block.work.family)
     kinds = np.flatnonzero(block.lacks.any(axis=0)).tolist()
-    return Made(block, keys, LENGTH, coding, kinds, results_of(full, len(kinds)), lambda: None)
+    captured = np.ones((SIZE, LENGTH), bool)
+    return Made(block, keys, captured, coding, kinds, results_of(full, len(kinds)), lambda: None)
 
 
 def train_blocks(job: Capture) -> list[Block]:
@@ -206,6 +207,24 @@ def test_a_block_knows_which_set_of_draws_each_sequence_lacks(job) -> None:
 # The writer.
 
 
+def test_records_of_some_positions_are_told_apart_by_the_positions(job) -> None:
+    block = train_blocks(job)[0]
+    made = made_of(job, block)
+    captured = np.random.default_rng(5).random((SIZE, LENGTH)) < 0.3
+    captured[:, 3] = True  # none of a sequence is not asked for
+    places = np.flatnonzero(captured)
+    fewer = replace(made, captured=captured, results=tuple(v[places] for v in made.results))
+    for whole, some in zip(made.records(), fewer.records(), strict=True):
+        for sequence, (every, few) in enumerate(zip(whole, some, strict=True)):
+            assert np.array_equal(few.ids, every.ids[captured[sequence]])
+    number = 4 + int(np.flatnonzero(captured[1][4:])[0])  # a position of the second sequence
+    place = int(captured[0].sum() + captured[1][:number].sum())
+    fewer.results[0][place] = False
+    key = made.keys[1].hex()
+    with pytest.raises(ValueError, match=f"NaN .* at position {number} of sequence {key}"):
+        fewer.records()
+
+
 def test_records_are_stored_under_their_keys(job) -> None:
     """Of every set of draws; the repeats that fill a block up are not."""
     started = start(job)
@@ -227,7 +246,7 @@ def test_records_are_stored_under_their_keys(job) -> None:
                         np.testing.assert_allclose(shares, counts, rtol=1e-5)
     total = sum(job.cache.size(f"shards/{name}") for name in job.cache.list("shards"))
     assert started.writer.bytes == {"train": total}
-    assert started.writer.records == {"train": 2 * 80}
+    assert started.writer.positions == {"train": 2 * 80 * LENGTH}
 
 
 def test_shards_are_published_by_time_also_while_nothing_comes(job) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from cluster.storage import open_store
 from trainer.cached import CachedTeacher
 from trainer.corpus import pack, tables
 from trainer.corpus.corpus import Part
-from trainer.loader import StepLoader, deal, evaluation_batches, make_micro_batch, next_tokens
+from trainer.loader import PartLoader, StepLoader, deal, make_micro_batch, next_tokens
 from trainer.logits.codebook import Codebook
 from trainer.logits.codec import encode
 from trainer.logits.coding import coding_of, train_kinds
@@ -257,6 +258,32 @@ def test_ragged_ends_are_filled_with_weight_zero(part) -> None:
     step = maker.step(0)  # 7 sequences: 4 and 3, in micro-batches of 2
     real = [bool(row.any()) for m in step.micros for row in m.token_weights.reshape(2, LENGTH)]
     assert real == [True, True, True, False]
+    assert [len(micro.keys) for micro in step.micros] == [2, 1]
+    numbers = maker.order.step_indices(0)[1::2]
+    keys = [row.tobytes() for row in part.keys[numbers]]
+    assert [key for micro in step.micros for key in micro.keys] == keys
+
+
+def test_what_goes_to_the_device_is_all_of_a_micro_batch_but_its_keys(part) -> None:
+    micro = make_micro_batch(part, np.array([4, 1]), ones(2), taught(part))
+    names = ["input_ids", "position_ids", "token_weights", "labels", "ids", "log_probs", "log_tail"]
+    sent = micro.to(torch.device("cpu"))
+    assert list(sent) == list(micro.tensors()) == names
+    assert all(value is not None for value in sent.values())
+    plain = make_micro_batch(part, np.array([4, 1]), ones(2), None)
+    assert [name for name, value in plain.tensors().items() if value is None] == names[4:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory is a GPU's")
+def test_micro_batches_for_a_gpu_are_pinned(part) -> None:
+    device = torch.device("cuda", 0)
+    step = replace(loader(part, taught(part)), pin=device).step(0)
+    for micro in step.micros:
+        assert all(value.is_pinned() for value in micro.tensors().values() if value is not None)
+        for name, value in micro.to(device).items():
+            other = micro.tensors()[name]
+            assert value is not None and other is not None
+            assert torch.equal(value.cpu(), other)
 
 
 def test_a_step_does_not_depend_on_the_number_of_ranks(part) -> None:
@@ -370,10 +397,14 @@ def test_a_sequence_that_was_not_captured_is_an_error_not_a_guess(part, tmp_path
 def test_an_evaluation_reads_every_sequence_once(part, world) -> None:
     keys, tokens, rounds = [], 0.0, set()
     for rank in range(world):
-        batches = list(evaluation_batches(part, taught(part), 4, rank, world))
-        rounds.add(len(batches))
-        for micro, found in batches:
-            keys += found
+        maker = PartLoader(part, taught(part), 4, rank, world)
+        steps = list(maker.steps())
+        rounds.add(len(steps))
+        assert len(steps) == len(maker)
+        for step in steps:
+            (micro,) = step.micros
+            assert step.tokens == part.loss_tokens.sum()
+            keys += micro.keys
             tokens += float(micro.token_weights.sum())
     assert len(rounds) == 1
     assert sorted(keys) == sorted(row.tobytes() for row in part.keys)

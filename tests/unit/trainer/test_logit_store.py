@@ -20,9 +20,11 @@ from trainer.fingerprint import fingerprint
 from trainer.logits.codebook import Codebook
 from trainer.logits.codec import decode, encode
 from trainer.logits.index import Index, pack
+from trainer.logits.positions import read_along
 from trainer.logits.reader import CacheReader
 from trainer.logits.records import Coding, Records
 from trainer.logits.store import (
+    CacheDamaged,
     CacheMismatch,
     check_identity,
     open_cache,
@@ -129,6 +131,38 @@ def test_many_are_one_after_the_other_in_the_order_asked(cache) -> None:
         assert (found.ids[:, 0] // 10).tolist() == [7] * 6 + [1] * 3 + [7] * 6 + [5] * 3
         with pytest.raises(ValueError, match="at least one"):
             reader.read_many([])
+
+
+def test_records_of_some_positions_are_laid_along_all(store) -> None:
+    """A row per position that counts; the others get one that is a distribution too."""
+    cache = open_cache(store, {**IDENTITY, "cache.positions": "loss"})
+    publish_codebook(cache, "train", CODEBOOK)
+    some = {n: records(n, positions=n) for n in (2, 3)}
+    for n, item in some.items():
+        item.ids[:] += 4 * np.arange(n)[:, None]  # each row says which one it is
+        write_shard(cache, "train", [key(n)], [encode(item, CODEBOOK)])
+    mask = np.array([[0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 0, 0]], np.float32)
+    with CacheReader(cache, "train") as reader:
+        assert reader.positions == "loss"
+        found = read_along(reader, [key(3), key(2)], mask, "loss")
+        assert found.ids.shape == (12, 4)
+        counted = mask.reshape(-1) == 1
+        rows = np.concatenate([decode(encode(some[n], CODEBOOK), CODEBOOK).ids for n in (3, 2)])
+        assert np.array_equal(found.ids[counted], rows)
+        assert all(row.tolist() in rows.tolist() for row in found.ids)
+        assert np.isfinite(found.log_probs).all() and np.isfinite(found.log_tails).all()
+        with pytest.raises(CacheDamaged, match=f"{key(2).hex()}: .* 2 positions; its .* has 3"):
+            read_along(reader, [key(3), key(2)], mask[[0, 0]], "loss")
+        with pytest.raises(CacheDamaged, match="a record of 3 positions; its sequence has 6"):
+            read_along(reader, [key(3)], mask[:1], "all")
+
+
+def test_without_a_word_about_it_all_positions_are_there(cache) -> None:
+    write(cache, [1])
+    with CacheReader(cache, "train") as reader:
+        assert reader.positions == "all"
+        every = read_along(reader, [key(1)], np.zeros((1, 6)), reader.positions)
+        assert equal(every, reader.read(key(1)))
 
 
 def test_kinds_are_kept_apart(cache) -> None:

@@ -24,7 +24,7 @@ from trainer.models import (
     tokenizer_identity,
     width_of,
 )
-from trainer.student import check_head, last_hidden
+from trainer.student.module import check_head, last_hidden
 
 SIZES = {
     "hidden_size": 32,

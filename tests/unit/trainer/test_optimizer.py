@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.auto import auto_learning_rate, auto_micro_batch
-from trainer.optimizer import learning_rate, make_optimizer, training_config
+from trainer.engineconfig import FREE, OWNED, merged, overlay_faults, training_config
+from trainer.optimizer import learning_rate, make_optimizer
 from trainer.spec import DistillSpec
 
 
@@ -83,13 +83,97 @@ def test_the_training_configuration(stage) -> None:
     assert not training_config(spec(dtype="float32"), 1, 1, 1)["bf16"]["enabled"]
 
 
-def test_auto_values() -> None:
-    assert auto_learning_rate("pretrained", 4096) == 2e-5
-    assert auto_learning_rate("random", 768) == pytest.approx(1e-3)
-    assert auto_learning_rate("random", 3072) == pytest.approx(5e-4)
-    assert auto_learning_rate("random", 16) == 3e-3
-    assert [auto_micro_batch(n) for n in (256, 2048, 16384, 65536)] == [64, 8, 1, 1]
-
-
 def test_the_optimizer_is_plain_adamw() -> None:
     assert isinstance(make_optimizer(nn.Linear(2, 2), spec()), torch.optim.AdamW)
+
+
+def test_adapters_are_matrices_too() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from trainer.spec import LoraSpec
+    from trainer.student.lora import add_adapters
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11))
+    add_adapters(model, LoraSpec(r=2), 0)
+    (group,) = make_optimizer(model, spec(weight_decay=0.3)).param_groups
+    assert group["weight_decay"] == 0.3 and len(group["params"]) == 2 * 4
+    assert all(min(p.shape) == 2 for p in group["params"])
+
+
+def test_offload_is_of_master_weights_and_optimizer_state() -> None:
+    made = training_config(spec(offload="cpu", zero_stage=3), 1, 1, 1)
+    zero = made["zero_optimization"]
+    assert zero["offload_optimizer"]["device"] == "cpu" and "offload_param" not in zero
+    assert made["zero_force_ds_cpu_optimizer"] is False  # torch's AdamW needs no compiler
+    assert "offload_optimizer" not in training_config(spec(), 1, 1, 1)["zero_optimization"]
+
+
+# What a spec lays over it.
+
+GOOD = {
+    "zero_optimization": {"reduce_bucket_size": 1e6, "overlap_comm": False},
+    "wall_clock_breakdown": True,
+    "comms_logger": {"enabled": True, "verbose": False},
+    "flops_profiler": {"enabled": True, "profile_step": 2},
+    "communication_data_type": "fp32",
+}
+
+
+def test_a_setting_is_laid_over_ours() -> None:
+    made = training_config(spec(zero_stage=3, deepspeed=GOOD), 2, 1, 1)
+    assert made["zero_optimization"] == {
+        "stage": 3, "reduce_bucket_size": 1e6, "overlap_comm": False,
+    }  # fmt: skip
+    assert made["wall_clock_breakdown"] is True and made["train_batch_size"] == 2
+    assert overlay_faults(spec(deepspeed=GOOD)) == []
+    assert overlay_faults(spec()) == []
+
+
+def test_numbers_that_yaml_takes_for_texts() -> None:
+    over = {"zero_optimization": {"reduce_bucket_size": "5e8", "x": "1e-3", "y": "e5"}}
+    assert merged({"zero_optimization": {"stage": 2}}, over)["zero_optimization"] == {
+        "stage": 2, "reduce_bucket_size": 500_000_000, "x": 1e-3, "y": "e5",
+    }  # fmt: skip
+    assert over["zero_optimization"]["reduce_bucket_size"] == "5e8"
+
+
+@pytest.mark.parametrize("path", OWNED)
+def test_what_another_key_says_is_refused_with_its_name(path) -> None:
+    section, _, key = path.partition(".")
+    overlay = {section: {key: 1}} if key else {section: 1}
+    (fault,) = overlay_faults(spec(deepspeed=overlay))
+    assert fault == f"distill.deepspeed.{path}: may not be given; {OWNED[path]} says it"
+
+
+@pytest.mark.parametrize(
+    "overlay, message",
+    [
+        ({"reduce_bucket_size": 5}, "distill.deepspeed.reduce_bucket_size: is not taken by this"),
+        ({"elasticity": {"enabled": True}}, "distill.deepspeed.elasticity: is not taken by this"),
+        (
+            {"zero_optimization": {"reduce_bucket_sise": 5}},
+            "distill.deepspeed: ZeroConfig: reduce_bucket_sise: Extra inputs",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "much"}},
+            "distill.deepspeed: ZeroConfig: reduce_bucket_size: Input should be a valid integer",
+        ),
+        ({"zero_optimization": 3}, "distill.deepspeed.zero_optimization: got 3; may be a section"),
+        (
+            {"flops_profiler": {"enabled": True, "profile_stap": 3}},
+            "distill.deepspeed.flops_profiler.profile_stap: is no key that DeepSpeed reads",
+        ),
+        ({"communication_data_type": "fp99"}, "distill.deepspeed: DeepSpeed does not take it: "),
+    ],
+)
+def test_what_deepspeed_would_skip_or_not_take_is_one_line(overlay, message) -> None:
+    (fault,) = overlay_faults(spec(deepspeed=overlay))
+    assert fault.startswith(message) and "\n" not in fault
+
+
+def test_all_that_may_be_given_is_read_by_deepspeed() -> None:
+    """A key that DeepSpeed dropped would be accepted and ignored."""
+    sections = {"zero_optimization": {}, "comms_logger": {}, "flops_profiler": {}}
+    values = {"communication_data_type": "fp32", "gradient_predivide_factor": 2.0}
+    overlay = {key: sections.get(key, values.get(key, 1)) for key in FREE}
+    assert overlay_faults(spec(deepspeed=overlay)) == []

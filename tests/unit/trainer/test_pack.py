@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.corpus.pack import Packed, pack, position_ids, take_part
+from trainer.corpus.pack import Labelled, Packed, pack, position_ids, take_part
 
 PAD, END = 99, 0
 DOCUMENTS = st.lists(st.lists(st.integers(1, 50), max_size=40), max_size=12)
@@ -158,3 +158,98 @@ def test_keys_are_those_of_every_other_process(salt: str) -> None:
     assert here[:32] == "bcd55c7d645dc08cde2e371232e15b66"  # caches on disk are found by it
     layout = np.array([0, 1, 2, 3], "<i4").tobytes() + bytes([1, 0, 0, 0]) + bytes([1, 1, 1, 0])
     assert here[:32] == hashlib.blake2b(layout, digest_size=16).hexdigest()
+
+
+# Labelled documents.
+
+LABELLED = st.lists(
+    st.tuples(st.booleans(), st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=20)),
+    max_size=10,
+)
+
+
+def some(documents: list[tuple[bool, list[tuple[int, bool]]]]) -> list:
+    """Labelled documents and plain ones, each ended by END."""
+    made: list = []
+    for is_labelled, tokens in documents:
+        ids = np.array([*(token for token, _ in tokens), END], dtype=np.int32)
+        learnt = np.array([*(flag for _, flag in tokens), True])
+        made.append(Labelled(ids, learnt) if is_labelled else ids)
+    return made
+
+
+def labelled_reference(documents: list, length: int, packing: str) -> list[tuple]:
+    """(ids, starts, mask, first and last document) of every sequence, one token at a time."""
+    stream: list[tuple[int, int, bool]] = []  # token, document, learnt; padding is document -1
+    for number, document in enumerate(documents):
+        if isinstance(document, Labelled):
+            pairs = list(zip(document.ids.tolist(), document.learnt.tolist(), strict=True))[:length]
+            while len(stream) % length and len(stream) % length + len(pairs) > length:
+                stream.append((PAD, -1, False))
+        else:
+            pairs = [(int(token), True) for token in document]
+        stream += [(token, number, flag) for token, flag in pairs]
+    result = []
+    for first in range(0, len(stream), length):
+        piece = stream[first : first + length]
+        piece += [(PAD, -1, False)] * (length - len(piece))
+        starts = [
+            int(t == 0 or (packing == "documents" and piece[t][1] != piece[t - 1][1]))
+            for t in range(length)
+        ]
+        mask = [
+            int(t + 1 < length and not starts[t + 1] and piece[t + 1][2]) for t in range(length)
+        ]
+        if any(mask):
+            numbers = [number for _, number, _ in piece if number >= 0]
+            result.append(([token for token, _, _ in piece], starts, mask, numbers[0], numbers[-1]))
+    return result
+
+
+@given(LABELLED, LENGTH, st.sampled_from(["documents", "concat"]))
+def test_labelled_documents_stay_whole_and_count_where_they_are_learnt(
+    documents, length, packing
+) -> None:
+    made = some(documents)
+    packed = pack(made, length, packing, PAD)
+    expected = labelled_reference(made, length, packing)
+    assert len(packed) == len(expected)
+    for row, (ids, starts, mask, first, _) in enumerate(expected):
+        assert packed.input_ids[row].tolist() == ids
+        assert packed.document_start[row].tolist() == starts
+        assert packed.loss_mask[row].tolist() == mask
+        assert packed.documents[row] == first
+    longer = [one for one in made if isinstance(one, Labelled) and len(one) > length]
+    assert packed.cut == len(longer)
+    assert packed.input_ids.dtype == np.int32
+    assert packed.document_start.dtype == packed.loss_mask.dtype == np.uint8
+
+
+@given(LABELLED, LENGTH, st.integers(1, 3), st.sampled_from(["documents", "concat"]))
+def test_a_part_of_labelled_documents_is_filled_by_the_first_ones(
+    documents, length, count, packing
+) -> None:
+    """And leaves all others to the next part: what stands behind it is whole."""
+    made = some(documents)
+    taken = take_part(made, count, length, packing, PAD)
+    if taken is None:
+        assert len(pack(made, length, packing, PAD)) <= count  # the last one may not be full
+        return
+    packed, used = taken
+    expected = labelled_reference(made, length, packing)[:count]
+    assert packed.input_ids.tolist() == [one[0] for one in expected]
+    assert packed.loss_mask.tolist() == [one[2] for one in expected]
+    assert used == expected[-1][4] + 1
+    longer = [n for n, one in enumerate(made) if isinstance(one, Labelled) and len(one) > length]
+    assert packed.cut == sum(number < used for number in longer)
+
+
+def test_a_conversation_by_hand() -> None:
+    """As in the module's docstring."""
+    flags = [(1, False), (2, False), (3, True)]
+    documents = some([(True, flags), (True, [(4, False), (5, True)]), (True, flags * 2)])
+    packed = pack(documents, 4, "documents", PAD)
+    assert packed.input_ids.tolist() == [[1, 2, 3, END], [4, 5, END, PAD], [1, 2, 3, 1]]
+    assert packed.document_start.tolist() == [[1, 0, 0, 0], [1, 0, 0, 1], [1, 0, 0, 0]]
+    assert packed.loss_mask.tolist() == [[0, 1, 1, 0], [1, 1, 0, 0], [0, 1, 0, 0]]
+    assert packed.documents.tolist() == [0, 1, 2] and packed.cut == 1

@@ -241,12 +241,12 @@ def test_unknown_builtins_are_refused() -> None:
 # ---------------------------------------------------------------- hub data sets
 
 
-def put_in_hub_cache(folder: Path, texts: list[str], commit: str) -> None:
+def put_in_hub_cache(folder: Path, rows: list[dict], commit: str) -> None:
     """What `load_dataset("owner/docs")` leaves behind, made from a local file."""
     datasets = files.library()
     made = folder / "made"
     made.mkdir(parents=True)
-    path = jsonl(made / "x.jsonl", [{"text": text} for text in texts])
+    path = jsonl(made / "x.jsonl", rows)
     datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(made))
     [info] = made.glob("json/*/*/*/dataset_info.json")
     target = folder / "owner___docs" / "default" / "0.0.0" / commit
@@ -266,7 +266,8 @@ def offline(monkeypatch) -> None:
 
 def test_a_hub_data_set_is_read_in_row_ranges(tmp_path, monkeypatch, offline) -> None:
     texts = [f"text {number}" for number in range(20)]
-    put_in_hub_cache(tmp_path / "cache", texts, "a" * 40)
+    rows = [{"text": text} for text in texts]
+    put_in_hub_cache(tmp_path / "cache", rows, "a" * 40)
     monkeypatch.setattr(files, "SHARD_BYTES", 100)
     source = SourceSpec(source="owner/docs")
     shards = resolve(source, 0)
@@ -277,11 +278,25 @@ def test_a_hub_data_set_is_read_in_row_ranges(tmp_path, monkeypatch, offline) ->
     assert before == fingerprint(source) and before["source"] == "owner/docs"
 
     shutil.rmtree(tmp_path / "cache")
-    put_in_hub_cache(tmp_path / "cache", texts, "b" * 40)  # another commit
+    put_in_hub_cache(tmp_path / "cache", rows, "b" * 40)  # another commit
     hub._cached.cache_clear()
     assert fingerprint(source) != before
     with pytest.raises(RuntimeError, match="another version of the data set"):
         list(read_documents(shards[0]))
+
+
+def test_a_hub_data_set_of_prompts_is_read_from_two_columns(tmp_path, monkeypatch, offline) -> None:
+    rows = [{"prompt": f"p{n}", "completion": f"c{n}", "more": n} for n in range(20)]
+    put_in_hub_cache(tmp_path / "cache", rows, "a" * 40)
+    monkeypatch.setattr(files, "SHARD_BYTES", 50)
+    shards = resolve(SourceSpec(source="owner/docs", format="prompt_completion"), 0)
+    assert len(shards) > 1
+    found = [row for shard in shards for row in read_documents(shard)]
+    assert [(row.prompt, row.completion) for row in found] == [
+        (row["prompt"], row["completion"]) for row in rows
+    ]
+    assert found[-1].where == "data.train.0 (owner/docs): row 19"
+    assert "no column 'messages'" in error("owner/docs", format="messages")
 
 
 def test_a_hub_data_set_that_cannot_be_reached_names_the_local_way_out(offline, capfd) -> None:

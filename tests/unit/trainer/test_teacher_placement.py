@@ -8,11 +8,14 @@ import psutil
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from trainer.online import adapter_parameters
+from trainer.spec import LoraSpec
+from trainer.student.lora import add_adapters
 from trainer.teacher import placement
 from trainer.teacher.experts import check_shardable, has_experts, mark_leaves
-from trainer.teacher.placement import groups_for, memory_of
+from trainer.teacher.placement import groups_for, memory_of, training_bytes
 
 GB = 1e9
 TWO_NODES = [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -133,3 +136,64 @@ def test_the_module_around_experts_that_are_modules_is_a_leaf() -> None:
 
     model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])})
     assert mark_leaves(model) == list(model["layers"])
+
+
+# Beside a student in training.
+
+
+@pytest.mark.parametrize(
+    ("stage", "bytes_per_parameter"),
+    # bfloat16 on 8 ranks: weights 2, gradients 2 + 4, master weights and moments 12.
+    [(1, 2 + 6 + 12 / 8), (2, 2 + 18 / 8), (3, 20 / 8)],
+)
+def test_training_states_are_shared_out_by_stage(stage, bytes_per_parameter) -> None:
+    sizes = {"itemsize": 2, "zero_stage": stage, "world": 8, "offloaded": False}
+    layer = 2 * 3e7 if stage == 3 else 0  # gathered when it runs
+    made = training_bytes(1e9, 1e9, 3e7, **sizes)
+    assert made == pytest.approx(1e9 * bytes_per_parameter + layer)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_rank_has_all_training_states(stage) -> None:
+    sizes = {"itemsize": 4, "zero_stage": stage, "world": 1, "offloaded": False}
+    assert training_bytes(1e9, 1e9, 0, **sizes) == pytest.approx(24e9)
+
+
+def test_what_is_offloaded_or_does_not_learn_takes_less() -> None:
+    def size(trained: float, offloaded: bool) -> float:
+        return training_bytes(
+            1e9, trained, 0, itemsize=2, zero_stage=2, world=4, offloaded=offloaded
+        )
+
+    assert size(1e9, True) == pytest.approx(2e9 + 2e9 / 4)
+    assert size(1e6, False) == pytest.approx(2e9 + 18e6 / 4)
+
+
+def test_a_reserve_is_taken_from_every_worker() -> None:
+    def groups(reserve: float) -> list[list[int]]:
+        return groups_for("auto", 40 * GB, GB, EIGHTY, TWO_NODES, reserve=reserve)
+
+    assert groups(13 * GB) == [[rank] for rank in range(8)]  # 60 % of 67 GB
+    assert groups(14 * GB) == TWO_NODES
+    assert groups(61 * GB) == TWO_NODES
+    assert groups(70 * GB) == [list(range(8))]
+    with pytest.raises(ValueError) as caught:
+        groups_for("auto", 40 * GB, GB, EIGHTY, TWO_NODES, stage="distill", reserve=90 * GB)
+    assert str(caught.value) == (
+        "teacher.model: 40.0 GB of weights and 1.0 GB for the largest layer do not fit 8 workers "
+        "of 80.0 GB, of which the student's training takes 90.0 GB; give resources.distill more "
+        "workers"
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_adapters_are_counted_as_they_are_made(kind) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
+    own = {"n_embd": 32, "n_layer": 3, "n_head": 4} if kind == "gpt2" else sizes
+    config = AutoConfig.for_model(kind, vocab_size=64, **own)
+    config.num_hidden_layers, config.num_attention_heads = 3, 4
+    lora = LoraSpec(r=4)
+    model = AutoModelForCausalLM.from_config(config)
+    counted = adapter_parameters(model, lora)
+    add_adapters(model, lora, seed=0)
+    assert counted == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0

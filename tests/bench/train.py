@@ -1,0 +1,82 @@
+"""Training measured: speeds, memory, and what students learn from each signal.
+
+    make demo && make bench-train
+
+Prints the tables and writes tests/bench/results/train.json and the tables of docs/benchmarks.md.
+Ends with exit code 1 if an aim is missed. `--only speed|memory|heldout` measures one part and keeps
+the figures of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tests.bench import loss_memory, train_docs, train_heldout, train_speed
+
+RESULT = Path(__file__).parent / "results" / "train.json"
+COMMAND = "make demo && make bench-train"
+PARTS = ("speed", "memory", "heldout")
+
+
+def aims(found: dict[str, Any]) -> dict[str, bool]:
+    """What is aimed at, as far as it was measured, and whether it is reached."""
+    result = {}
+    if "over" in found:
+        over = found["over"]
+        for cached in ("cached_sample", "cached_topk"):
+            result[f"{cached} at least as fast as ce"] = over[f"{cached}/ce"] >= 1
+            result[f"{cached} at most 5 % slower than ce_fused"] = (
+                over[f"{cached}/ce_fused"] >= 0.95
+            )
+            result[f"{cached} >= 3.3 x online"] = over[f"{cached}/online"] >= 3.3
+            result[f"{cached} >= 5 x trl_gkd"] = over[f"{cached}/trl_gkd"] >= 5
+    if "loss_extra_bytes" in found:
+        extra = found["loss_extra_bytes"]
+        result["fused loss: a tenth of the dense one's memory"] = (
+            extra["fused"] <= 0.1 * extra["dense"]
+        )
+    if "heldout" in found:
+        result["sample within 0.02 nats of online"] = found["sample_over_online"] <= 0.02
+        result["sample below ce"] = found["sample_over_ce"] < 0
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=PARTS)
+    asked = parser.parse_args().only
+    found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() and asked else {}
+    began = time.monotonic()
+    if asked in (None, "memory"):
+        found["loss_extra_bytes"] = loss_memory.measure()
+    if asked in (None, "speed"):
+        found |= train_speed.measure()
+    if asked in (None, "heldout"):
+        found |= train_heldout.measure()
+    found |= {
+        "command": COMMAND,
+        "aims": aims(found),
+        "seconds": {**found.get("seconds", {}), asked or "all": round(time.monotonic() - began)},
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "threads": 1},
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "deepspeed", "trl", "numba")
+        },
+    }
+    RESULT.write_text(json.dumps(found, indent=2) + "\n")
+    train_docs.write(found)
+    print(train_docs.text(found))
+    for aim, reached in found["aims"].items():
+        print(f"{'reached' if reached else 'MISSED '}  {aim}")
+    return 0 if all(found["aims"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

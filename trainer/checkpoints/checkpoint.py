@@ -1,0 +1,201 @@
+"""Checkpoints of a DeepSpeed engine on any storage, whole or not there.
+
+    checkpoints/<name>/<step>-<attempt>/...          what the ranks saved
+    checkpoints/<name>/<step>-<attempt>.json         written last: world size, stage, file hashes
+
+Every rank saves into a temporary folder of its own and uploads what it wrote (`saver`);
+a checkpoint exists once its JSON does. DeepSpeed reads its files with pickle, so only files whose
+hashes the JSON holds are loaded, from the run's own folder. Another number of ranks loads them
+through a universal checkpoint (trainer/checkpoints/universal.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.storage import Store
+from trainer.checkpoints import universal
+from trainer.checkpoints.scratch import Scratch
+from trainer.worker import Worker
+
+# The folder in a checkpoint that DeepSpeed reads and writes.
+TAG = "state"
+# Files of one rank; what has no such name is read by all.
+_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
+
+
+class CheckpointMisfit(ValueError):
+    """A checkpoint that cannot be loaded as things are."""
+
+
+class CheckpointFailed(OSError):
+    """A checkpoint that could not be saved."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: where it is and what it says of itself.
+
+    folder: its name. step: steps that are done in it. world: ranks that wrote it. files: hash of
+    each file, by path below the folder. state: what `Saver.begin` was given.
+    """
+
+    folder: str
+    step: int
+    world: int
+    zero_stage: int
+    files: dict[str, str]
+    state: dict[str, Any]
+
+
+def find_latest(store: Store) -> Checkpoint | None:
+    """The complete checkpoint of the highest step (then attempt) in `store`, if any.
+
+    Raises CheckpointMisfit, naming the file, if what it says of itself cannot be read.
+    """
+    names = [name for name in store.list("") if name.endswith(".json")]
+    if not names:
+        return None
+    name = max(names)
+    try:
+        data = store.read_json(name)
+        wanted = {field.name for field in fields(Checkpoint)} - {"folder"}
+        if not isinstance(data, dict) or set(data) != wanted:
+            raise ValueError(f"{store.path(name)}: must hold {', '.join(sorted(wanted))}")
+    except ValueError as error:
+        raise CheckpointMisfit(f"{error}; {_before(store, name)}") from error
+    return Checkpoint(folder=name.removesuffix(".json"), **data)
+
+
+def newest(store: Store, worker: Worker) -> Checkpoint | None:
+    """What `find_latest` finds on rank 0, on every rank, or raised there; collective."""
+    found, fault = None, None
+    if worker.is_main:
+        try:
+            found = find_latest(store)
+        except CheckpointMisfit as error:
+            fault = str(error)
+    found, fault = worker.share((found, fault))
+    if fault is not None:
+        raise CheckpointMisfit(fault)
+    return found
+
+
+def load(engine: Any, store: Store, checkpoint: Checkpoint, worker: Worker) -> None:
+    """Puts a fresh engine into the checkpoint's state, on any number of ranks; collective.
+
+    Raises CheckpointMisfit, on all ranks, for a file that is missing or damaged, for another ZeRO
+    stage, and for what DeepSpeed cannot load.
+    """
+    path = store.path(checkpoint.folder)
+    stage = engine.zero_optimization_stage()
+    if checkpoint.zero_stage != stage:
+        raise CheckpointMisfit(
+            f"{path}: was written with distill.zero_stage={checkpoint.zero_stage}, this run has "
+            f"{stage}; set it back, or start over with --redo distill"
+        )
+    if checkpoint.world == worker.world:
+        mine = [name for name in checkpoint.files if _rank_of(name) in (None, worker.rank)]
+        with Scratch() as folder:
+            _agree(worker, fetch(store, checkpoint, mine, folder))
+            loaded, _ = engine.load_checkpoint(
+                str(folder),
+                tag=TAG,
+                load_module_strict=not has_frozen(engine.module),  # which were not saved
+            )
+        _agree(worker, None if loaded else f"{path}: DeepSpeed found nothing to load in it")
+        return
+    # One copy of the conversion per machine, made by its first rank.
+    node = next(ranks for ranks in worker.nodes() if worker.rank in ranks)
+    patient = worker.patient_group()
+    with Scratch() as folder:
+        fault = None
+        if worker.rank == node[0]:
+            fault = fetch(store, checkpoint, checkpoint.files, folder / "saved")
+            if fault is None:
+                fault = universal.convert(folder / "saved" / TAG, folder / "universal" / TAG)
+                fault = fault and f"{path}: {fault}; {ways_out(checkpoint)}"
+        worker.sum([0.0], group=patient)  # a conversion may take longer than ranks wait otherwise
+        _agree(worker, fault)
+        converted = worker.gather(str(folder / "universal"))[node[0]]
+        fault = universal.load(engine, converted, TAG)
+        _agree(worker, fault and f"{path}: {fault}; {ways_out(checkpoint)}")  # before it is removed
+
+
+def fetch(store: Store, checkpoint: Checkpoint, names: Iterable[str], target: Path) -> str | None:
+    """Puts files of a checkpoint below `target`, as links; a fault, one line, or None."""
+    for name in names:
+        try:
+            source = store.fetch(f"{checkpoint.folder}/{name}")
+        except FileNotFoundError:
+            fault = "missing"
+        else:
+            fault = (
+                "" if hash_file(source) == checkpoint.files[name] else "damaged: its hash differs"
+            )
+        if fault:
+            path = store.path(checkpoint.folder, name)
+            return f"{path}: {fault}; {_before(store, f'{checkpoint.folder}.json')}"
+        link = target / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(source.absolute())
+    return None
+
+
+def has_frozen(module: torch.nn.Module) -> bool:
+    """Whether some parameters are not trained."""
+    return any(not parameter.requires_grad for parameter in module.parameters())
+
+
+def ways_out(checkpoint: Checkpoint) -> str:
+    """What a user can do where another number of workers cannot load a checkpoint."""
+    return (
+        f"it was written by {checkpoint.world} workers: set resources.distill.workers="
+        f"{checkpoint.world}, or start over with --redo distill"
+    )
+
+
+def prune(store: Store, keep: int) -> None:
+    """Deletes all but the newest `keep` complete checkpoints, and what a kill left of others."""
+    there = store.list("")
+    complete = sorted(name for name in there if name.endswith(".json"))
+    kept = {name.removesuffix(".json") for name in (complete[-keep:] if keep else [])}
+    for name in complete:  # first: without its JSON a checkpoint is none
+        if name.removesuffix(".json") not in kept:
+            store.delete(name)
+    for name in there:
+        if not name.endswith(".json") and name not in kept and name[:8].isdigit():
+            store.delete(name, recursive=True)
+
+
+def hash_file(path: Path) -> str:
+    """blake2b-128 of a file's content, in hex."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _rank_of(name: str) -> int | None:
+    """The rank that alone needs a file, at the number of ranks that wrote it."""
+    found = _OF_RANK.search(name)
+    return None if found is None else int(found[1])
+
+
+def _before(store: Store, name: str) -> str:
+    return f"delete {store.path(name)} to continue from the checkpoint before it"
+
+
+def _agree(worker: Worker, fault: str | None) -> None:
+    """Raises the first rank's fault on all ranks; collective."""
+    for told in worker.gather(fault):
+        if told is not None:
+            raise CheckpointMisfit(told)

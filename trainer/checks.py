@@ -1,0 +1,187 @@
+"""Faults of a spec that only the world can tell: files and models. The same for all launchers.
+
+Looked for before anything is started that takes memory or other machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from trainer.identity import Identities
+from trainer.models import max_length, meta_model, new_config, read_config
+from trainer.rules import Sections
+
+
+def world_faults(spec: Sections, found: Identities, stages: Collection[str]) -> list[str]:
+    """One line per fault of what the spec names, as far as the `stages` to run need it.
+
+    stages: of prepare, capture, distill and sweep.
+    """
+    faults = faults_in(lambda: found.teacher_folder) + faults_in(lambda: found.student_folder)
+    if faults or not stages:
+        return faults  # what follows would only repeat them
+    checks: list[Callable[[], Any]] = [lambda: _vocabularies(found)]
+    if "prepare" in stages:
+        checks.append(lambda: _corpus(spec, found))
+    if {"capture", "distill"} & set(stages):
+        checks.append(lambda: _shardable(spec, found))
+    if {"capture", "distill", "sweep"} & set(stages):
+        checks.append(lambda: _teacher_teaches(spec, found))
+        checks.append(lambda: _student_builds(spec, found))
+    faults = [fault for check in checks for fault in faults_in(check)]
+    if "distill" in stages and not faults:
+        faults += _of_training(spec, found)
+    return faults
+
+
+def faults_in(check: Callable[[], Any], key: str = "") -> list[str]:
+    """The ValueError of `check` as one line that begins with `key`; [] without one."""
+    try:
+        check()
+    except ValueError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        prefix = f"{key}: " if key and not lines[0].startswith(key) else ""
+        return [prefix + " ".join(lines)]
+    return []
+
+
+def _vocabularies(found: Identities) -> None:
+    """Teacher and student must give every token the same id."""
+    from trainer.corpus.tokenizer import check_same_vocabulary, load_tokenizer, vocabulary_size
+
+    if found.teacher_folder is not None and found.student_folder is not None:
+        check_same_vocabulary(found.teacher_folder, found.student_folder)
+    for role, folder in (("teacher", found.teacher_folder), ("student", found.student_folder)):
+        if folder is None or found.tokenizer_folder is None:
+            continue
+        rows = read_config(folder).get_text_config().vocab_size
+        ids = vocabulary_size(load_tokenizer(found.tokenizer_folder))
+        if rows < ids:
+            raise ValueError(
+                f"{role}.model: {rows} embedding rows, but the tokenizer has ids up to {ids - 1}; "
+                "give a model that was made for this tokenizer"
+            )
+
+
+def _corpus(spec: Sections, found: Identities) -> None:
+    """Sources are there, have their columns, and suffice for the parts; so do prompts."""
+    from trainer.corpus.size import check_size
+    from trainer.corpus.tokenizer import load_tokenizer
+
+    assert spec.data is not None
+    folder = found.tokenizer_folder
+    tokenizer = spec.tokenizer if folder is None else load_tokenizer(folder)
+    if found.responses_spec is None:
+        check_size(spec.data, tokenizer)
+        return
+    from trainer.responses.faults import world_faults as faults_of_responses
+
+    for fault in faults_of_responses(spec, tokenizer=tokenizer):
+        raise ValueError(fault)
+
+
+def _shardable(spec: Sections, found: Identities) -> None:
+    """ZeRO-3 must be able to shard the teacher where it is asked for."""
+    from trainer.teacher.experts import check_shardable
+
+    if spec.teacher is not None and spec.teacher.sharding == "zero3":
+        assert found.teacher_folder is not None
+        check_shardable(read_config(found.teacher_folder))
+
+
+def _teacher_teaches(spec: Sections, found: Identities) -> None:
+    """The teacher must be of a verified family and have positions enough."""
+    from trainer.student.families import check_family
+
+    if found.teacher_folder is None:
+        return
+    config = read_config(found.teacher_folder)
+    check_family("teacher", config)
+    _length(spec, "teacher", config)
+
+
+class _Tokens:
+    """Stands for a tokenizer that is not trained yet: its size is known, its ids are not."""
+
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"": self.size - 1}
+
+
+def student_config(spec: Sections, found: Identities) -> Any:
+    """The student's transformers config, as it will be built. Raises ValueError, one line."""
+    assert spec.data is not None
+    student = spec.student
+    if student.init == "slice":
+        from trainer.student.slicing import sliced_config
+
+        assert found.teacher_folder is not None and student.layers is not None
+        return sliced_config(read_config(found.teacher_folder), student.layers)
+    if student.config is None:
+        assert found.student_folder is not None
+        return read_config(found.student_folder)
+    if spec.tokenizer is not None:
+        tokenizer: Any = _Tokens(spec.tokenizer.train)
+    else:
+        from trainer.corpus.tokenizer import load_tokenizer
+
+        assert found.tokenizer_folder is not None
+        tokenizer = load_tokenizer(found.tokenizer_folder)
+    return new_config("student.config", student.config, tokenizer, spec.data.sequence_length)
+
+
+def has_student(spec: Sections, found: Identities) -> bool:
+    """Whether a student can be built from what the spec says."""
+    return not faults_in(lambda: _student_builds(spec, found))
+
+
+def _student_builds(spec: Sections, found: Identities) -> None:
+    """The student must be of a verified family, have positions enough, and make a model."""
+    from trainer.student.families import check_family
+
+    student = spec.student
+    config = student_config(spec, found)
+    if spec.distill is not None:  # what is quantized as it is need not be trainable
+        key = "student.config.model_type" if student.config is not None else None
+        check_family("student", config, "student.init" if student.init == "slice" else key)
+    _length(spec, "student", config)
+    try:
+        meta_model(config)
+    except Exception as error:  # transformers raises many kinds for sizes that do not fit
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"student.config: no model can be built from it ({reason})") from None
+
+
+def _length(spec: Sections, role: str, config: Any) -> None:
+    """Sequences must fit the positions of a model."""
+    assert spec.data is not None
+    longest = max_length(config)
+    if longest is not None and spec.data.sequence_length > longest:
+        raise ValueError(
+            f"data.sequence_length: {spec.data.sequence_length} is over the {role}'s maximum; "
+            f"may be at most {longest}"
+        )
+
+
+def _of_training(spec: Sections, found: Identities) -> list[str]:
+    """What a training asks of models and of DeepSpeed that they cannot give."""
+    from trainer.engineconfig import overlay_faults
+    from trainer.student.lora import lora_faults
+
+    distill = spec.distill
+    assert distill is not None
+    faults = overlay_faults(distill)
+    if spec.student.lora is not None:
+        faults += lora_faults(spec.student, student_config(spec, found))
+    if "hidden" in distill.losses.used():
+        from trainer.student.features import hidden_faults
+
+        assert found.teacher_folder is not None
+        teacher = read_config(found.teacher_folder)
+        faults += hidden_faults(distill, student_config(spec, found), teacher)
+    return faults

@@ -1,0 +1,91 @@
+"""A model's output head: the way from final hidden states to logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Matrix units want rows of whole 16 bytes: products are made for a multiple of so many ids.
+_ALIGNED = 8
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's way from hidden states to logits.
+
+    logits = softcap(scale * (hidden @ weight.T + bias)); ids from `vocab` on do not exist.
+    weight: [rows, hidden], rows >= vocab. softcap(x) = cap * tanh(x / cap), or x without a cap.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    vocab: int
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def width(self) -> int:
+        """Rows that a product is made of: the vocabulary, filled up where there are more rows."""
+        return min(self.weight.shape[0], -(-self.vocab // _ALIGNED) * _ALIGNED)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [tokens, rows] of hidden states [tokens, hidden]; -inf from `vocab` on."""
+        raw = nn.functional.linear(hidden, self.weight, self.bias).float()
+        if self.scale != 1.0:
+            raw = raw * self.scale
+        if self.softcap is not None:
+            raw = torch.tanh(raw / self.softcap) * self.softcap
+        if self.vocab < raw.shape[1]:
+            raw[:, self.vocab :] = float("-inf")
+        return raw
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """hidden @ weight.T + bias, [tokens, width], in the dtype of the weight."""
+        bias = None if self.bias is None else self.bias[: self.width]
+        return nn.functional.linear(hidden, self.weight[: self.width], bias)
+
+    def finish_(self, product: Tensor, needs_slope: bool = False) -> Tensor | None:
+        """Makes logits of a float32 part of `product`, in place.
+
+        Returns the softcap's derivative there, for `back_`; None without a cap or if not asked.
+        """
+        if self.scale != 1.0:
+            product.mul_(self.scale)
+        if self.softcap is None:
+            return None
+        product.div_(self.softcap).tanh_()
+        slope = torch.addcmul(product.new_ones(()), product, product, value=-1)
+        product.mul_(self.softcap)
+        return slope if needs_slope else None
+
+    def back_(self, grad: Tensor, slope: Tensor | None) -> Tensor:
+        """Gradient of the product from the gradient of the logits, in place."""
+        if slope is not None:
+            grad.mul_(slope)
+        return grad.mul_(self.scale) if self.scale != 1.0 else grad
+
+
+def head_of(model: Any, vocab: int | None = None) -> Head:
+    """The head of a transformers causal language model; `vocab` cuts padded rows off.
+
+    Reads the weight itself, so under ZeRO-3 call it inside the wrapped module's forward.
+    """
+    module = model.get_output_embeddings()
+    if module is None:
+        raise ValueError(f"{type(model).__name__} has no output head; needs a causal model")
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    weight = module.weight
+    rows = int(getattr(weight, "ds_shape", weight.shape)[0])
+    return Head(
+        weight,
+        getattr(module, "bias", None),
+        min(vocab or rows, rows),
+        scale,
+        float(cap) if cap else None,
+    )

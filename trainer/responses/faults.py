@@ -1,0 +1,91 @@
+"""What is wrong with `responses`, as far as the spec and this machine tell; before work starts.
+
+Rules across other sections (mode, teacher, formats of sources) are in `trainer.rules`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.spec import AnswersEndpoint, AnswersFile, ResponsesSpec
+
+GENERATED = ("max_new_tokens", "temperature", "top_p", "samples", "seed")
+
+
+def responses_fault(responses: ResponsesSpec | None) -> str | None:
+    """One line if keys of `responses` do not go together, else None."""
+    if responses is None:
+        return None
+    origin = responses.origin
+    if isinstance(origin, AnswersFile):
+        for name in GENERATED:
+            value = getattr(responses, name)
+            if value != type(responses).model_fields[name].default:
+                return (
+                    f"responses.{name}: got {value}; is for answers that are generated, and those "
+                    f"of from: {{file: ...}} are there; remove {name}"
+                )
+        return None
+    if responses.temperature == 0:
+        if responses.samples > 1:
+            return (
+                f"responses.samples: got {responses.samples}; may be 1 with temperature: 0, where "
+                "all answers to a prompt are the same"
+            )
+        if responses.top_p < 1:
+            return (
+                f"responses.top_p: got {responses.top_p}; may be 1 with temperature: 0, which does "
+                "not sample"
+            )
+    if isinstance(origin, AnswersEndpoint):
+        host = origin.endpoint.partition("://")[2].partition("/")[0]
+        if "@" in host:
+            return (
+                "responses.from.endpoint: has credentials in the URL; remove them, and name the "
+                "variable that holds the key with api_key_env"
+            )
+        if "?" in origin.endpoint or "#" in origin.endpoint:
+            return (
+                f"responses.from.endpoint: got {origin.endpoint}; may be a base URL such as "
+                "https://api.example.com/v1, without ? and #"
+            )
+    return None
+
+
+def world_faults(
+    spec: Any, environ: Mapping[str, str] | None = None, *, tokenizer: Any = None
+) -> list[str]:
+    """One line per fault that only this machine can tell: keys, files, prompts.
+
+    spec: its sections `data` and `responses`; asked for where prepare will run, on the driver.
+    tokenizer: the corpus's, to see whether it can render the answers.
+    """
+    from trainer.corpus.chat import has_template
+    from trainer.responses.ask import api_key
+    from trainer.responses.given import check_file
+    from trainer.responses.prompts import check_prompts
+
+    responses = spec.responses
+    if responses is None or spec.data is None:
+        return []
+    origin = responses.origin
+    try:
+        if isinstance(origin, AnswersEndpoint):
+            api_key(origin, os.environ if environ is None else environ)
+        if isinstance(origin, AnswersFile):
+            chats = {"responses.from.file": check_file(origin)}
+        else:
+            chats = check_prompts(spec.data)
+    except ValueError as error:
+        return [" ".join(str(error).split())]
+    if tokenizer is None or has_template(tokenizer):
+        return []
+    name = getattr(tokenizer, "name_or_path", "that is trained on the corpus")
+    return [
+        f"{key}: holds messages, which need a chat template, and the tokenizer {name} has none; "
+        "give prompts and completions that are texts, or a model with a chat template"
+        for key, is_chat in chats.items()
+        if is_chat
+    ]

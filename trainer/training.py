@@ -1,0 +1,63 @@
+"""What a training is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.storage import Store
+from trainer.corpus.corpus import Corpus
+from trainer.schedule import Schedule
+from trainer.spec import CacheSpec, DataSpec, DistillSpec, StudentSpec, TeacherSpec
+from trainer.worker import Worker
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything a rank needs to know of one training; picklable.
+
+    stage: "distill" or "control". teacher: None without one, and for the control. cache: the
+    teacher's records, None without a teacher; cache_spec: which they are. checkpoints: a folder of
+    this training alone. output: where the student's folder goes; last: where the
+    last weights go, if the student is not made of them. No `auto` is left in the specs.
+    """
+
+    stage: str
+    teacher: TeacherSpec | None
+    student: StudentSpec
+    distill: DistillSpec
+    data: DataSpec
+    cache_spec: CacheSpec
+    seed: int
+    corpus: Store
+    cache: Store | None
+    checkpoints: Store
+    output: Store
+    last: Store
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.distill.tokens_per_step // self.data.sequence_length
+
+    def schedule(self, corpus: Corpus) -> Schedule:
+        """The order in which this training reads the train part."""
+        return make_schedule(corpus, self.data, self.distill, self.seed)
+
+    def run(self, worker: Worker) -> dict[str, Any]:
+        """Trains on the ranks of `worker`; collective."""
+        from trainer.loop import train
+
+        return train(self, worker)
+
+
+def make_schedule(corpus: Corpus, data: DataSpec, distill: DistillSpec, seed: int) -> Schedule:
+    """Which sequences each step reads: a function of corpus, spec and seed alone."""
+    assert isinstance(data.max_tokens, int)
+    return Schedule(
+        sources=corpus.part("train").sources,
+        weights=[source.weight for source in data.train],
+        seed=seed,
+        sequences_per_step=distill.tokens_per_step // data.sequence_length,
+        steps=distill.steps,
+        max_sequences=-(-data.max_tokens // data.sequence_length),
+    )
