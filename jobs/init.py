@@ -33,7 +33,7 @@ data:
   train:                   # several sources are mixed by weight
     - source: {data}       # hub data set, glob of files, or builtin:python-docs
       format: text         # or messages, prompt_completion: what the assistant says is learnt
-      column: text         # the column that holds the documents, in json, jsonl or parquet
+      # column: text       # the column that holds the documents; as it is, named like the format
       weight: 1.0
   select_sequences: 256    # held out: choices are made on these
   report_sequences: 256    # held out: results are reported on these, nothing is chosen on them

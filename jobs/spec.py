@@ -6,18 +6,15 @@ directory in which the command is run, not to the file.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from cluster.spec import ResourcesSpec
 from quant.spec import SweepSpec
+from trainer.rules import NAME, Rule, faults_of, is_hub_id, plain_name, raise_faults
 from trainer.rules import RULES as TRAINER_RULES
-from trainer.rules import Rule, faults_of
 from trainer.spec import (
     CacheSpec,
     DataSpec,
@@ -28,8 +25,7 @@ from trainer.spec import (
     TokenizerSpec,
 )
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+__all__ = ["NAME", "JobSpec", "TrackingSpec", "is_hub_id", "rule_faults"]
 
 
 class TrackingSpec(BaseModel):
@@ -98,47 +94,17 @@ class JobSpec(BaseModel):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError(
-                "may be 1 to 63 lower-case letters, digits, '.', '_' and '-', "
-                "the first a letter or a digit"
-            )
-        return value
+        return plain_name(value)
 
     @model_validator(mode="after")
     def _rules_across_sections(self) -> JobSpec:
-        faults = rule_faults(self)
-        if faults:
-            raise PydanticCustomError("rules", "{text}", {"text": "\n".join(faults)})
+        raise_faults(rule_faults(self))
         return self
 
 
 def rule_faults(spec: JobSpec, at_fault: Iterable[str] = ()) -> list[str]:
-    """One line for every rule that `spec` breaks.
-
-    Rules that read one of the dotted keys `at_fault` are left out: their keys hold no values to
-    judge. `spec` may then be incomplete there.
-    """
-    bad = list(at_fault)
-    return faults_of(
-        (*TRAINER_RULES, *_OWN_RULES), spec, lambda key: any(_concerns(key, one) for one in bad)
-    )
-
-
-def _concerns(key: str, bad: str) -> bool:
-    """Whether a rule that reads `key` is blind when `bad` is at fault.
-
-    A rule that reads a whole section asks only whether it is there, so a fault inside of it
-    does not matter.
-    """
-    if key == bad or key.startswith(bad + "."):
-        return True
-    return bad.startswith(key + ".") and key not in JobSpec.model_fields
-
-
-def is_hub_id(model: str) -> bool:
-    """Whether `model` is written like a hub id (`name` or `owner/name`), not a path or a URL."""
-    return _HUB_ID.fullmatch(model) is not None
+    """One line for every rule that `spec` breaks, as `trainer.rules.faults_of` does."""
+    return faults_of((*TRAINER_RULES, *_OWN_RULES), spec, at_fault)
 
 
 def _something_to_do(spec: JobSpec) -> str | None:
@@ -162,10 +128,14 @@ def _shards_need_workers(spec: JobSpec) -> str | None:
         return None
     online = spec.distill is not None and spec.distill.mode == "online"
     for stage, counts in (("capture", True), ("distill", online)):
-        if counts and getattr(spec.resources, stage).workers == 1:
+        workers = getattr(spec.resources, stage).workers
+        # An elastic group may come down to its fewest, which must hold the teacher too.
+        fewest = workers[0] if isinstance(workers, tuple) else workers
+        if counts and fewest == 1:
+            got = list(workers) if isinstance(workers, tuple) else workers
             return (
-                f"teacher.sharding: got zero3 with resources.{stage}.workers: 1; may be none or "
-                "auto, or give at least 2 workers"
+                f"teacher.sharding: got zero3 with resources.{stage}.workers: {got}; may be none "
+                "or auto, or give at least 2 workers"
             )
     return None
 
@@ -179,21 +149,6 @@ def _untrained_needs_weights(spec: JobSpec) -> str | None:
     return None
 
 
-def _revision_of_hub_id(section: str) -> Callable[[JobSpec], str | None]:
-    def fault(spec: JobSpec) -> str | None:
-        part: Any = getattr(spec, section)
-        if part is None or part.revision == "main":
-            return None
-        if part.model is not None and is_hub_id(part.model):
-            return None
-        return (
-            f"{section}.revision: got {json.dumps(part.revision)}; only hub ids have revisions, "
-            f"{section}.model is {json.dumps(part.model)}"
-        )
-
-    return fault
-
-
 _OWN_RULES = (
     Rule(("distill", "sweep"), _something_to_do),
     Rule(("data", "distill", "sweep"), _data_needed),
@@ -202,6 +157,4 @@ _OWN_RULES = (
         _shards_need_workers,
     ),
     Rule(("distill", "student.init"), _untrained_needs_weights),
-    Rule(("teacher.model", "teacher.revision"), _revision_of_hub_id("teacher")),
-    Rule(("student.model", "student.revision"), _revision_of_hub_id("student")),
 )

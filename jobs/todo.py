@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster.storage import open_store
 from jobs.errors import SpecErrors
 from jobs.inputs import Inputs, Outputs, StageInputs
 from jobs.rundir import RunDir, StageRecord, differences
 from jobs.spec import JobSpec
+from trainer.fingerprint import fingerprint
+from trainer.job import CHECKPOINTS, unfinished_faults
 
 
 def stages_of(spec: JobSpec) -> list[str]:
@@ -34,7 +37,8 @@ class Plan:
         only: str | None,
         redo: str | None,
     ) -> None:
-        """Raises SpecErrors when a finished stage was made from other inputs than these."""
+        """Raises SpecErrors when a finished stage, or an unfinished training that would be passed
+        over, was made from other inputs than these."""
         stages = stages_of(spec)
         for option, stage in (("--until", until), ("--only", only), ("--redo", redo)):
             if stage is not None and stage not in stages:
@@ -76,6 +80,10 @@ class Plan:
                 )
         for stage in self.todo:
             self.outputs.pop(stage, None)
+        # Whoever does a stage before it anew knows that another training follows.
+        anew = redo in stages[: stages.index("distill") + 1] if "distill" in stages else True
+        if "distill" in self.todo and not anew:
+            _refuse_passing_over(run, inputs, self.outputs)
         if "capture" in self.skipped and {"distill", "sweep"} & set(self.todo):
             self._complete_cache(spec, only)
 
@@ -108,6 +116,22 @@ def is_current(record: StageRecord, inputs: StageInputs) -> bool:
 def has_inputs(record: StageRecord, inputs: StageInputs) -> bool:
     """Whether a stage was made, or begun again, from these inputs."""
     return record.inputs == {"fixed": inputs.fixed, "growing": inputs.growing}
+
+
+def _refuse_passing_over(run: RunDir, inputs: Inputs, outputs: Outputs) -> None:
+    from trainer.responses.make import find_corpus
+
+    if not run.store.list(CHECKPOINTS):  # models and sources are only looked at where they must
+        return
+    names, storage = inputs.identities, open_store(inputs.spec.storage)
+    expected = {  # of stages to come the names that they will give
+        "prepare": {"corpus": fingerprint(find_corpus(names, storage) or names.corpus)},
+        "capture": {"cache": fingerprint(names.cache)},
+        **outputs,
+    }
+    faults = unfinished_faults(inputs.spec, inputs.distill(expected).fixed, run.store)
+    if faults:
+        raise SpecErrors(faults)
 
 
 def _refuse_changes(stage: str, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,8 +18,9 @@ class Server(ThreadingHTTPServer):
 
     script: for a prompt, what to do with its first, second, .. request: a status or (status,
     headers), "drop" the connection, "garbage" instead of JSON, "length" for a cut answer, "null"
-    for no text. always: what to do with every other request. asked: prompts in the order in which
-    they came; bodies, paths, keys: of the requests. most: requests under way at once, at most.
+    for no text, "slow" for one that takes 20 s. always: what to do with every other
+    request. asked: prompts in the order in which they came; bodies, paths, keys: of the requests.
+    most: requests under way at once, at most.
     """
 
     daemon_threads = True
@@ -74,6 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
+        if step == "slow":
+            time.sleep(20)
         if step == "garbage":
             self._send(200, b"<html>busy</html>")
             return

@@ -25,12 +25,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, field_validator, model_validator
 
 from cluster.storage import Attempt, EventWriter, Fenced, Store, open_store
 from trainer import job
-from trainer.news import line_of
-from trainer.rules import RULES, faults_of
+from trainer.faultlines import SpecReader
+from trainer.news import is_out_of_memory, line_of, why_of
+from trainer.rules import NAME, RULES, faults_of, plain_name, raise_faults
 from trainer.section import Section
 from trainer.spec import (
     CacheSpec,
@@ -50,12 +51,14 @@ BATCH_TOKENS, SHARD_SECONDS = 16384, 20.0
 # Ranks wait for each other at most so long: while rank 0 prepares the corpus, and else.
 PREPARE_MINUTES, COLLECTIVE_MINUTES = 24 * 60, 30
 PRINT_SECONDS = 10.0
+# So long a rank lets rank 0 say what is wrong, and end the group.
+RANK_0_SECONDS = 5.0
 
 
 class TrainerSpec(Section):
     """The sections of a spec that are read here; see `jobs.spec.JobSpec` for all."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    name: str = Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})
     seed: int = Field(17, ge=0, le=2**32 - 1)
     storage: str = Field("./runs", min_length=1)
     teacher: TeacherSpec | None = None
@@ -65,6 +68,19 @@ class TrainerSpec(Section):
     responses: ResponsesSpec | None = None
     cache: CacheSpec = CacheSpec()
     distill: DistillSpec = DistillSpec()
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        return plain_name(value)
+
+    @model_validator(mode="after")
+    def _rules_across_sections(self) -> TrainerSpec:
+        raise_faults(faults_of(RULES, self))
+        return self
+
+
+_READER = SpecReader(TrainerSpec, partial(faults_of, RULES))
 
 
 def load(path: str, overrides: Sequence[str]) -> TrainerSpec:
@@ -81,34 +97,23 @@ def load(path: str, overrides: Sequence[str]) -> TrainerSpec:
         faults += [fault] if fault else []
     for name in IGNORED:
         data.pop(name, None)
-    try:
-        spec = TrainerSpec.model_validate(data)
-    except ValidationError as error:
-        faults += [_line(fault) for fault in error.errors()]
-    else:
-        faults += faults_of(RULES, spec)
-    if faults:
-        raise ValueError("\n".join(faults))
+    spec, lines = _READER.read(data)
+    if spec is None or faults:
+        raise ValueError("\n".join([*faults, *lines]))
     return spec
 
 
-def _line(fault: Any) -> str:
-    """The line for a fault that pydantic found; `stillhouse run` knows more of what may be."""
-    why = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        why = "unknown key"
-    return f"{'.'.join(map(str, fault['loc']))}: {why}"
-
-
-def make_corpus(spec: Any, names: job.Identities, answers: Any, stop: Callable[[], bool]) -> None:
-    """Makes the corpus, call after call; `answers`: of `_answers`, None where sources hold texts.
+def make_corpus(spec: Any, names: job.Identities, answers: Any, stop: Callable[[], bool]) -> Store:
+    """Makes the corpus, call after call, unless it is there; `answers`: of `_answers`, None where
+    sources hold texts.
 
     Raises ValueError for wrong sources, and `Stopped`.
     """
+    from trainer.corpus.corpus import is_complete
     from trainer.corpus.prepare import prepare
     from trainer.corpus.tokenizer import load_tokenizer
     from trainer.fingerprint import fingerprint
-    from trainer.responses.make import answered, on_answers
+    from trainer.responses.make import answered, corpus_of, on_answers
     from trainer.worker import Stopped
 
     def each(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -119,14 +124,17 @@ def make_corpus(spec: Any, names: job.Identities, answers: Any, stop: Callable[[
             results.append(function(*call))
         return results
 
-    store = open_store(spec.storage).sub(job.CORPORA, fingerprint(names.corpus))
+    identity, data, brought = names.corpus, spec.data, None
+    if answers is not None:
+        identity, data = corpus_of(names, answers), answered(spec.data, answers)
+        brought = on_answers(each, answers)
+    store = open_store(spec.storage).sub(job.CORPORA, fingerprint(identity))
+    if is_complete(store):
+        return store
     folder = names.tokenizer_folder
     tokenizer = spec.tokenizer if folder is None else load_tokenizer(folder)
-    if answers is None:
-        prepare(spec.data, tokenizer, store, each, identity=names.corpus)
-        return
-    data, brought = answered(spec.data, answers), on_answers(each, answers)
-    prepare(data, tokenizer, store, brought, identity=names.corpus)
+    prepare(data, tokenizer, store, brought or each, identity=identity)
+    return store
 
 
 class Rank:
@@ -223,16 +231,29 @@ class Rank:
         names = job.identities(spec)
         root = open_store(spec.storage)
         corpus = self._prepare(spec, names, root)
+        inputs = self._inputs(spec, names, corpus)
         cache = None
         if spec.teacher is not None:
             cache = self.after(lambda: open_cache(root.sub(job.CACHES), names.cache))
             job.make_capture(
                 spec, corpus, cache, batch_tokens=BATCH_TOKENS, shard_seconds=SHARD_SECONDS
             ).run(self.worker)
-        name = cache.name if cache else None
-        inputs = self.after(lambda: job.training_inputs(spec, names, corpus.name, name))
         for training in job.make_trainings(spec, inputs, self.store, corpus, cache):
             training.run(self.worker)
+
+    def _inputs(self, spec: Any, names: job.Identities, corpus: Store) -> dict[str, Any]:
+        """Of the trainings. Raises ValueError if an unfinished one would be passed over."""
+        from trainer.fingerprint import fingerprint
+
+        def find() -> tuple[dict[str, Any], list[str]]:
+            cache = None if spec.teacher is None else fingerprint(names.cache)
+            found = job.training_inputs(spec, names, corpus.name, cache)
+            return found, job.unfinished_faults(spec, found, self.store, "delete {path} to drop it")
+
+        inputs, faults = self.after(find)
+        if faults:
+            raise ValueError("\n".join(faults))
+        return dict(inputs)
 
     def _prepare(self, spec: Any, names: job.Identities, root: Store) -> Store:
         """The corpus, made unless it is there. Raises ValueError for what the spec names wrongly,
@@ -240,17 +261,23 @@ class Rank:
         from trainer.checks import world_faults
         from trainer.corpus.corpus import is_complete
         from trainer.fingerprint import fingerprint
+        from trainer.responses.make import find_corpus
 
-        corpus = root.sub(job.CORPORA, self.after(lambda: fingerprint(names.corpus)))
-        there = self.after(lambda: is_complete(corpus))
-        stages = ["capture", "distill"] if there else ["prepare", "capture", "distill"]
+        def find() -> Store | None:
+            identity = find_corpus(names, root)
+            store = None if identity is None else root.sub(job.CORPORA, fingerprint(identity))
+            return store if store is not None and is_complete(store) else None
+
+        corpus: Store | None = self.after(find)
+        stages = ["capture", "distill"] if corpus else ["prepare", "capture", "distill"]
         faults = self.after(lambda: world_faults(spec, names, stages))
         if faults:
             raise ValueError("\n".join(faults))
-        if not there:
+        if corpus is None:
             answers = None if spec.responses is None else self._answers(spec, names, root)
             stop = partial(getattr, self, "stopping")
-            self.after(lambda: make_corpus(spec, names, answers, stop))
+            corpus = self.after(lambda: make_corpus(spec, names, answers, stop))
+        assert corpus is not None
         if self.worker.is_main:
             print(f"prepare: corpus {corpus.url}", flush=True)
         return corpus
@@ -312,13 +339,8 @@ def main(arguments: Sequence[str]) -> int:
         status, code = "interrupted", INTERRUPTED
         if is_main:
             print(f"interrupted: {stopped}", file=sys.stderr)
-    except Fenced as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr)
-    except ValueError as error:
-        code = _wrong(error, is_main)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        code = _failed(error, is_main)
     finally:
         if rank is not None:
             rank.close(status)
@@ -326,14 +348,36 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _wrong(error: ValueError, is_main: bool) -> int:
+    _tell(str(error).splitlines(), is_main)
+    return WRONG
+
+
+def _failed(error: Exception, is_main: bool) -> int:
+    """Says why a rank ends; returns its exit code.
+
+    What the user can mend is a line. Of anything else every rank leaves its traceback: only all of
+    them together show which rank was first.
+    """
+    from trainer.checkpoints.checkpoint import CheckpointMisfit
+
+    if isinstance(error, ValueError) and not isinstance(error, CheckpointMisfit):
+        return _wrong(error, is_main)
+    expected = (CheckpointMisfit, FloatingPointError, OSError, Fenced)
+    if isinstance(error, expected) or is_out_of_memory(error):
+        _tell([why_of(error)], is_main)
+    else:
+        traceback.print_exception(error)
+    return FAILED
+
+
+def _tell(lines: Sequence[str], is_main: bool) -> None:
     """Says what is wrong, once: all ranks find the same, and rank 0 has the word."""
     if not is_main:
         # Rank 0 ends the group. If it has found nothing wrong, the fault is this rank's own.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
-    for line in str(error).splitlines():
+        time.sleep(RANK_0_SECONDS)
+    for line in lines:
         print(f"error: {line}", file=sys.stderr, flush=True)
-    return WRONG
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ def diverged(
     """The error to raise, the same on all ranks, when one of `values` is no number; collective.
 
     step: in which it happened, from 1. bad: this rank's sequences in micro-batches whose loss is
-    not finite; teacher: those for which the teacher's signal is not.
+    not finite, or all of the step where only the gradient norm is not; teacher: those for which
+    the teacher's signal is not.
     """
     shares = worker.gather((list(bad), list(teacher)))
     keys = [key.hex() for share, _ in shares for key in share]
@@ -107,16 +108,22 @@ def diverged(
     if untrue:
         what += f"; the teacher's own signal is not finite for {_some(untrue)}: "
         if job.distill.mode == "online":
-            what += "set teacher.dtype=float32, or leave them out of data.train"
+            what += (
+                "start over with teacher.dtype=float32 (--redo capture), or without them in "
+                "data.train (--redo prepare)"
+            )
         else:
             what += "capture them again with --redo capture"
     else:
-        if keys:
+        whole = set(wrong) == {"grad_norm"}
+        if keys and whole:  # it is of all micro-batches of all ranks together
+            what += f", with losses that are finite; the whole step read {_some(keys)}"
+        elif keys:
             what += f", in micro-batches with {_some(keys)}"
-        cures = ["lower distill.learning_rate"]
+        what += "; start over with a lower distill.learning_rate"
         if job.distill.dtype != "float32":
-            cures.append("set distill.dtype=float32")
-        what += f"; {', '.join(cures)}" + (", or look at these sequences" if keys else "")
+            what += " or distill.dtype=float32"
+        what += " (--redo distill)" + (", or look at these sequences" if keys else "")
     if found is None:
         return FloatingPointError(f"{what}; no checkpoint had been saved")
     path = job.checkpoints.path(found.folder)

@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
-import re
+import copy
+import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic import Field
+
+from trainer.faultlines import SpecReader
+from trainer.section import Section
 from trainer.spec import DistillSpec
 
-# Sections of DeepSpeed's configuration that may be given: they change how fast a training runs, in
-# how much memory, and what it tells of itself; never what is learnt.
-FREE = (
-    "comms_logger",
-    "communication_data_type",
-    "disable_allgather",
-    "dump_state",
-    "flops_profiler",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "zero_optimization",
-)
+
+class CommsLogger(Section):
+    """DeepSpeed's log of collectives."""
+
+    enabled: bool = False
+    prof_all: bool = True
+    prof_ops: list[str] = Field(default_factory=list)
+    verbose: bool = False
+    debug: bool = False
+
+
+class FlopsProfiler(Section):
+    """DeepSpeed's count of operations; it checks none of these itself."""
+
+    enabled: bool = False
+    recompute_fwd_factor: float = Field(0.0, ge=0)
+    profile_step: int = Field(1, ge=1)
+    module_depth: int = Field(-1, ge=-1)
+    top_modules: int = Field(1, ge=1)
+    detailed: bool = True
+    output_file: str | None = None
+
+
+class Overlay(Section):
+    """What of DeepSpeed's configuration may be given: it changes how fast a training runs, in how
+    much memory, and what it tells of itself; never what is learnt or how a training resumes."""
+
+    zero_optimization: dict[str, Any] = Field(default_factory=dict)  # read by DeepSpeed itself
+    comms_logger: CommsLogger = CommsLogger()
+    dump_state: bool = False
+    flops_profiler: FlopsProfiler = FlopsProfiler()
+    memory_breakdown: bool = False
+    steps_per_print: int = Field(1 << 30, ge=1)
+    wall_clock_breakdown: bool = False
+
+
+class _Distill(Section):
+    deepspeed: Overlay
+
+
+class _Spec(Section):
+    distill: _Distill
+
+
+_READER = SpecReader(_Spec, lambda spec, at_fault: [])
 # Keys that are made from others of the spec, which own them.
 OWNED = {
     "train_batch_size": "distill.tokens_per_step",
@@ -41,6 +76,7 @@ OWNED = {
     "bf16": "distill.dtype",
     "fp16": "distill.dtype",
     "amp": "distill.dtype",
+    "communication_data_type": "distill.dtype",
     "torch_autocast": "distill.dtype",
     "data_types": "distill.dtype",
     "optimizer": "distill.learning_rate, distill.weight_decay and distill.betas",
@@ -54,7 +90,25 @@ OWNED = {
     "wandb": "tracking",
     "comet": "tracking",
 }
-_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+# Keys that no other says, and why they may not be given.
+REFUSED = {
+    "gradient_predivide_factor": "it changes how gradients are summed",
+    "prescale_gradients": "it changes how gradients are summed",
+    "zero_optimization.zero_quantized_gradients": "it trains with other gradients",
+    "zero_optimization.zero_quantized_weights": "it trains with other weights",
+    "zero_optimization.zero_quantized_nontrainable_weights": "it trains with other weights",
+    "zero_optimization.zero_hpz_partition_size": "checkpoints of it do not load everywhere",
+    "zero_optimization.mics_shard_size": "checkpoints of it do not load everywhere",
+    "zero_optimization.mics_hierarchical_params_gather": "checkpoints of it do not load everywhere",
+    "zero_optimization.load_from_fp32_weights": "a resumed training would be another",
+    "zero_optimization.elastic_checkpoint": "checkpoints here are elastic by themselves",
+    "zero_optimization.legacy_stage1": "checkpoints of it do not load everywhere",
+    "zero_optimization.round_robin_gradients": "checkpoints of it do not load everywhere",
+    "zero_optimization.sub_group_size": "checkpoints of it do not load everywhere",
+    "zero_optimization.parameter_alignment": "checkpoints of it do not load everywhere",
+    "zero_optimization.pipeline_loading_checkpoint": "it changes how a training resumes",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": "the optimizer is AdamW",
+}
 
 
 def training_config(
@@ -92,16 +146,8 @@ def merged(config: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, A
         if isinstance(value, Mapping):
             result[key] = merged(under if isinstance(under, Mapping) else {}, value)
         else:
-            result[key] = _number(value)
+            result[key] = value
     return result
-
-
-def _number(value: Any) -> Any:
-    """YAML has 1e6 as a text, where 1.0e+6 is a number."""
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        number = float(value)
-        return int(number) if number.is_integer() else number
-    return value
 
 
 def _has_gpu() -> bool:
@@ -111,37 +157,39 @@ def _has_gpu() -> bool:
 
 
 def overlay_faults(spec: DistillSpec) -> list[str]:
-    """One line per key of `distill.deepspeed` that is another key's, or none of DeepSpeed's.
+    """One line per key of `distill.deepspeed` that is another key's, unknown, or no such value.
 
-    Costs the import of DeepSpeed where there is such a key.
+    Costs the import of DeepSpeed where the rest is sound.
     """
-    overlay = spec.deepspeed
-    faults = []
-    if not isinstance(overlay.get("zero_optimization", {}), Mapping):
-        faults.append(
-            f"distill.deepspeed.zero_optimization: got {overlay['zero_optimization']!r}; may be a "
-            "section, e.g. {reduce_bucket_size: 50000000}"
-        )
-    for path in _paths(overlay):
-        key = f"distill.deepspeed.{path}"
-        if path in OWNED:
-            faults.append(f"{key}: may not be given; {OWNED[path]} says it")
-        elif "." not in path and path not in FREE:
-            faults.append(f"{key}: is not taken by this version; may be one of {', '.join(FREE)}")
-    if faults or not overlay:
-        return faults
-    return _deepspeed_faults(spec)
+    if not spec.deepspeed:
+        return []
+    faults, rest = [], copy.deepcopy(spec.deepspeed)
+    for section, key, path in list(_keys(rest)):
+        if not isinstance(key, str):
+            where = ".".join(["distill.deepspeed", *path.split(".")[:-1]])
+            why = f"{where}: has the key {key!r}, which is no text; keys of DeepSpeed are"
+        elif path in OWNED:
+            why = f"distill.deepspeed.{path}: may not be given; {OWNED[path]} says it"
+        elif path in REFUSED:
+            why = f"distill.deepspeed.{path}: may not be given; {REFUSED[path]}"
+        else:
+            continue
+        faults.append(why)
+        del section[key]
+    faults += _READER.read({"distill": {"deepspeed": rest}})[1]
+    return faults or _zero_faults(spec)
 
 
-def _paths(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _keys(section: dict[Any, Any], prefix: str = "") -> Iterator[tuple[dict[Any, Any], Any, str]]:
+    """Every key with the section it is of and its dotted path, from the inside out."""
     for key, value in section.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _paths(value, f"{prefix}{key}.")
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+        yield section, key, f"{prefix}{key}"
 
 
-def _deepspeed_faults(spec: DistillSpec) -> list[str]:
-    """What DeepSpeed's own reading of the configuration has to say, and keys that it skips."""
+def _zero_faults(spec: DistillSpec) -> list[str]:
+    """What DeepSpeed's own reading of the configuration has to say."""
     import os
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -151,59 +199,30 @@ def _deepspeed_faults(spec: DistillSpec) -> list[str]:
     from pydantic import ValidationError
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    read = _Read(training_config(spec, 1, 1, 1))
     try:
-        DeepSpeedConfig(read)
+        DeepSpeedConfig(training_config(spec, 1, 1, 1))
     except ValidationError as error:
-        return [
-            f"distill.deepspeed: {error.title.removeprefix('DeepSpeed')}: "
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']} (got {fault['input']!r})"
-            for fault in error.errors()
-        ]
+        # All other sections have been read already.
+        return [_zero_line(fault) for fault in error.errors()]
     except Exception as error:  # its own checks raise many kinds
         reason = " ".join(str(error).split())[:300]
         return [f"distill.deepspeed: DeepSpeed does not take it: {reason}"]
-    return [
-        f"distill.deepspeed.{path}: is no key that DeepSpeed reads"
-        for path in _paths(spec.deepspeed)
-        # What is deeper is inside of sections that know all their keys, or hold any.
-        if path.count(".") < 2 and path not in read.seen
-    ]
+    return []
 
 
-class _Read(dict[str, Any]):
-    """A configuration that remembers which of its keys were asked for, by their dotted paths."""
+def _zero_line(fault: Any) -> str:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    def __init__(
-        self, values: Mapping[str, Any], prefix: str = "", seen: set[str] | None = None
-    ) -> None:
-        self.prefix, self.seen = prefix, set() if seen is None else seen
-        super().__init__(
-            {
-                key: _Read(value, f"{prefix}{key}.", self.seen)
-                if isinstance(value, dict)
-                else value
-                for key, value in values.items()
-            }
-        )
-
-    def __getitem__(self, key: str) -> Any:
-        self.seen.add(self.prefix + key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """As of a dictionary."""
-        self.seen.add(self.prefix + key)
-        return super().get(key, default)
-
-    def __iter__(self) -> Iterator[str]:
-        # Without it `**` would copy the values behind our back.
-        return super().__iter__()
-
-    def items(self) -> Any:
-        """As of a dictionary; who goes through all of it reads all of it."""
-        self.seen |= {self.prefix + key for key in self}
-        return super().items()
-
-    def __copy__(self) -> _Read:
-        return self
+    path = ".".join(["zero_optimization", *map(str, fault["loc"])])
+    key = f"distill.deepspeed.{path}"
+    if fault["type"] != "extra_forbidden":
+        return f"{key}: {fault['msg'].removeprefix('Value error, ')} (got {fault['input']!r})"
+    names = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
+    taken = {f"zero_optimization.{name}": name for name in names}
+    known = [name for full, name in taken.items() if full not in OWNED and full not in REFUSED]
+    if len(fault["loc"]) > 1:  # of a section within, whose keys these are not
+        return f"{key}: unknown key"
+    close = difflib.get_close_matches(str(fault["loc"][0]), known, n=1, cutoff=0.7)
+    if close:
+        return f"{key}: unknown key; did you mean distill.deepspeed.zero_optimization.{close[0]}?"
+    return f"{key}: unknown key; may be {', '.join(known)}"

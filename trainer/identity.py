@@ -100,11 +100,14 @@ class Identities:
         from trainer.responses.identity import responses_identity
 
         assert self.responses_spec is not None
-        return responses_identity(self.responses_spec, self.data, self.teacher, self.tokenizer)
+        return responses_identity(
+            self.responses_spec, self.data, self.teacher, self.tokenizer, self.teacher_folder
+        )
 
     @cached_property
     def corpus(self) -> dict[str, Any]:
-        """Everything that decides the sequences; not how often they are read."""
+        """Everything that decides the sequences; not how often they are read. With responses: as
+        far as it is known before there are answers (see `trainer.responses.make.corpus_of`)."""
         from trainer.corpus.prepare import corpus_identity
         from trainer.responses.identity import corpus_of_answers
 

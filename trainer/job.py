@@ -16,6 +16,7 @@ from trainer.auto import (
     auto_learning_rate,
     auto_micro_batch,
 )
+from trainer.checkpoints.names import DONE, INPUTS, records, step_of
 from trainer.fingerprint import fingerprint, flatten
 from trainer.identity import Identities
 from trainer.lossspec import LossesSpec
@@ -29,15 +30,20 @@ from trainer.spec import (
     TeacherSpec,
 )
 
-# Folders below the storage that all runs share.
-CORPORA, CACHES = "_corpora", "_logits"
+# Folders below the storage that all runs share, and the one of a run with a folder per training.
+CORPORA, CACHES, CHECKPOINTS = "_corpora", "_logits", "checkpoints"
+_TEXT_ALONE = LossesSpec.model_validate({"ce": 1.0})
 # Keys of `distill` that change how a training runs, not what comes out of it.
 _RUNNING = {
     "activation_checkpointing",
     "checkpoint_minutes",
     "checkpoint_steps",
-    "keep_checkpoints",
     "control",
+    "deepspeed",
+    "keep_checkpoints",
+    "micro_batch",
+    "offload",
+    "zero_stage",
 }
 
 
@@ -174,12 +180,15 @@ def training_inputs(
     names: of `spec`; corpus, cache: the names of their folders.
     """
     assert spec.distill is not None
-    inputs = flatten(spec.distill.model_dump(exclude=_RUNNING), "distill")
+    losses = spec.distill.losses
+    settings = spec.distill.model_dump(exclude={*_RUNNING, "losses"})
+    inputs = flatten({**settings, "losses": _used(losses)}, "distill")
     inputs |= flatten(names.student, "student")
     inputs |= schedule_inputs(spec)
     inputs["corpus"] = corpus
-    # Also where no loss wants it: the weights that agree best with it on select are published.
-    inputs |= flatten(names.teacher, "teacher")
+    # Where no loss wants it, the best weights are chosen by the text alone.
+    if _needs_teacher(spec.student, losses):
+        inputs |= flatten(names.teacher, "teacher")
     if reads_cache(spec):
         inputs["cache"] = cache
         inputs |= draws_inputs(spec)
@@ -218,7 +227,8 @@ def make_trainings(
 
     assert spec.distill is not None and spec.data is not None
     jobs = []
-    alone = {"mode": "cached", "losses": LossesSpec.model_validate({"ce": 1.0})}
+    alone = {"mode": "cached", "losses": _TEXT_ALONE}
+    folders = training_folders(spec, inputs)
     for stage, role, distill in (
         ("distill", "student", spec.distill),
         ("control", "control", spec.distill.model_copy(update=alone)),
@@ -226,7 +236,6 @@ def make_trainings(
         if stage == "control" and not spec.distill.control:
             continue
         losses = distill.losses
-        name = f"{stage}-{fingerprint({**inputs, 'losses': losses.model_dump()})[:12]}"
         jobs.append(
             Training(
                 stage=stage,
@@ -238,12 +247,78 @@ def make_trainings(
                 seed=spec.seed,
                 corpus=corpus,
                 cache=cache,
-                checkpoints=run.sub("checkpoints", name),
+                checkpoints=run.sub(CHECKPOINTS, folders[stage]),
                 output=run.sub(role),
                 last=run.sub(f"{role}-last"),
+                inputs=dict(inputs),
             )
         )
     return jobs
+
+
+def training_folders(spec: Sections, inputs: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the folders for checkpoints, by stage; of the control also where none is asked.
+
+    inputs: of `training_inputs`.
+    """
+    assert spec.distill is not None
+    losses = {"distill": spec.distill.losses, "control": _TEXT_ALONE}
+    return {
+        stage: f"{stage}-{fingerprint({**inputs, 'losses': _used(each)})[:12]}"
+        for stage, each in losses.items()
+    }
+
+
+def unfinished_trainings(
+    spec: Sections, inputs: Mapping[str, Any], run: Store
+) -> dict[str, tuple[int, dict[str, Any]]]:
+    """Trainings of `run` that have checkpoints to go on from but are not those of these inputs.
+
+    By the folder's path below `run`: steps that are done, and the inputs it was begun with, empty
+    if it does not say. What is done is not among them.
+    """
+    wanted = training_folders(spec, inputs)
+    found = {}
+    for name in run.list(CHECKPOINTS):
+        stage = name.partition("-")[0]
+        store = run.sub(CHECKPOINTS, name)
+        if stage not in wanted or name == wanted[stage]:
+            continue
+        there = records(store.list())
+        if there and not store.exists(DONE):
+            told = store.read_json(INPUTS) if store.exists(INPUTS) else {}
+            found[f"{CHECKPOINTS}/{name}"] = (step_of(there[-1]), told)
+    return found
+
+
+def unfinished_faults(
+    spec: Sections,
+    inputs: Mapping[str, Any],
+    run: Store,
+    way_out: str = "run with --redo distill to drop it and train anew",
+) -> list[str]:
+    """One line per input that was changed under an unfinished training, which would be passed over.
+
+    inputs: of `training_inputs`, for the spec as it is now. way_out: what a user may do beside
+    putting it back and naming the run anew.
+    """
+    new = json.loads(json.dumps(inputs, default=str))
+    faults = []
+    for path, (step, old) in unfinished_trainings(spec, inputs, run).items():
+        what = f"a training of this run is unfinished at step {step}"
+        rest = f"{way_out.format(path=run.path(path))}, or give the run another name"
+        changed = [
+            f"{key}: {old.get(key)!r} -> {new.get(key)!r} ({what}; put it back to continue, {rest})"
+            for key in sorted({*old, *new} if old else ())
+            if old.get(key) != new.get(key)
+        ]
+        faults += changed or [f"{run.path(path)}: {what}, of other inputs than these; {rest}"]
+    return list(dict.fromkeys(faults))  # student and control have the same inputs
+
+
+def _used(losses: LossesSpec) -> dict[str, Any]:
+    """The losses that ever count; one of weight 0 changes no weights."""
+    return {name: value for name, value in losses.model_dump().items() if name in losses.used()}
 
 
 def _needs_teacher(student: StudentSpec, losses: LossesSpec) -> bool:

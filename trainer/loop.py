@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.best import BestWeights
+from trainer.checkpoints.names import INPUTS
 from trainer.checkpoints.saver import Saver
 from trainer.corpus.corpus import Corpus, open_corpus
 from trainer.divergence import diverged, is_number, norm_of, suspects, untaught
@@ -42,10 +44,14 @@ def train(job: Training, worker: Worker) -> dict[str, Any]:
     """
     done = worker.share(read_done(job) if worker.is_main else None)
     if done is not None:
-        return {**done, "seconds": 0.0}  # what it cost was told when it was made
-    began = time.time()
+        return dict(done)
+    began = time.monotonic()
     corpus = open_corpus(job.corpus)
+    patient = worker.patient_group()
     found = checkpoint.newest(job.checkpoints, worker)
+    if worker.is_main:
+        worker.hooks.fence()
+        job.checkpoints.create(INPUTS, json.dumps(job.inputs, default=str).encode())
     with ExitStack() as open_now:
         loader = open_now.enter_context(closing(make_loader(job, worker, corpus)))
         # The first steps are read, and what reads them warms up, while the model is built.
@@ -58,12 +64,12 @@ def train(job: Training, worker: Worker) -> dict[str, Any]:
             # Before the student, whose states are larger than anything that loading needs.
             vocab = int(corpus.manifest["vocab_size"])
             online = open_now.enter_context(closing(OnlineTeacher.load(job, vocab, worker)))
-        run = open_now.enter_context(closing(_Run(job, worker, corpus, loader, online)))
+        run = _Run(job, worker, corpus, loader, online, patient=patient, began=began)
+        open_now.enter_context(closing(run))
         run.resume(found)
         run.run(steps)
         metrics = run.finish()
-        metrics["seconds"] = time.time() - began
-        publish(job, run.built, corpus, worker, metrics, run.bests)
+        publish(job, run.built, corpus, worker, metrics, run.bests, patient)
     worker.emit("training_done", stage=job.stage, metrics=metrics)
     return metrics
 
@@ -78,19 +84,26 @@ class _Run:
         corpus: Corpus,
         loader: StepLoader,
         online: OnlineTeacher | None,
+        *,
+        patient: Any,
+        began: float,
     ) -> None:
         self.job, self.worker, self.online = job, worker, online
+        self.patient = patient
         self.losses = make_losses(job.distill)
         self.hidden = "hidden" in job.distill.losses.used()
         self.accumulation = loader.accumulation(job.sequences_per_step)
         self.built = build(job, corpus, worker, loader.micro_batch, self.accumulation)
         self.engine = self.built.engine
-        self.saver = Saver(job.checkpoints, worker, job.distill.keep_checkpoints)
-        self.bests = BestWeights(job.checkpoints, worker)
+        self.saver = Saver(job.checkpoints, worker, job.distill.keep_checkpoints, patient)
+        self.bests = BestWeights(job.checkpoints, worker, patient)
         self.evaluator = Evaluator(job, worker, corpus, self.built, online)
         self.measured: dict[str, float] = {}
         self.start = 0
         self.tokens_read = 0
+        self.began = began
+        # Of the groups before this one, up to the checkpoint from which it goes on.
+        self.seconds = self.worker_seconds = 0.0
         self.waits_ms: list[float] = []
         self.saved_at = time.monotonic()
 
@@ -113,10 +126,12 @@ class _Run:
                 parameters=self.built.parameters,
             )
             return
-        checkpoint.load(self.engine, job.checkpoints, found, worker)
+        checkpoint.load(self.engine, job.checkpoints, found, worker, self.patient)
         self.bests.restore(found.state.get("best"))
         self.start = found.step
         self.tokens_read = int(found.state["tokens"])
+        self.seconds = float(found.state["seconds"])
+        self.worker_seconds = float(found.state["worker_seconds"])
         worker.emit(
             "resume",
             stage=job.stage,
@@ -167,7 +182,9 @@ class _Run:
             self.saver.done_here() and self.bests.done_here(),
             step.wait_s,
         ]
-        more = torch.tensor(flags, dtype=torch.float64, device=values.device)
+        # From pinned memory, for any other copy would wait for the step to end.
+        more = torch.tensor(flags, dtype=torch.float64, pin_memory=values.is_cuda)
+        more = more.to(values.device, non_blocking=True)
         *sums, stop, save, uploads, wait_s = worker.sum(torch.cat([values.sum(dim=0), more]))
         # Undo the scale of the token weights: means over the global batch's loss tokens.
         unscale = 1.0 / (self.accumulation * worker.world)
@@ -175,6 +192,8 @@ class _Run:
         norm = norm_of(engine)
         if not all(map(is_number, [*means.values(), norm])):
             bad = suspects(values, [micro.keys for micro in step.micros])
+            if all(map(is_number, means.values())):  # only the norm, which is the whole step's
+                bad = [key for micro in step.micros for key in micro.keys]
             teacher = untaught(step.micros, self.online, worker.device)
             self._diverged(step.number + 1, {**means, "grad_norm": norm}, bad, teacher)
         self.tokens_read += step.tokens
@@ -248,7 +267,7 @@ class _Run:
         job, worker = self.job, self.worker
         if worker.is_main:  # no checkpoint may be ahead of the steps that are recorded
             worker.hooks.flush()
-        state = {"tokens": self.tokens_read, "best": self.bests.state()}
+        state = {"tokens": self.tokens_read, "best": self.bests.state(), **self._spent()}
         self.bests.begin()
         self.saver.begin(self.engine, step, job.distill.zero_stage, state)
         self.saved_at = time.monotonic()
@@ -263,7 +282,8 @@ class _Run:
         self.bests.complete()
         saved = self.saver.complete()
         if self.worker.is_main:
-            self.bests.prune()
+            with suppress(OSError):  # what is left over goes with the next one
+                self.bests.prune()
         self.worker.emit(
             "checkpoint",
             stage=self.job.stage,
@@ -271,6 +291,14 @@ class _Run:
             seconds=saved.held_s,
             upload_seconds=saved.upload_s,
         )
+
+    def _spent(self) -> dict[str, float]:
+        """Seconds of this training by now, and the same times the workers that it had."""
+        now = time.monotonic() - self.began
+        return {
+            "seconds": self.seconds + now,
+            "worker_seconds": self.worker_seconds + now * self.worker.world,
+        }
 
     def finish(self) -> dict[str, Any]:
         """The metrics of what was learnt; collective."""
@@ -287,6 +315,7 @@ class _Run:
             "tokens": self.tokens_read,
             "parameters": self.built.parameters,
             "world": self.worker.world,
+            **self._spent(),
         }
 
 

@@ -113,7 +113,10 @@ class LossesSpec(Section):
     @model_validator(mode="after")
     def _something_counts(self) -> LossesSpec:
         if not self.used():
-            raise ValueError("needs at least one loss with a weight above 0")
+            raise ValueError(
+                "needs at least one loss with a weight above 0, of "
+                f"{', '.join(type(self).model_fields)}"
+            )
         return self
 
     @model_serializer(mode="wrap")

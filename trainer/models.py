@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.storage import open_store
+from trainer.student.families import check_family
 
 if TYPE_CHECKING:  # looking a model up must not cost seconds of imports
     import torch
@@ -69,7 +70,8 @@ def new_config(key: str, config: dict[str, Any] | str, tokenizer: Any, length: i
     """A config from the spec: inline values or a JSON file, completed from the tokenizer.
 
     vocab_size, bos, eos and pad ids come from the tokenizer; max_position_embeddings is at least
-    `length`. Raises ValueError for an unknown model_type or sizes that do not fit.
+    `length`. Raises ValueError for a model_type that is unknown or that no student can be of, and
+    for sizes that do not fit.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -84,6 +86,12 @@ def new_config(key: str, config: dict[str, Any] | str, tokenizer: Any, length: i
     kind = values.pop("model_type", None)
     if kind not in CONFIG_MAPPING_NAMES:
         raise ValueError(f"{key}.model_type: transformers knows no {kind!r}; e.g. llama, qwen3")
+    try:
+        blank = AutoConfig.for_model(kind)
+    except Exception:  # of several models in one, which are never a student
+        raise ValueError(f"{key}.model_type: {kind} is no language model; e.g. llama") from None
+    # Before its sizes are looked at: of another family they have other names.
+    check_family("student", blank, f"{key}.model_type")
     values.update(
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         bos_token_id=tokenizer.bos_token_id,
@@ -93,7 +101,7 @@ def new_config(key: str, config: dict[str, Any] | str, tokenizer: Any, length: i
     values.setdefault("max_position_embeddings", length)
     try:
         made = AutoConfig.for_model(kind, **values)
-        unknown = sorted(name for name in values if not hasattr(type(made)(), name))
+        unknown = sorted(name for name in values if not hasattr(blank, name))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{key}: {kind} does not accept these values ({reason})") from None

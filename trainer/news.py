@@ -1,4 +1,4 @@
-"""What a training's events say in a line, for whoever watches; the same for all launchers."""
+"""What a training's events and failures say in a line; the same for all launchers."""
 
 from __future__ import annotations
 
@@ -19,3 +19,24 @@ def line_of(event: Mapping[str, Any]) -> str | None:
             words += f", KL to the teacher {event['select_forward_kl']:.4f}"
         return f"{stage}: step {event['step']}, {words}"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a GPU's or this machine's memory does not suffice."""
+    # By its name: to tell a line must not cost the import of torch.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # torch has no type of its own for the CPU.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def why_of(error: BaseException) -> str:
+    """Why a rank failed, in one line; where memory did not suffice, what would need less."""
+    why = " ".join(str(error).split())[:600] or type(error).__name__
+    if not is_out_of_memory(error):
+        return why
+    return (
+        f"out of memory ({why[:300]}); lower distill.micro_batch (in capture "
+        "resources.capture.batch_tokens), or set distill.activation_checkpointing: true, "
+        "distill.zero_stage: 3 or distill.offload: cpu"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from cluster.storage import Store
 from trainer.checkpoints import best, checkpoint
 from trainer.checkpoints.best import BestWeights
+from trainer.checkpoints.names import DONE
 from trainer.corpus.corpus import Corpus
 from trainer.corpus.tokenizer import load_tokenizer
 from trainer.models import hash_files
@@ -20,14 +22,12 @@ from trainer.teacher.zero import forget
 from trainer.training import Training
 from trainer.worker import Worker
 
-_DONE = "done/metrics.json"
-
 
 def read_done(job: Training) -> dict[str, Any] | None:
     """The metrics of this training, if it is done and the output still holds its weights."""
-    if not job.checkpoints.exists(_DONE) or not job.output.exists("config.json"):
+    if not job.checkpoints.exists(DONE) or not job.output.exists("config.json"):
         return None
-    metrics = job.checkpoints.read_json(_DONE)
+    metrics = job.checkpoints.read_json(DONE)
     return metrics if metrics["weights"] == weights_hash(job.output.fetch_folder("")) else None
 
 
@@ -43,10 +43,12 @@ def publish(
     worker: Worker,
     metrics: dict[str, Any],
     bests: BestWeights,
+    patient: Any = None,
 ) -> None:
     """Saves the student to `job.output`, then says so; checkpoints go; collective.
 
     The student has the best weights. Where the last ones are others, they go to `job.last`.
+    patient: a `Worker.patient_group`, in which the other ranks wait for rank 0's uploads.
     """
     state = student_state(built, worker.is_main)
     if worker.is_main:
@@ -56,14 +58,17 @@ def publish(
             _put(built, state, tokenizer, worker, job.last)
             state = chosen
         elif job.last.exists():
+            worker.hooks.fence()
             job.last.delete("", recursive=True)
         metrics["weights"] = _put(built, state, tokenizer, worker, job.output)
         worker.hooks.flush()
-        job.checkpoints.write_json(_DONE, metrics)
-        checkpoint.prune(job.checkpoints, 0)
-        if job.checkpoints.exists(best.FOLDER):
-            job.checkpoints.delete(best.FOLDER, recursive=True)
-    worker.barrier()
+        worker.hooks.fence()
+        job.checkpoints.write_json(DONE, metrics)
+        with suppress(OSError):  # the student is there; what is left over only takes up space
+            checkpoint.prune(job.checkpoints, 0)
+            if job.checkpoints.exists(best.FOLDER):
+                job.checkpoints.delete(best.FOLDER, recursive=True)
+    worker.wait(patient)
     module = built.engine.module
     built.engine.destroy()
     forget(module)

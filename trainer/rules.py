@@ -6,8 +6,12 @@ models) are `jobs.checks` and the launchers'; these read the spec alone, and imp
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
+
+from pydantic_core import PydanticCustomError
 
 from trainer.responses.faults import responses_fault
 from trainer.spec import (
@@ -25,6 +29,9 @@ from trainer.spec import (
 # Losses that are not linear in the teacher's distribution: that of a few draws, right on average,
 # does not give the right one on average.
 NOT_LINEAR = ("reverse_kl", "jsd", "skew_kl")
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Sections(Protocol):
@@ -56,12 +63,51 @@ class Rule(NamedTuple):
     fault: Callable[[Any], str | None]
 
 
-def faults_of(
-    rules: Iterable[Rule], spec: Any, is_blind: Callable[[str], bool] = lambda key: False
-) -> list[str]:
-    """One line for every rule that `spec` breaks, of those that read no key that is blind."""
-    told = (rule.fault(spec) for rule in rules if not any(map(is_blind, rule.reads)))
+def faults_of(rules: Iterable[Rule], spec: Any, at_fault: Iterable[str] = ()) -> list[str]:
+    """One line for every rule that `spec` breaks.
+
+    Rules that read one of the dotted keys `at_fault` are left out: their keys hold no values to
+    judge. `spec` may then be incomplete there.
+    """
+    bad = list(at_fault)
+    told = (
+        rule.fault(spec)
+        for rule in rules
+        if not any(_concerns(key, one) for key in rule.reads for one in bad)
+    )
     return [line for line in told if line is not None]
+
+
+def _concerns(key: str, bad: str) -> bool:
+    """Whether a rule that reads `key` is blind when `bad` is at fault.
+
+    A rule that reads a whole section asks only whether it is there, so a fault inside of it
+    does not matter.
+    """
+    if key == bad or key.startswith(bad + "."):
+        return True
+    return bad.startswith(key + ".") and "." in key
+
+
+def raise_faults(faults: list[str]) -> None:
+    """In a validator: raises `faults`, if any, so that `trainer.faultlines` tells them as lines."""
+    if faults:
+        raise PydanticCustomError("rules", "{text}", {"text": "\n".join(faults)})
+
+
+def plain_name(value: str) -> str:
+    """`value`, if it can be the name of a run; raises ValueError with what may be."""
+    if not NAME.fullmatch(value):
+        raise ValueError(
+            "may be 1 to 63 lower-case letters, digits, '.', '_' and '-', "
+            "the first a letter or a digit"
+        )
+    return value
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether `model` is written like a hub id (`name` or `owner/name`), not a path or a URL."""
+    return _HUB_ID.fullmatch(model) is not None
 
 
 def _step_of_whole_sequences(spec: Sections) -> str | None:
@@ -264,6 +310,21 @@ def _prompts_of_conversations(spec: Sections) -> str | None:
     return None
 
 
+def _revision_of_hub_id(section: str) -> Callable[[Any], str | None]:
+    def fault(spec: Any) -> str | None:
+        part = getattr(spec, section)
+        if part is None or part.revision == "main":
+            return None
+        if part.model is not None and is_hub_id(part.model):
+            return None
+        return (
+            f"{section}.revision: got {json.dumps(part.revision)}; only hub ids have revisions, "
+            f"{section}.model is {json.dumps(part.model)}"
+        )
+
+    return fault
+
+
 RULES = (
     Rule(("data.train", "responses.from"), _some_source),
     Rule(("distill.tokens_per_step", "data.sequence_length"), _step_of_whole_sequences),
@@ -285,4 +346,6 @@ RULES = (
     Rule(("distill", "student.init", "student.lora"), _lora_needs_weights),
     Rule(("teacher", "tokenizer", "student.model", "student.init"), _tokenizer_fits),
     Rule(("tokenizer", "data.train"), _tokenizer_reads_text),
+    Rule(("teacher.model", "teacher.revision"), _revision_of_hub_id("teacher")),
+    Rule(("student.model", "student.revision"), _revision_of_hub_id("student")),
 )

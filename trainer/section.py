@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
@@ -13,7 +14,10 @@ class Section(BaseModel):
         frozen=True,
         allow_inf_nan=False,
         protected_namespaces=(),
-        validate_by_name=True,
-        validate_by_alias=True,
         serialize_by_alias=True,
     )
+
+
+def fault_at(key: str, why: str) -> PydanticCustomError:
+    """The fault of a `key` of the section that a validator sees as a whole."""
+    return PydanticCustomError("at_key", "{key}: {why}", {"key": key, "why": why})

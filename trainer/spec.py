@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from trainer.lossspec import LossesSpec
-from trainer.section import Section
+from trainer.section import Section, fault_at
 
 Dtype = Literal["bfloat16", "float32"]
 Auto = Literal["auto"]
@@ -76,10 +78,12 @@ class StudentSpec(Section):
             if self.model is not None or self.config is not None:
                 raise ValueError("init: slice takes the teacher's layers; remove model and config")
             if self.layers is None:
-                raise ValueError("init: slice needs layers, the number to keep of the teacher's")
+                raise fault_at(
+                    "layers", "missing; may be how many of the teacher's layers init: slice keeps"
+                )
             return self
         if self.layers is not None:
-            raise ValueError("layers is for init: slice; remove it, or set init: slice")
+            raise fault_at("layers", "is for init: slice; remove it, or set student.init: slice")
         if self.model is None and self.config is None:
             raise ValueError("needs model (hub id or folder) or config (with init: random)")
         if self.config is not None and self.init != "random":
@@ -340,6 +344,17 @@ class AnswersFile(Section):
     )
 
 
+_VARIABLE = "[A-Za-z_][A-Za-z0-9_]*"
+
+
+def _has_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:  # brackets that are no address
+        return False
+
+
 class AnswersEndpoint(Section):
     """Answers from an OpenAI-compatible server."""
 
@@ -349,13 +364,29 @@ class AnswersEndpoint(Section):
     model: str = Field(min_length=1, description="Name of the model on the server.")
     api_key_env: str | None = Field(
         None,
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        pattern=f"^{_VARIABLE}$",
         description="Environment variable that holds the key. null: none is sent.",
     )
     requests_per_minute: float | None = Field(
         None, gt=0, description="At most so many requests a minute. null: no limit."
     )
     concurrency: int = Field(8, ge=1, le=256, description="Requests under way at once.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets_told(cls, data: Any) -> Any:
+        # Of the section, not of the key, because the line for a key repeats its value: that may be
+        # a key of a server which was pasted where its variable's name belongs.
+        if not isinstance(data, dict):
+            return data
+        name, endpoint = data.get("api_key_env"), data.get("endpoint")
+        if isinstance(name, str) and not re.fullmatch(_VARIABLE, name):
+            raise fault_at(
+                "api_key_env", "may be the name of an environment variable, e.g. API_KEY"
+            )
+        if isinstance(endpoint, str) and not _has_host(endpoint):
+            raise fault_at("endpoint", "may be an http(s) URL with a host")
+        return data
 
 
 def _kind_of_origin(value: Any) -> str | None:

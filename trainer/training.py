@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.storage import Store
@@ -19,7 +19,8 @@ class Training:
     stage: "distill" or "control". teacher: None without one, and for the control. cache: the
     teacher's records, None without a teacher; cache_spec: which they are. checkpoints: a folder of
     this training alone. output: where the student's folder goes; last: where the
-    last weights go, if the student is not made of them. No `auto` is left in the specs.
+    last weights go, if the student is not made of them. inputs: what the weights depend on, flat,
+    for whoever asks what the checkpoints are of. No `auto` is left in the specs.
     """
 
     stage: str
@@ -34,6 +35,7 @@ class Training:
     checkpoints: Store
     output: Store
     last: Store
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sequences_per_step(self) -> int:

@@ -93,6 +93,11 @@ class Worker:
             use_local_synchronization=self.group is not None,
         )
 
+    def wait(self, patient: Any) -> None:
+        """Waits for all ranks as long as `patient`, a group of `patient_group`, does."""
+        if self.world > 1:
+            self.sum([0.0], group=patient)
+
     def share(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
         if self.world == 1:

@@ -164,6 +164,13 @@ class Store:
         with ThreadPoolExecutor(TRANSFERS) as pool:
             list(pool.map(get, found.items()))
 
+    def download(self, p: str, target: str | os.PathLike[str]) -> None:
+        """Copy an object to a local file, which is whole or not there; never a cached copy.
+
+        Raises FileNotFoundError if missing.
+        """
+        self._get(self._key(p), Path(target), self.size(p))
+
     def local(self, p: str = "") -> Path | None:
         """The real path when the store is a local folder, else None."""
         backend = self._backend

@@ -36,8 +36,12 @@ class Asked:
     @property
     def corpus(self) -> Store:
         """The corpus of the spec, which need not be there yet."""
+        from trainer.responses.make import find_corpus
+
         assert self.spec is not None and self.made_of is not None
-        return open_store(self.spec.storage).sub(CORPORA, fingerprint(self.made_of.corpus))
+        root = open_store(self.spec.storage)
+        identity = find_corpus(self.made_of, root) or self.made_of.corpus
+        return root.sub(CORPORA, fingerprint(identity))
 
     @property
     def capture(self) -> Any:

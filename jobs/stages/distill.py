@@ -9,13 +9,18 @@ from cluster.workers import Group
 from jobs.stages.base import Context
 from jobs.stages.capture import devices
 from jobs.stages.ranks import run_ranks
-from trainer.job import make_trainings
+from trainer.job import make_trainings, unfinished_trainings
 
 
 def run(context: Context) -> dict[str, Any]:
     """Trains what is not trained yet, in one launch; returns hashes and metrics of the models."""
-    work = trainings(context)
     assert context.spec.distill is not None
+    # Those that the plan would not have let through unless a stage before was asked for anew.
+    for path, step in drop_others(context).items():
+        context.reporter.say(
+            f"distill: dropped {path}, an unfinished training of other inputs at step {step}"
+        )
+    work = trainings(context)
     results, group = run_ranks(context, "distill", work, context.spec.resources.distill)
     outputs: dict[str, Any] = {"metrics": _costs(group, results)}
     for job, metrics in zip(work, results, strict=True):
@@ -25,16 +30,30 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _costs(group: Group, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the trainings cost, each on as many workers as it had in an elastic group."""
-    spent = [devices(replace(group, workers=result["world"]), [result]) for result in results]
+    """What the trainings cost, with all attempts, each on as many workers as it had by then."""
+    one = replace(group, workers=1)
+    spent = [devices(one, [{"seconds": result["worker_seconds"]}]) for result in results]
     return {**spent[0], "device_hours": sum(part["device_hours"] for part in spent)}
 
 
 def reset(context: Context) -> None:
-    """Drops what these trainings have left, finished or not."""
+    """Drops what these trainings have left, finished or not, and unfinished ones before them."""
+    drop_others(context)
     for job in trainings(context):
         if job.checkpoints.exists():
             job.checkpoints.delete("", recursive=True)
+
+
+def drop_others(context: Context) -> dict[str, int]:
+    """Deletes unfinished trainings of other inputs; returns the steps they had, by folder."""
+    fixed = context.inputs.distill(context.outputs).fixed
+    store = context.run.store
+    others = unfinished_trainings(context.spec, fixed, store)
+    if others:
+        context.attempt.fence()
+    for path in others:
+        store.delete(path, recursive=True)
+    return {store.path(path): step for path, (step, _) in others.items()}
 
 
 def trainings(context: Context) -> list[Any]:

@@ -17,33 +17,41 @@ from jobs.stages.ranks import run_ranks
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Makes the corpus unless it is there; returns its name and sizes."""
+    """Makes the corpus unless it is there; returns its name and sizes.
+
+    A corpus of answers is named by them as well, so that other answers to the same prompts change
+    what the stages after this one are made from, and no corpus that another run has read.
+    """
     from trainer.corpus.corpus import is_complete, open_corpus
     from trainer.corpus.prepare import prepare
     from trainer.corpus.tokenizer import load_tokenizer
     from trainer.fingerprint import fingerprint
-    from trainer.responses.make import answered, on_answers
+    from trainer.responses.make import answered, corpus_of, on_answers
 
     spec, identities = context.spec, context.inputs.identities
     assert spec.data is not None
-    name = fingerprint(identities.corpus)
+    identity, data, told = identities.corpus, spec.data, dict[str, Any]()
+    each: Any = _Tasks(context)
+    if spec.responses is not None:
+        try:
+            answers = _answers(context)
+        except ValueError as error:
+            raise SpecErrors([str(error)]) from error
+        identity, data = corpus_of(identities, answers), answered(data, answers)
+        each = on_answers(each, answers)
+        told = {"answers": fingerprint(identities.responses)}
+    name = fingerprint(identity)
     store = context.shared.sub("_corpora", name)
-    told: dict[str, Any] = {}
     if context.forced or not is_complete(store):
         folder = identities.tokenizer_folder
         tokenizer = spec.tokenizer if folder is None else load_tokenizer(folder)
-        data, each = spec.data, _Tasks(context)
         try:
-            if spec.responses is None:
-                prepare(data, tokenizer, store, each, identity=identities.corpus)
-            else:
-                answers = _answers(context)
-                data, brought = answered(data, answers), on_answers(each, answers)
-                prepare(data, tokenizer, store, brought, identity=identities.corpus)
+            prepare(data, tokenizer, store, each, identity=identity)
         except ValueError as error:
             raise SpecErrors([str(error)]) from error
-    if spec.responses is not None:
-        told = {"answers": fingerprint(identities.responses)}
+    before = context.run.record("prepare")
+    if before is not None and before.outputs.get("corpus") != name:
+        context.run.forget("distill")  # else a run that is stopped now would refuse to go on
     corpus = open_corpus(store)
     sizes = {part: len(corpus.part(part)) for part in ("train", "select", "report")}
     vocab = corpus.manifest["vocab_size"]

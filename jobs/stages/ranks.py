@@ -42,9 +42,8 @@ class Ranks:
 
 def rank_main(config: dict[str, Any]) -> None:
     """Entry point of every Ray Train worker."""
-    import torch
-
     from cluster.storage import EventWriter
+    from trainer.news import is_out_of_memory, why_of
     from trainer.worker import Hooks, Stopped, start_worker
 
     ranks: Ranks = config["ranks"]
@@ -59,7 +58,6 @@ def rank_main(config: dict[str, Any]) -> None:
         ArithmeticError,
         AssertionError,
         Fenced,
-        torch.OutOfMemoryError,
     )
     with EventWriter(store, number) as events:
         try:
@@ -83,13 +81,14 @@ def rank_main(config: dict[str, Any]) -> None:
                 outcome = {"status": "stopped", "why": str(stopped)}
             if worker.is_main:
                 _settle(store, ranks.outcome, outcome)
-        except final as error:
+        except Exception as error:
+            if not isinstance(error, final) and not is_out_of_memory(error):
+                raise  # a new start may mend it
             traceback.print_exc()
-            why = " ".join(str(error).split())[:600]
             _settle(
                 store,
                 ranks.outcome,
-                {"status": "failed", "kind": type(error).__name__, "why": why},
+                {"status": "failed", "kind": type(error).__name__, "why": why_of(error)},
             )
             raise
 

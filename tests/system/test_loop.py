@@ -116,7 +116,7 @@ def first_jobs(world: World) -> dict[str, tuple[Any, int | None, int | None]]:
     jobs["online-measured"] = (online_job(world, "online-measured"), None, None)
     jobs["poisoned"] = (poisoned_job(world, "poisoned"), None, None)
     jobs["calm"] = (world.job("calm", learning_rate=RATE), None, None)
-    jobs["too-fast"] = (world.job("too-fast", learning_rate=RATE), 2, None)
+    jobs["too-fast"] = (world.job("too-fast", learning_rate=1e9, checkpoint_steps=1), None, None)
     return jobs
 
 
@@ -177,7 +177,18 @@ def kept(world, first) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def second(world, first, kept) -> list[dict[str, Told]]:
+def spent(world, first) -> dict[str, dict[str, float]]:
+    """The costs in the newest checkpoints, before any training is continued."""
+    from cluster.storage import open_store
+    from trainer.checkpoints.checkpoint import find_latest
+
+    store = open_store(world.root / "checkpoints")
+    found = {name: find_latest(store.sub(name)) for name in ("stopped", *KILLED)}
+    return {name: latest.state for name, latest in found.items() if latest is not None}
+
+
+@pytest.fixture(scope="module")
+def second(world, first, kept, spent) -> list[dict[str, Told]]:
     """What was ended before its end, continued by new processes."""
     best = first[0]["best"].metrics["best_step"]
     jobs = {
@@ -190,8 +201,7 @@ def second(world, first, kept) -> list[dict[str, Told]]:
         "until-best": (
             overfit_job(world, "until-best", evaluate_steps=None, steps=best), None, None
         ),
-        "too-fast": (world.job("too-fast", learning_rate=1e9), None, None),
-        "calmed": (world.job("too-fast", learning_rate=RATE), None, None),
+        "too-fast": (world.job("too-fast", learning_rate=1e9, checkpoint_steps=1), None, None),
     }  # fmt: skip
     results = spawn(train_all, list(jobs.values()), world=2)
     return [dict(zip(jobs, told, strict=True)) for told in results]
@@ -281,28 +291,31 @@ def test_where_the_last_is_the_best_there_is_nothing_beside_it(world, first) -> 
 
 
 @pytest.mark.parametrize("how", ["stopped", *KILLED])
-def test_the_best_survives(world, first, second, how) -> None:
+def test_the_best_survives(world, first, spent, second, how) -> None:
     """Stopped after it; killed after it, with the newest checkpoint from after or before it."""
     whole, head, tail = first[0]["best"].metrics, first[0][how], second[0][how]
     assert head.metrics is None
     assert head.error == "RuntimeError: killed" or head.error.startswith("Stopped")
-    ignored = {"seconds", "first_wait_ms", "loader_wait_ms"}
+    ignored = {"seconds", "worker_seconds", "first_wait_ms", "loader_wait_ms"}
     assert {k: v for k, v in tail.metrics.items() if k not in ignored} == {
         k: v for k, v in whole.items() if k not in ignored
     }
     assert (tail.first("resume")["step"] < whole["best_step"]) == (how == "killed-early")
+    for key in ("seconds", "worker_seconds"):
+        assert tail.metrics[key] > spent[how][key] > 0
+    assert tail.metrics["worker_seconds"] == pytest.approx(2 * tail.metrics["seconds"])
     for folder in ("students", "students-last"):
         assert same_weights(world.root / folder / how, world.root / folder / "best")
     left = {path.name for path in (world.root / "checkpoints" / how).iterdir()}
-    assert left == {"done"}
+    assert left == {"done", "inputs.json"}
 
 
 def test_only_the_best_weights_that_a_checkpoint_names_are_on_storage(first, kept) -> None:
     best = f"{first[0]['best'].metrics['best_step']:08d}-0001"
     for how in ("stopped", "killed"):
-        assert {best, f"{best}.json"} <= set(kept[how])
+        assert [name[:13] for name in kept[how]].count(best) == 2  # the weights and their JSON
         assert len(kept[how]) <= 4  # of two checkpoints
-    assert best not in kept["killed-early"]
+    assert best not in {name[:13] for name in kept["killed-early"]}
 
 
 # Losses.
@@ -342,7 +355,7 @@ def test_a_loss_that_is_no_number_ends_the_training(world, first) -> None:
         step = 3 if (read(world, [2]) == token).any() else 4
         assert f"forward_kl is nan, ce is nan in step {step}, in micro-batches with" in error
         assert f"the checkpoint of step {step - 1} is kept: " in error
-        assert "lower distill.learning_rate, or look at these sequences" in error
+        assert "start over with a lower distill.learning_rate (--redo distill), or look" in error
     told = first[0]["poisoned"]
     assert told.steps() == list(range(1, step))
     (event,) = of_kind(told, "diverged")
@@ -350,8 +363,10 @@ def test_a_loss_that_is_no_number_ends_the_training(world, first) -> None:
     assert all(key in error for key in event["sequences"][:3])
     assert event["teacher_sequences"] == []
     assert not (world.root / "students" / "poisoned").exists()
+    from trainer.checkpoints.names import records
+
     names = {path.name for path in (world.root / "checkpoints" / "poisoned").iterdir()}
-    assert max(names) == f"{step - 1:08d}-0001.json"
+    assert records(names)[-1].startswith(f"{step - 1:08d}-0001-")
 
 
 def suspects(world: World, step: int, token: int) -> list[str]:
@@ -367,11 +382,13 @@ def suspects(world: World, step: int, token: int) -> list[str]:
     return found
 
 
-def test_a_training_that_diverged_goes_on_from_its_checkpoint(world, first, second) -> None:
-    head, wild, calmed = first[0]["too-fast"], second[0]["too-fast"], second[0]["calmed"]
-    assert head.error.startswith("Stopped")
-    assert wild.error.startswith("FloatingPointError: distill: ")
-    assert "lower distill.learning_rate" in wild.error and "float32" not in wild.error
-    assert "the checkpoint of step 2 is kept: " in wild.error
-    assert calmed.first("resume")["step"] == 2
-    assert [*head.losses(), *calmed.losses()] == first[0]["calm"].losses()
+def test_a_training_that_diverged_keeps_its_checkpoint(first, second) -> None:
+    """With the same inputs it goes on from there, and ends as before."""
+    head, again = first[0]["too-fast"], second[0]["too-fast"]
+    step = head.steps()[-1]
+    assert head.error.startswith("FloatingPointError: distill: ")
+    assert "a lower distill.learning_rate (--redo distill)" in head.error
+    assert "float32" not in head.error
+    assert f"the checkpoint of step {step} is kept: " in head.error
+    assert again.first("resume")["step"] == step and again.steps() == []
+    assert again.error == head.error

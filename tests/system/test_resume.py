@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -199,28 +201,35 @@ def trained(world) -> dict[str, dict[str, list[Told]]]:
 
 
 # The file that is spoilt: of rank 1, so that rank 0 hears of it.
-VICTIM = "00000002-0001/state/zero_pp_rank_1_mp_rank_00_optim_states.pt"
-RECORD = "00000002-0001.json"
+VICTIM = "state/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+
+def saved_name(folder: Path, step: int = 2) -> str:
+    """The name of a training's checkpoint of a step, which ends in a token."""
+    (record,) = folder.glob(f"{step:08d}-0001-*.json")
+    return record.stem
 
 
 def spoil(world: World) -> None:
     """Copies of the checkpoint of two ranks, each spoilt in its own way."""
     folder = world.root / "checkpoints"
+    saved = saved_name(folder / "saved")
+    victim, json_name = f"{saved}/{VICTIM}", f"{saved}.json"
     for name in ("damaged", "missing", "broken", "stage", "few-missing", "few-torn"):
         shutil.copytree(folder / "saved", folder / name)
-    data = bytearray((folder / "damaged" / VICTIM).read_bytes())
+    data = bytearray((folder / "damaged" / victim).read_bytes())
     data[len(data) // 2] ^= 1
-    (folder / "damaged" / VICTIM).write_bytes(bytes(data))
+    (folder / "damaged" / victim).write_bytes(bytes(data))
     for name in ("missing", "few-missing", "few-torn"):
-        (folder / name / VICTIM).unlink()
-    (folder / "broken" / RECORD).write_text('{"step": 2')
+        (folder / name / victim).unlink()
+    (folder / "broken" / json_name).write_text('{"step": 2')
     for name in ("stage", "few-torn"):
-        record = json.loads((folder / name / RECORD).read_text())
+        record = json.loads((folder / name / json_name).read_text())
         if name == "stage":
             record["zero_stage"] = 2
         else:  # nothing is damaged, and yet it is not whole
-            del record["files"][VICTIM.partition("/")[2]]
-        (folder / name / RECORD).write_text(json.dumps(record))
+            del record["files"][VICTIM]
+        (folder / name / json_name).write_text(json.dumps(record))
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +237,7 @@ def killed(world) -> list[str]:
     """What is there of a training that was killed while its second checkpoint was uploaded."""
     ranks = Ranks(train_slowly, [(slow_job(world, "killed"), 4.0, None)], world=2)
     folder, until = world.root / "checkpoints" / "killed", time.monotonic() + 100
-    while not (folder / "00000008-0001").exists():
+    while not list(folder.glob("00000008-0001-*")):
         assert time.monotonic() < until and all(p.poll() is None for p in ranks.processes)
         time.sleep(0.05)
     for process in ranks.processes:
@@ -324,28 +333,32 @@ def test_a_checkpoint_of_adapters_holds_no_other_weights(trained) -> None:
 
 def test_a_spoilt_checkpoint_is_refused_by_name(world, uploaded) -> None:
     folder = world.root / "checkpoints"
+    saved = saved_name(folder / "damaged")
+    victim, record = f"{saved}/{VICTIM}", f"{saved}.json"
     wanted = {
-        "damaged": f"{folder / 'damaged' / VICTIM}: damaged: its hash differs; delete "
-        f"{folder / 'damaged' / RECORD} to continue from the checkpoint before it",
-        "missing": f"{folder / 'missing' / VICTIM}: missing; delete "
-        f"{folder / 'missing' / RECORD} to continue from the checkpoint before it",
-        "stage": f"{folder / 'stage' / '00000002-0001'}: was written with distill.zero_stage=2, "
+        "damaged": f"{folder / 'damaged' / victim}: damaged: its hash differs; delete "
+        f"{folder / 'damaged' / record} to continue from the checkpoint before it",
+        "missing": f"{folder / 'missing' / victim}: missing; delete "
+        f"{folder / 'missing' / record} to continue from the checkpoint before it",
+        "stage": f"{folder / 'stage' / saved}: was written with distill.zero_stage=2, "
         "this run has 3; set it back, or start over with --redo distill",
     }
     for rank in uploaded:
         for name, line in wanted.items():
             assert rank[name].error == f"CheckpointMisfit: {line}"
         broken = rank["broken"].error
-        assert broken.startswith(f"CheckpointMisfit: {folder / 'broken' / RECORD} is not valid")
+        assert broken.startswith(f"CheckpointMisfit: {folder / 'broken' / record} is not valid")
         assert broken.endswith("to continue from the checkpoint before it")
         assert all(rank[name].metrics is None for name in (*wanted, "broken"))
 
 
 def test_another_number_of_ranks_refuses_what_is_not_whole(world, trained) -> None:
     folder = world.root / "checkpoints"
+    saved = saved_name(folder / "few-torn")
     (missing,), (torn,) = trained["middle"]["missing"], trained["middle"]["torn"]
-    assert missing.error.startswith(f"CheckpointMisfit: {folder / 'few-missing' / VICTIM}: missing")
-    assert torn.error.startswith(f"CheckpointMisfit: {folder / 'few-torn' / '00000002-0001'}: ")
+    lost = folder / "few-missing" / saved / VICTIM
+    assert missing.error.startswith(f"CheckpointMisfit: {lost}: missing")
+    assert torn.error.startswith(f"CheckpointMisfit: {folder / 'few-torn' / saved}: ")
     assert "could not convert it for another number of workers" in torn.error
     assert "set resources.distill.workers=2, or start over with --redo distill" in torn.error
     assert missing.steps() == torn.steps() == []
@@ -370,7 +383,11 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded(uploaded) -> None:
 
 
 def test_a_kill_within_an_upload_leaves_the_checkpoint_before(uploaded, killed) -> None:
-    assert killed == ["00000004-0001", "00000004-0001.json", "00000008-0001"]
+    names = [name[:13] for name in killed]
+    assert names == ["00000004-0001", "00000004-0001", "00000008-0001", "inputs.json"]
+    assert [name for name in killed if name.startswith("0") and name.endswith(".json")] == [
+        f"{killed[0]}.json"
+    ]
     told = uploaded[0]["killed"]
     assert told.first("resume")["step"] == 4
     assert told.steps() == [5, 6, 7, 8, 9, 10]
@@ -380,10 +397,11 @@ def test_a_kill_within_an_upload_leaves_the_checkpoint_before(uploaded, killed) 
 def test_an_upload_that_fails_ends_the_training_on_all_ranks(world, uploaded) -> None:
     folder = world.root / "checkpoints" / "failing"
     for rank in uploaded:
-        assert rank["failing"].error == (
-            f"CheckpointFailed: {folder / '00000008-0001'}: the checkpoint was not saved: rank 1 "
-            "could not upload its files: OSError: connection reset"
+        assert re.fullmatch(
+            f"CheckpointFailed: {folder / '00000008-0001'}-[0-9a-f]+: the checkpoint was not "
+            "saved: rank 1 could not upload its files: OSError: connection reset",
+            rank["failing"].error,
         )
     assert [name for name in kinds(uploaded[0]["failing"]) if isinstance(name, str)] == ["saved 4"]
-    assert (folder / "00000004-0001.json").exists()
-    assert not (folder / "00000008-0001.json").exists()
+    assert saved_name(folder, 4)
+    assert not list(folder.glob("00000008-0001-*.json"))

@@ -13,14 +13,17 @@ from tests.material import (
     config_values,
     data_spec,
     load_plain,
+    log_softmax,
     make_corpus,
     plain_cache,
+    plain_logits,
     save_model,
     write_texts,
 )
 from tests.students import KEPT, STEPS, STOP_AT, Seen, World, deepen, run
 
 LORA_RATE = 5e-2  # four steps from zero
+BEST_RATE = 0.2  # too high: the last weights are not the best
 FAMILIES = ("llama", "qwen3", "gemma", "gpt2", "mistral")
 OFFLOADED = ((1, "bfloat16"), (2, "float32"), (3, "bfloat16"))
 ADAPTED = ((1, "bfloat16"), (2, "float32"), (3, "float32"), (3, "bfloat16"))
@@ -96,7 +99,10 @@ def two(world) -> list[dict[str, Seen]]:
     jobs["lora-gpt2"] = (world.job("lora-gpt2", lora(world, "gpt2")), None)
     sliced = {"init": "slice", "layers": 2, "lora": {"targets": ["q_proj", "down_proj"]}}
     jobs["lora-slice"] = (world.job("lora-slice", sliced, zero_stage=3), None)
-    overlay = {"zero_optimization": {"reduce_bucket_size": "1e4"}, "wall_clock_breakdown": True}
+    rate = {"learning_rate": BEST_RATE, "schedule": "constant", "warmup_ratio": 0.0}
+    best = world.job("lora-best", lora(world, "llama"), zero_stage=3, evaluate_steps=1, **rate)
+    jobs["lora-best"] = (best, None)
+    overlay = {"zero_optimization": {"reduce_bucket_size": 10_000}, "wall_clock_breakdown": True}
     jobs["overlay"] = (world.job("overlay", new, deepspeed=overlay), None)
     return run(jobs, 2)
 
@@ -211,6 +217,31 @@ def test_the_adapter_folder_is_peft_s(world, two, name, base) -> None:
     assert settings["base_model_name_or_path"] == world.model(base)
     assert (settings["r"], settings["lora_alpha"], settings["inference_mode"]) == (4, 16, True)
     np.testing.assert_allclose(report_logits(world, seen.folder), seen.logits, atol=1e-4)
+
+
+def test_the_best_adapters_are_published_and_the_last_lie_beside_them(world, two) -> None:
+    from peft import PeftModel
+
+    seen = two[0]["lora-best"]
+    told = [event for event in seen.told.events if event["event"] == "evaluation"]
+    curve = {event["step"]: event["select_forward_kl"] for event in told}
+    best = min(curve, key=curve.__getitem__)
+    assert len(curve) == STEPS and best < STEPS  # else this test tells nothing
+    assert seen.told.metrics["best_step"] == best
+    lastly = world.root / "last" / "lora-best"
+    last = report_logits(world, lastly)
+    np.testing.assert_allclose(last, seen.logits, atol=1e-3 * np.abs(last).max())
+    adapter = Path(seen.folder) / "adapter"
+    model = PeftModel.from_pretrained(load_plain(world.root / "llama"), adapter).eval()
+    found = report_logits(world, seen.folder)
+    np.testing.assert_allclose(forward(world, model), found, atol=1e-3 * np.abs(found).max())
+    part = world.corpus.part("select")
+    batch = part.batch(np.arange(len(part)))
+    for folder, key in ((seen.folder, "select_ce"), (lastly, "last_select_ce")):
+        log_q = log_softmax(plain_logits(load_plain(folder), batch, by_document=True))
+        truth = -np.take_along_axis(log_q[:, :-1], batch.input_ids[:, 1:, None], -1)[..., 0]
+        mask = batch.loss_mask[:, :-1] == 1
+        assert seen.told.metrics[key] == pytest.approx(truth[mask].mean(), rel=1e-3)
 
 
 def low(value: np.ndarray) -> np.ndarray:

@@ -538,14 +538,15 @@ def test_checkpoints_come_as_asked_for_and_old_ones_go(world, two, stopped, resu
     whole = two[0]["z2-float32"]
     assert [e["step"] for e in whole.events if e["event"] == "checkpoint"] == [1, 2, 3, 4, 5]
     for names in stopped.values():
-        assert names == [
-            "00000002-0001", "00000002-0001.json", "00000003-0001", "00000003-0001.json",
+        assert [name[:13] for name in names] == [
+            "00000002-0001", "00000002-0001", "00000003-0001", "00000003-0001", "inputs.json",
         ]  # fmt: skip
     for name in ("z2-float32", "z3-bfloat16-stopped"):
         left = {path.name for path in (world.root / "checkpoints" / name).iterdir()}
-        assert left == {"done"}
+        assert left == {"done", "inputs.json"}
 
 
 def test_a_training_that_is_done_is_not_done_again(resumed) -> None:
     again, first = (resumed[0][name] for name in ("again", "z2-float32-stopped"))
-    assert again.events == [] and again.metrics == {**first.metrics, "seconds": 0.0}
+    assert again.events == [] and again.metrics == first.metrics
+    assert again.metrics["seconds"] > 0

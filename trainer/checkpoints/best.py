@@ -1,7 +1,7 @@
 """The weights of a training that did best on `select` so far.
 
-    checkpoints/<name>/best/<step>-<attempt>/weights.safetensors    by parameter name
-    checkpoints/<name>/best/<step>-<attempt>.json                   written last: its hash
+    checkpoints/<name>/best/<step>-<attempt>-<token>/weights.safetensors    by parameter name
+    checkpoints/<name>/best/<step>-<attempt>-<token>.json                   written last: its hash
 
 They are kept in a local file, and uploaded with the first checkpoint that names them: a training
 that was killed goes on from a checkpoint, and finds again what came after it.
@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from cluster.storage import Fenced, Store
-from trainer.checkpoints.checkpoint import CheckpointFailed, CheckpointMisfit, hash_file
+from trainer.checkpoints.checkpoint import CheckpointFailed, CheckpointMisfit, bring, hash_file
+from trainer.checkpoints.names import name_of, new_token, records
 from trainer.checkpoints.scratch import Scratch
 from trainer.worker import Worker
 
@@ -38,11 +39,14 @@ class Best:
 class BestWeights:
     """Keeps the best weights of a training; ranks other than 0 only know which they are.
 
-    `checkpoints`: the training's folder. Collective: `offer`, `complete`, `restore`.
+    `checkpoints`: the training's folder. patient: a `Worker.patient_group`, in which ranks wait
+    for the upload. Collective: making it, `offer`, `complete`, `restore`.
     """
 
-    def __init__(self, checkpoints: Store, worker: Worker) -> None:
+    def __init__(self, checkpoints: Store, worker: Worker, patient: Any = None) -> None:
         self._checkpoints, self._worker = checkpoints, worker
+        self._patient = patient
+        self._token = worker.share(new_token() if worker.is_main else None)
         self._store = checkpoints.sub(FOLDER)
         self.best: Best | None = None
         self._local: Scratch | None = None  # of the best, on rank 0
@@ -62,7 +66,8 @@ class BestWeights:
         """
         if self.best is not None and value > self.best.value:
             return False
-        self.best = Best(f"{step:08d}-{self._worker.hooks.attempt:04d}", step, value, metrics)
+        name = name_of(step, self._worker.hooks.attempt, self._token)
+        self.best = Best(name, step, value, metrics)
         self._drop_local()
         state = {} if gather is None else gather()
         if state and self._worker.is_main:
@@ -116,6 +121,7 @@ class BestWeights:
                 fenced, why, cause = isinstance(error, Fenced), _line(error), error
             if upload.local is not self._local:
                 upload.local.close()
+        self._worker.wait(self._patient)
         fenced, why = self._worker.share((fenced, why))
         if fenced:
             raise Fenced(why) from cause
@@ -130,9 +136,7 @@ class BestWeights:
         if not there:
             return
         states = [
-            self._checkpoints.read_json(name)["state"]
-            for name in self._checkpoints.list()
-            if name.endswith(".json")
+            self._checkpoints.read_json(name)["state"] for name in records(self._checkpoints.list())
         ]
         kept = {state["best"]["name"] for state in states if state.get("best")}
         if self.best is not None:
@@ -154,14 +158,17 @@ class BestWeights:
         if self.best is None or self.best.name != self._uploaded:
             return None
         name = f"{self.best.name}/{FILE}"
-        path = self._store.fetch(name) if self._store.exists(name) else None
         wanted = self._store.read_json(f"{self.best.name}.json")["hash"]
-        if path is None or hash_file(path) != wanted:
-            raise CheckpointMisfit(
-                f"{self._store.path(name)}: damaged or missing, the best weights of the training "
-                f"(step {self.best.step}); start over with --redo distill"
-            )
-        return load_file(path)
+        with Scratch() as folder:
+            path = folder / FILE
+            if self._store.exists(name):
+                bring(self._store, name, path)
+            if not path.exists() or hash_file(path) != wanted:
+                raise CheckpointMisfit(
+                    f"{self._store.path(name)}: damaged or missing, the best weights of the "
+                    f"training (step {self.best.step}); start over with --redo distill"
+                )
+            return load_file(path)
 
     def close(self) -> None:
         """Removes the local files."""

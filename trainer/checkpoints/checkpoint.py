@@ -1,12 +1,15 @@
 """Checkpoints of a DeepSpeed engine on any storage, whole or not there.
 
-    checkpoints/<name>/<step>-<attempt>/...          what the ranks saved
-    checkpoints/<name>/<step>-<attempt>.json         written last: world size, stage, file hashes
+    checkpoints/<name>/inputs.json                       what the training was made from
+    checkpoints/<name>/<step>-<attempt>-<token>/...      what the ranks saved
+    checkpoints/<name>/<step>-<attempt>-<token>.json     written last: world, stage, file hashes
 
-Every rank saves into a temporary folder of its own and uploads what it wrote (`saver`);
-a checkpoint exists once its JSON does. DeepSpeed reads its files with pickle, so only files whose
-hashes the JSON holds are loaded, from the run's own folder. Another number of ranks loads them
-through a universal checkpoint (trainer/checkpoints/universal.py).
+The token is of one group of ranks: a group that is started again within an attempt, for a node was
+lost, must not write where ranks of that node still do. Every rank saves into a temporary folder of
+its own and uploads what it wrote (`saver`); a checkpoint exists once its JSON does. DeepSpeed reads
+its files with pickle, so only files whose hashes the JSON holds are loaded, from the run's own
+folder. Another number of ranks loads them through a universal checkpoint
+(trainer/checkpoints/universal.py).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 
 from cluster.storage import Store
 from trainer.checkpoints import universal
+from trainer.checkpoints.names import records
 from trainer.checkpoints.scratch import Scratch
 from trainer.worker import Worker
 
@@ -60,10 +64,10 @@ def find_latest(store: Store) -> Checkpoint | None:
 
     Raises CheckpointMisfit, naming the file, if what it says of itself cannot be read.
     """
-    names = [name for name in store.list("") if name.endswith(".json")]
+    names = records(store.list(""))
     if not names:
         return None
-    name = max(names)
+    name = names[-1]
     try:
         data = store.read_json(name)
         wanted = {field.name for field in fields(Checkpoint)} - {"folder"}
@@ -88,9 +92,12 @@ def newest(store: Store, worker: Worker) -> Checkpoint | None:
     return found
 
 
-def load(engine: Any, store: Store, checkpoint: Checkpoint, worker: Worker) -> None:
+def load(
+    engine: Any, store: Store, checkpoint: Checkpoint, worker: Worker, patient: Any = None
+) -> None:
     """Puts a fresh engine into the checkpoint's state, on any number of ranks; collective.
 
+    patient: a `Worker.patient_group`, in which ranks wait for each other's downloads.
     Raises CheckpointMisfit, on all ranks, for a file that is missing or damaged, for another ZeRO
     stage, and for what DeepSpeed cannot load.
     """
@@ -104,7 +111,9 @@ def load(engine: Any, store: Store, checkpoint: Checkpoint, worker: Worker) -> N
     if checkpoint.world == worker.world:
         mine = [name for name in checkpoint.files if _rank_of(name) in (None, worker.rank)]
         with Scratch() as folder:
-            _agree(worker, fetch(store, checkpoint, mine, folder))
+            fault = fetch(store, checkpoint, mine, folder)
+            worker.wait(patient)
+            _agree(worker, fault)
             loaded, _ = engine.load_checkpoint(
                 str(folder),
                 tag=TAG,
@@ -114,7 +123,6 @@ def load(engine: Any, store: Store, checkpoint: Checkpoint, worker: Worker) -> N
         return
     # One copy of the conversion per machine, made by its first rank.
     node = next(ranks for ranks in worker.nodes() if worker.rank in ranks)
-    patient = worker.patient_group()
     with Scratch() as folder:
         fault = None
         if worker.rank == node[0]:
@@ -122,7 +130,7 @@ def load(engine: Any, store: Store, checkpoint: Checkpoint, worker: Worker) -> N
             if fault is None:
                 fault = universal.convert(folder / "saved" / TAG, folder / "universal" / TAG)
                 fault = fault and f"{path}: {fault}; {ways_out(checkpoint)}"
-        worker.sum([0.0], group=patient)  # a conversion may take longer than ranks wait otherwise
+        worker.wait(patient)  # a conversion may take longer than ranks wait otherwise
         _agree(worker, fault)
         converted = worker.gather(str(folder / "universal"))[node[0]]
         fault = universal.load(engine, converted, TAG)
@@ -130,23 +138,40 @@ def load(engine: Any, store: Store, checkpoint: Checkpoint, worker: Worker) -> N
 
 
 def fetch(store: Store, checkpoint: Checkpoint, names: Iterable[str], target: Path) -> str | None:
-    """Puts files of a checkpoint below `target`, as links; a fault, one line, or None."""
+    """Puts files of a checkpoint below `target`; a fault, one line, or None.
+
+    As links where the storage is a local folder.
+    """
     for name in names:
+        place, fault = target / name, ""
         try:
-            source = store.fetch(f"{checkpoint.folder}/{name}")
+            bring(store, f"{checkpoint.folder}/{name}", place)
         except FileNotFoundError:
             fault = "missing"
         else:
-            fault = (
-                "" if hash_file(source) == checkpoint.files[name] else "damaged: its hash differs"
-            )
+            if hash_file(place) != checkpoint.files[name]:
+                place.unlink()  # nobody is to read it
+                fault = "damaged: its hash differs"
         if fault:
             path = store.path(checkpoint.folder, name)
             return f"{path}: {fault}; {_before(store, f'{checkpoint.folder}.json')}"
-        link = target / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(source.absolute())
     return None
+
+
+def bring(store: Store, name: str, place: Path) -> None:
+    """Puts an object at `place`: a link to it where it is local, else a download.
+
+    Past the machine's cache of downloads, which only grows: a state is read once. Raises
+    FileNotFoundError.
+    """
+    source = store.local(name)
+    if source is not None and not source.is_file():
+        raise FileNotFoundError(source)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if source is not None:
+        place.symlink_to(source.absolute())
+    else:
+        store.download(name, place)
 
 
 def has_frozen(module: torch.nn.Module) -> bool:
@@ -165,7 +190,7 @@ def ways_out(checkpoint: Checkpoint) -> str:
 def prune(store: Store, keep: int) -> None:
     """Deletes all but the newest `keep` complete checkpoints, and what a kill left of others."""
     there = store.list("")
-    complete = sorted(name for name in there if name.endswith(".json"))
+    complete = records(there)
     kept = {name.removesuffix(".json") for name in (complete[-keep:] if keep else [])}
     for name in complete:  # first: without its JSON a checkpoint is none
         if name.removesuffix(".json") not in kept:

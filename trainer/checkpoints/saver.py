@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.storage import Fenced, Store
 from trainer.checkpoints.checkpoint import TAG, CheckpointFailed, has_frozen, hash_file, prune
+from trainer.checkpoints.names import name_of, new_token
 from trainer.checkpoints.scratch import Scratch
 from trainer.worker import Worker
 
@@ -76,11 +78,14 @@ class _Upload:
 class Saver:
     """Saves a training's checkpoints to `store`, one at a time, `keep` of them kept.
 
-    Of its methods `begin`, `complete` and `finish` are collective.
+    patient: a `Worker.patient_group`, in which ranks wait for each other's uploads. Collective:
+    making it, `begin` and `complete`.
     """
 
-    def __init__(self, store: Store, worker: Worker, keep: int) -> None:
+    def __init__(self, store: Store, worker: Worker, keep: int, patient: Any = None) -> None:
         self._store, self._worker, self._keep = store, worker, keep
+        self._patient = patient
+        self._token = worker.share(new_token() if worker.is_main else None)
         self._upload: _Upload | None = None
         self._folder = ""
         self._record: dict[str, Any] = {}
@@ -98,10 +103,10 @@ class Saver:
         another checkpoint is under way.
         """
         if self.busy:
-            raise RuntimeError("a checkpoint is under way; finish() it first")
+            raise RuntimeError("a checkpoint is under way; complete() it first")
         began = time.monotonic()
         worker = self._worker
-        self._folder = f"{step:08d}-{worker.hooks.attempt:04d}"
+        self._folder = name_of(step, worker.hooks.attempt, self._token)
         self._record = {
             "step": step, "world": worker.world, "zero_stage": zero_stage, "state": state
         }  # fmt: skip
@@ -134,6 +139,7 @@ class Saver:
         upload, worker = self._upload, self._worker
         assert upload is not None, "no checkpoint is under way"
         upload.wait()
+        worker.wait(self._patient)  # an upload may take longer than ranks wait otherwise
         self._upload = None
         shares = worker.gather((upload.files, _describe(upload.error)))
         for rank, (_, fault) in enumerate(shares):
@@ -145,7 +151,8 @@ class Saver:
                 worker.hooks.fence()
                 files = {name: digest for share, _ in shares for name, digest in share.items()}
                 self._store.write_json(f"{self._folder}.json", {**self._record, "files": files})
-                prune(self._store, self._keep)
+                with suppress(OSError):  # what is left over goes with the next one
+                    prune(self._store, self._keep)
             except Exception as error:
                 failed = error
         fault = worker.share(_describe(failed))
@@ -160,10 +167,6 @@ class Saver:
             raise Fenced(why) from cause
         path = self._store.path(self._folder)
         raise CheckpointFailed(f"{path}: the checkpoint was not saved: {what}: {why}") from cause
-
-    def finish(self) -> Saved | None:
-        """Waits for the checkpoint under way, if there is one, and completes it."""
-        return self.complete() if self.busy else None
 
     def close(self) -> None:
         """Gives up what is under way, on this rank alone; its local files are removed."""

@@ -67,13 +67,17 @@ def chat_faults(data: DataSpec, tokenizer: Any) -> list[str]:
     else:
         name = f"the tokenizer {tokenizer.name_or_path}"
     return [
-        f"data.train.{index}.format: {source.format} of messages needs a chat template, which "
+        f"data.train.{index}.format: {_named(source.format)} needs a chat template, which "
         f"{name} does not have; give format: prompt_completion with texts, or a model with a "
         "chat template"
         for index, source in enumerate(data.train)
         if source.format == "messages"
         or (source.format == "prompt_completion" and _of_messages(data, index))
     ]
+
+
+def _named(format: str) -> str:
+    return format if format == "messages" else f"{format} of messages"
 
 
 def _of_messages(data: DataSpec, index: int) -> bool:

@@ -1,14 +1,20 @@
-"""Local files as documents: globs of txt, json, jsonl or parquet, read by `datasets`."""
+"""Local files as documents: globs of txt, json, jsonl or parquet.
+
+JSON lines are read by `trainer.corpus.jsonlines`, everything else by Hugging Face `datasets`.
+"""
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from trainer.corpus import jsonlines
 
 LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SHARD_BYTES = 64 << 20  # a larger file is cut into row ranges of about this size
@@ -78,11 +84,12 @@ def pieces(key: str, source: str, wanted: Columns) -> list[tuple[str, int, int |
         if size == 0:
             continue
         if number < CHECKED_FILES:
-            check_columns(f"{key}.column: {path}", columns(f"{key} ({path})", path), wanted)
+            names = columns(f"{key} ({path})", path, wanted)
+            check_columns(f"{key}.column: {path}", names, wanted)
         if size <= SHARD_BYTES or LOADERS[Path(path).suffix.lower()] == "text":
             result.append((path, 0, None))
             continue
-        count = len(_open(f"{key} ({path})", path, streaming=False))
+        count = _count(f"{key} ({path})", path)
         result.extend((path, start, stop) for start, stop in cut(count, -(-size // SHARD_BYTES)))
     return result
 
@@ -94,8 +101,10 @@ def cut(rows: int, parts: int) -> list[tuple[int, int]]:
     return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
 
 
-def columns(label: str, path: str) -> list[str]:
+def columns(label: str, path: str, wanted: Columns) -> list[str]:
     """Names of the columns of a file, from its first rows."""
+    if _is_json(path):
+        return jsonlines.columns(label, path, wanted)
     with reading(label):
         for table in _open(label, path, streaming=True).with_format("arrow").iter(batch_size=1):
             return list(table.column_names)
@@ -114,25 +123,75 @@ def check_columns(label: str, names: list[str], wanted: Columns) -> None:
         raise ValueError(f"{label} has no column {absent[0]!r}; {way_out}")
 
 
-def rows(label: str, path: str, wanted: Columns, start: int, stop: int | None) -> Iterator[Any]:
+def rows(
+    label: str,
+    path: str,
+    wanted: Columns,
+    start: int,
+    stop: int | None,
+    optional: Columns = (),
+) -> Iterator[Any]:
     """The columns' values of rows [start, stop) of a file, in order; see `column_values`."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{label}: not on this node; put it on storage all nodes share")
+    if _is_json(path) and (stop is None or not jsonlines.is_list(path)):
+        yield from _json_values(label, path, wanted, start, stop, optional)
+        return
     with reading(label):
         if stop is None:  # one pass over the file, nothing is written to datasets' cache
             data = _open(label, path, streaming=True)
         else:  # datasets' own Arrow cache gives random access to the rows of a large file
             data = _open(label, path, streaming=False).select(range(start, stop))
-        yield from column_values(label, data, wanted)
+        yield from column_values(label, data, wanted, optional)
 
 
-def column_values(label: str, data: Any, wanted: Columns) -> Iterator[Any]:
+def column_values(label: str, data: Any, wanted: Columns, optional: Columns = ()) -> Iterator[Any]:
     """The values of a column of a (streaming) `datasets` data set, or tuples of those of several;
-    other columns stay Arrow."""
+    other columns stay Arrow. optional: columns whose values are None where there is none."""
+    features = library().Features
     for table in data.with_format("arrow").iter(batch_size=BATCH_ROWS):
         check_columns(label, list(table.column_names), wanted)
-        values = [table.column(column).to_pylist() for column in wanted]
-        yield from values[0] if len(wanted) == 1 else zip(*values, strict=True)
+        values: list[list[Any]] = []
+        for column in (*wanted, *optional):
+            if column not in table.column_names:
+                values.append([None] * len(table))
+                continue
+            found = table.select([column])
+            feature = features.from_arrow_schema(found.schema)[column]
+            plain = found.column(column).to_pylist()
+            mixed = "Json(" in repr(feature)
+            values.append([_decoded(feature, value) for value in plain] if mixed else plain)
+        yield from values[0] if len(values) == 1 else zip(*values, strict=True)
+
+
+def _json_values(
+    label: str, path: str, wanted: Columns, start: int, stop: int | None, optional: Columns
+) -> Iterator[Any]:
+    names = (*wanted, *optional)
+    missing, seen = set(wanted), dict[str, None]()
+    for row in jsonlines.rows(label, path, start, stop):
+        if missing:
+            missing.difference_update(row)
+            seen |= dict.fromkeys(row)
+        yield row.get(names[0]) if len(names) == 1 else tuple(map(row.get, names))
+    if missing:  # a range of a file may have nulls alone, which need not be written
+        found = list(seen) if stop is None else jsonlines.columns(label, path, wanted)
+        check_columns(label, found, wanted)
+
+
+def _decoded(feature: Any, value: Any) -> Any:
+    """A value of a column in which `datasets` has found mixed types and keeps some as JSON."""
+    if value is None:
+        return None
+    if isinstance(feature, dict):
+        return {key: _decoded(feature[key], item) for key, item in value.items()}
+    if hasattr(feature, "feature"):  # its kinds of lists
+        return [_decoded(feature.feature, item) for item in value]
+    if type(feature).__name__ != "Json":
+        return value
+    found = json.loads(value)
+    # A text that happens to be JSON is kept as it is: "42" among texts and lists is a text.
+    return found if isinstance(found, (str, list, dict)) else value
 
 
 def fingerprint(key: str, source: str) -> dict[str, str | int]:
@@ -173,6 +232,16 @@ def library() -> Any:
     # It counts loads on the hub, of local files too, and hangs for seconds where there is no net.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     return datasets
+
+
+def _is_json(path: str) -> bool:
+    return LOADERS[Path(path).suffix.lower()] == "json"
+
+
+def _count(label: str, path: str) -> int:
+    if _is_json(path) and not jsonlines.is_list(path):
+        return jsonlines.count(path)
+    return len(_open(label, path, streaming=False))
 
 
 def _open(label: str, path: str, streaming: bool) -> Any:

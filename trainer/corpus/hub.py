@@ -33,6 +33,7 @@ def rows(
     start: int,
     stop: int,
     expected: str,
+    optional: files.Columns = (),
 ) -> Iterator[Any]:
     """The columns' values of rows [start, stop); see `files.column_values`.
 
@@ -45,7 +46,7 @@ def rows(
             f"{label}: this node has another version of the data set than the driver; "
             "it changed on the hub, or an old copy is in this node's cache"
         )
-    yield from files.column_values(label, data.select(range(start, stop)), wanted)
+    yield from files.column_values(label, data.select(range(start, stop)), wanted, optional)
 
 
 def fingerprint(key: str, repository: str, name: str | None, split: str) -> dict[str, str | int]:

@@ -12,14 +12,13 @@ from typing import Any
 from trainer.corpus.chat import chat_faults
 from trainer.corpus.parts import TOKEN_BYTES, measure
 from trainer.corpus.prepare import resolve_all, too_small
-from trainer.corpus.sources import Shard, read_documents
+from trainer.corpus.sources import WHOLE, Shard, read_documents
 from trainer.corpus.tokenizer import encode
 from trainer.spec import DataSpec, TokenizerSpec
 
 SAMPLE_DOCUMENTS = 100  # of each source, to measure tokens per byte
 MARGIN = 1.5  # the other documents may be denser than the sample
 PADDED = 2.0  # conversations stay whole: two sequences that follow each other hold more than one
-WHOLE = ("messages", "prompt_completion")
 UNTRAINED = 0.75  # tokens per byte of a byte-level BPE of 1,024 entries or more, at most
 
 

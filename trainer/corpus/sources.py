@@ -2,8 +2,8 @@
 
 Shards are fixed by the data alone: one per local file, a large file in row ranges; a hub data set
 in row ranges; the prose of CPython in five. So whoever maps a function over them, with however
-many tasks, gets the same result. Everything but the built-in prose is read by Hugging Face
-`datasets`.
+many tasks, gets the same result. Everything but the built-in prose and JSON is read
+by Hugging Face `datasets`.
 
 A .txt file is one document (`sample_by="document"`); in the other formats a row is a document:
 a text, token ids, or a row of which the assistant's words are learnt (`trainer.corpus.rows`).
@@ -20,7 +20,9 @@ from trainer.corpus.rows import COMPLETION, PROMPT, Row, conversation, prompt_co
 from trainer.spec import SourceSpec
 
 BUILTIN = "builtin:python-docs"
-RENDERING = 1  # raised when rows with messages, or prompts, become other tokens or labels
+TOOLS = "tools"  # the column of what the assistant of a conversation may call
+WHOLE = ("messages", "prompt_completion")  # formats whose rows are `trainer.corpus.rows`
+RENDERING = 2  # raised when rows with messages, or prompts, become other tokens or labels
 
 Document = str | list[int] | Row
 
@@ -115,17 +117,34 @@ def read_documents(shard: Shard) -> Iterator[Document]:
         assert shard.stop is not None
         yield from pythondocs.documents(shard.start, shard.stop)
         return
+    check = _CHECKS[shard.format]
+    if shard.format not in WHOLE:
+        for row, value in enumerate(read_columns(shard), start=shard.start):
+            yield check(shard, row, value)
+        return
+    for row, (*values, tools) in enumerate(read_columns(shard, (TOOLS,)), start=shard.start):
+        refuse_tools(f"{shard.label}: row {row}", tools)
+        yield check(shard, row, values[0] if len(values) == 1 else values)
+
+
+def read_columns(shard: Shard, optional: files.Columns = ()) -> Iterator[Any]:
+    """The values of the shard's columns, row by row, as `files.column_values`."""
     if shard.kind == "hub":
         assert shard.stop is not None
-        values = hub.rows(
+        return hub.rows(
             shard.label, shard.path, shard.name, shard.split, shard.columns,
-            shard.start, shard.stop, shard.fingerprint,
+            shard.start, shard.stop, shard.fingerprint, optional,
         )  # fmt: skip
-    else:
-        values = files.rows(shard.label, shard.path, shard.columns, shard.start, shard.stop)
-    check = _CHECKS[shard.format]
-    for row, value in enumerate(values, start=shard.start):
-        yield check(shard, row, value)
+    return files.rows(shard.label, shard.path, shard.columns, shard.start, shard.stop, optional)
+
+
+def refuse_tools(where: str, tools: Any) -> None:
+    """Raises ValueError, one line, for a conversation with tools: they would not be rendered."""
+    if tools:
+        raise ValueError(
+            f"{where} has {TOOLS} beside its messages, which are not rendered; remove the row, or "
+            f"the column {TOOLS}"
+        )
 
 
 def fingerprint(source: SourceSpec, index: int = 0) -> dict[str, str | int]:
@@ -140,7 +159,7 @@ def fingerprint(source: SourceSpec, index: int = 0) -> dict[str, str | int]:
         "format": source.format,
         "column": source.column or source.format,
     }
-    if source.format in ("messages", "prompt_completion"):
+    if source.format in WHOLE:
         shared["rendering"] = RENDERING
     if source.source.startswith("builtin:"):
         return {**shared, "source": source.source, **pythondocs.fingerprint()}

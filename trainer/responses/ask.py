@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from threading import Event
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from threading import Event, Thread
 from typing import Any
 
 from trainer.responses.client import Client, Reply, Unanswered
+from trainer.responses.limits import too_many
 from trainer.responses.prompts import Prompt, read_prompts
 from trainer.responses.store import Answer, AnswerStore
 from trainer.spec import AnswersEndpoint, DataSpec, ResponsesSpec
@@ -17,8 +18,8 @@ from trainer.worker import Hooks, Stopped
 
 # Answers are published at least so often, and progress is told at most so often, in seconds.
 PUBLISH_SECONDS, PROGRESS_SECONDS = 20.0, 1.0
-# Share of the answers that may fail for good before the run stops; one may in any case.
-FAILING = 0.02
+# Requests under way when the run ends are waited for so long, as they are paid for, in seconds.
+LAST_SECONDS = 5.0
 # Reasons of failures that the manifest quotes.
 QUOTED = 5
 
@@ -62,12 +63,10 @@ def ask_all(
     run = _Run(answers, hooks, total, clock)
     stopping = Event()
     client = Client(origin, responses, api_key(origin), stopping.wait)
-    pool = ThreadPoolExecutor(origin.concurrency, thread_name_prefix="answers")
     try:
-        run.all(client, pool, iter(work), origin.concurrency)
+        run.all(client, work, origin.concurrency)
     finally:
-        stopping.set()  # ends waits; requests under way are waited for, they are paid for
-        pool.shutdown(cancel_futures=True)
+        stopping.set()  # ends pauses
         run.rest()
         client.close()
     return {"counts": {"prompts": len(prompts), "failed": len(run.failed)}, "failed": run.quoted()}
@@ -87,24 +86,21 @@ class _Run:
         self.began = self.published = clock()
         self.told = -PROGRESS_SECONDS
 
-    def all(
-        self, client: Client, pool: ThreadPoolExecutor, work: Iterator[Any], at_once: int
-    ) -> None:
+    def all(self, client: Client, work: list[tuple[Prompt, int]], at_once: int) -> None:
         """Works through `work`, until a stop is asked for or too much fails."""
-        work_left = list(work)
-        self.done = self.total - len(work_left)
-        queue = iter(work_left)
+        self.done = self.total - len(work)
+        queue = iter(work)
         while True:
             if self.hooks.stop_requested():
                 raise Stopped("prepare stopped; the answers are saved")
             while len(self.waiting) < at_once and (item := next(queue, None)) is not None:
-                self.waiting[pool.submit(client.ask, *item)] = item
+                self.waiting[_under_way(client, *item)] = item
             if not self.waiting:
                 return
             finished, _ = wait(self.waiting, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in finished:
                 self.take(future)
-            if len(self.failed) > max(1, int(FAILING * self.total)):
+            if too_many(len(self.failed), self.total):
                 raise ValueError(
                     f"responses.from.endpoint: {len(self.failed)} of {self.total} answers failed "
                     f"for good, the last with: {self.failed[-1]}; the others are kept, mend the "
@@ -137,9 +133,11 @@ class _Run:
         )
 
     def rest(self) -> None:
-        """What has been answered since, whatever ended the run."""
-        for future in list(self.waiting):
-            if not future.cancelled() and future.exception() is None:
+        """What has been answered since, whatever ended the run; what takes longer is left, and
+        asked for again by the next one."""
+        finished, _ = wait(self.waiting, timeout=LAST_SECONDS)
+        for future in finished:
+            if future.exception() is None:
                 self.take(future)
         self.publish()
 
@@ -169,3 +167,18 @@ class _Run:
     def quoted(self) -> list[str]:
         """The first reasons why answers failed."""
         return self.failed[:QUOTED]
+
+
+def _under_way(client: Client, prompt: Prompt, sample: int) -> Future[Reply]:
+    """A request in a thread of its own that the end of the process does not wait for, as it would
+    for those of a pool: a server may take minutes."""
+    future: Future[Reply] = Future()
+
+    def ask() -> None:
+        try:
+            future.set_result(client.ask(prompt, sample))
+        except BaseException as error:  # told to whoever takes the result
+            future.set_exception(error)
+
+    Thread(target=ask, name="answers", daemon=True).start()
+    return future

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
-from trainer.spec import AnswersEndpoint, AnswersFile, ResponsesSpec
+from trainer.spec import AnswersEndpoint, AnswersFile, ResponsesSpec, TeacherSpec
 
 GENERATED = ("max_new_tokens", "temperature", "top_p", "samples", "seed")
 
@@ -40,16 +41,15 @@ def responses_fault(responses: ResponsesSpec | None) -> str | None:
                 "not sample"
             )
     if isinstance(origin, AnswersEndpoint):
-        host = origin.endpoint.partition("://")[2].partition("/")[0]
-        if "@" in host:
+        if "@" in urlsplit(origin.endpoint).netloc:
             return (
                 "responses.from.endpoint: has credentials in the URL; remove them, and name the "
                 "variable that holds the key with api_key_env"
             )
         if "?" in origin.endpoint or "#" in origin.endpoint:
             return (
-                f"responses.from.endpoint: got {origin.endpoint}; may be a base URL such as "
-                "https://api.example.com/v1, without ? and #"
+                "responses.from.endpoint: may be a base URL such as https://api.example.com/v1, "
+                "without ? and #"  # what follows them may be a key, and is not repeated
             )
     return None
 
@@ -59,12 +59,13 @@ def world_faults(
 ) -> list[str]:
     """One line per fault that only this machine can tell: keys, files, prompts.
 
-    spec: its sections `data` and `responses`; asked for where prepare will run, on the driver.
-    tokenizer: the corpus's, to see whether it can render the answers.
+    spec: its sections `teacher`, `data` and `responses`; asked for where prepare will run, on the
+    driver. tokenizer: the corpus's, to see whether it can render the answers, and whether those of
+    a file suffice.
     """
     from trainer.corpus.chat import has_template
     from trainer.responses.ask import api_key
-    from trainer.responses.given import check_file
+    from trainer.responses.given import check_answers_size, check_file
     from trainer.responses.prompts import check_prompts
 
     responses = spec.responses
@@ -78,14 +79,38 @@ def world_faults(
             chats = {"responses.from.file": check_file(origin)}
         else:
             chats = check_prompts(spec.data)
+        if origin == "teacher":
+            _check_room(responses, getattr(spec, "teacher", None))
     except ValueError as error:
         return [" ".join(str(error).split())]
-    if tokenizer is None or has_template(tokenizer):
+    if tokenizer is None:
         return []
-    name = getattr(tokenizer, "name_or_path", "that is trained on the corpus")
-    return [
-        f"{key}: holds messages, which need a chat template, and the tokenizer {name} has none; "
-        "give prompts and completions that are texts, or a model with a chat template"
-        for key, is_chat in chats.items()
-        if is_chat
-    ]
+    if any(chats.values()) and not has_template(tokenizer):
+        name = getattr(tokenizer, "name_or_path", "that is trained on the corpus")
+        return [
+            f"{key}: holds messages, which need a chat template, and the tokenizer {name} has "
+            "none; give prompts and completions that are texts, or a model with a chat template"
+            for key, is_chat in chats.items()
+            if is_chat
+        ]
+    try:
+        if isinstance(origin, AnswersFile):
+            check_answers_size(origin, spec.data, tokenizer)
+    except ValueError as error:
+        return [" ".join(str(error).split())]
+    return []
+
+
+def _check_room(responses: ResponsesSpec, teacher: TeacherSpec | None) -> None:
+    """Raises ValueError, one line, where no prompt at all could leave room for an answer."""
+    from trainer.models import find_model, max_length, read_config
+
+    if teacher is None:
+        return
+    folder = find_model("teacher.model", teacher.model, teacher.revision)
+    positions = max_length(read_config(folder))
+    if positions is not None and responses.max_new_tokens >= positions:
+        raise ValueError(
+            f"responses.max_new_tokens: got {responses.max_new_tokens}; may be less than the "
+            f"teacher's {positions} positions, which hold the prompts too"
+        )

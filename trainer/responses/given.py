@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.corpus.rows import conversation, prompt_completion
+from trainer.corpus.size import check_size
+from trainer.corpus.sources import TOOLS, refuse_tools
 from trainer.responses.identity import answers_path
 from trainer.responses.store import FILE_BYTES, AnswerStore
-from trainer.spec import AnswersFile
+from trainer.spec import AnswersFile, DataSpec, SourceSpec
 
 Format = Literal["messages", "prompt_completion"]
 
@@ -30,15 +32,28 @@ def format_of(path: Path) -> Format:
 
 
 def check_file(origin: AnswersFile) -> bool:
-    """Whether the file's first row has messages.
+    """Whether rows of the file have messages.
 
-    Raises ValueError, one line, for a file that is not there, or whose first row is wrong.
+    Raises ValueError, one line, for a file that is not there, and for the first row that is wrong.
     """
     path = answers_path(origin)
     kind = format_of(path)
-    number, row, _ = next(_rows(path))
-    _check(f"responses.from.file: {path}: line {number}", row, kind)
-    return kind == "messages" or isinstance(row["prompt"], list)
+    is_chat = kind == "messages"
+    for number, row, _ in _rows(path):
+        _check(f"responses.from.file: {path}: line {number}", row, kind)
+        is_chat = is_chat or isinstance(row["prompt"], list)
+    return is_chat
+
+
+def check_answers_size(origin: AnswersFile, data: DataSpec, tokenizer: Any) -> None:
+    """Raises ValueError, one line, where the answers of a file cannot fill the corpus's parts."""
+    path = answers_path(origin)
+    source = SourceSpec(source=str(path), format=format_of(path))
+    try:
+        check_size(data.model_copy(update={"train": [source]}), tokenizer)
+    except ValueError as error:
+        why = str(error).replace("add sources to data.train", "give more answers")
+        raise ValueError(f"responses.from.file: {path}: {why}") from None
 
 
 def copy_file(origin: AnswersFile, answers: AnswerStore) -> dict[str, Any]:
@@ -65,6 +80,7 @@ def copy_file(origin: AnswersFile, answers: AnswerStore) -> dict[str, Any]:
 
 
 def _check(where: str, row: dict[str, Any], kind: Format) -> None:
+    refuse_tools(where, row.get(TOOLS))
     if kind == "messages":
         found: Any = conversation(where, row.get("messages"))
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,19 +22,22 @@ def responses_identity(
     data: DataSpec,
     teacher: Mapping[str, Any],
     tokenizer: Mapping[str, Any],
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Everything that decides the answers; flat.
 
     teacher, tokenizer: their identities (`Identities.teacher`, `Identities.tokenizer`). How fast a
-    server is asked, and with which key, is no part of it. Raises ValueError for a source or a file
-    that is not there.
+    server is asked, and with which key, is no part of it. folder: the teacher's.
+    Raises ValueError for a source or a file that is not there.
     """
     from trainer.corpus import sources
 
     identity: dict[str, Any] = {"format": FORMAT}
     origin = responses.origin
     if isinstance(origin, AnswersFile):
-        return {**identity, "from": "file", "content": hash_files([answers_path(origin)])}
+        content = hash_files([answers_path(origin)])
+        rendering = {"rendering": sources.RENDERING}
+        return {**identity, "from": "file", "content": content, **rendering}
     for index, source in enumerate(data.train):
         identity |= flatten(sources.fingerprint(source, index), f"data.train.{index}")
     identity |= {name: getattr(responses, name) for name in SETTINGS}
@@ -50,7 +55,19 @@ def responses_identity(
         "from": "teacher",
         **flatten(dict(teacher), "teacher"),
         **flatten(template, "tokenizer"),
+        "ends": _generation_ends(folder),
     }
+
+
+def _generation_ends(folder: Path | None) -> str:
+    """The ids that end an answer by generation_config.json, which is in no other identity."""
+    path = None if folder is None else folder / "generation_config.json"
+    if path is None or not path.is_file():
+        return "null"
+    try:
+        return json.dumps(json.loads(path.read_text()).get("eos_token_id"))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"teacher.model: {path} cannot be read as JSON ({error})") from None
 
 
 def answers_path(origin: AnswersFile) -> Path:
@@ -66,8 +83,20 @@ def answers_path(origin: AnswersFile) -> Path:
 def corpus_of_answers(
     data: DataSpec, tokenizer: Mapping[str, Any], answers: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The identity of the corpus that is made of answers; flat; `answers`: `responses_identity`."""
+    """What is asked of the corpus that is made of answers; flat; `answers`: `responses_identity`.
+
+    Which answers there are is known once they are made: `corpus_of_content` has both.
+    """
     from trainer.corpus.prepare import corpus_identity
 
     without = data.model_copy(update={"train": []})
     return {**corpus_identity(without, tokenizer), **flatten(dict(answers), "responses")}
+
+
+def corpus_of_content(asked: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of the corpus of the very answers that a manifest names: other answers to the
+    same prompts are another corpus. asked: `corpus_of_answers`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in manifest["files"]:
+        digest.update(f"{file['name']}\0{file['blake2b']}\0".encode())
+    return {**asked, "responses.answers": digest.hexdigest()}

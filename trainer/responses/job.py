@@ -25,6 +25,7 @@ from trainer.responses.generate import (
     make_settings,
     prompt_ids,
 )
+from trainer.responses.limits import FAILING, too_many
 from trainer.responses.prompts import Prompt, read_prompts
 from trainer.responses.store import Answer, AnswerStore
 from trainer.spec import DataSpec, ResponsesSpec, TeacherSpec
@@ -112,10 +113,11 @@ class Answers:
                 long += 1
                 continue
             items += [Item(prompt, sample, ids) for sample in range(self.responses.samples)]
-        if not items:
+        if not items or too_many(long, len(prompts)):
             raise ValueError(
-                f"responses.max_new_tokens: got {self.responses.max_new_tokens}; no prompt leaves "
-                f"so much room in the teacher's {positions} positions"
+                f"responses.max_new_tokens: got {self.responses.max_new_tokens}; {long} of "
+                f"{len(prompts)} prompts do not leave so much room in the teacher's {positions} "
+                f"positions, and {FAILING:.0%} may; lower it, or remove the long ones"
             )
         return items, long
 

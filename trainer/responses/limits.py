@@ -1,10 +1,19 @@
-"""How fast a server may be asked: requests a minute, and pauses that it demands itself."""
+"""How fast a server may be asked: requests a minute, and pauses that it demands itself; and how
+many answers may fail."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
+
+# Share of the answers that may fail for good before the run stops; one may in any case.
+FAILING = 0.02
+
+
+def too_many(failed: int, total: int) -> bool:
+    """Whether so many answers have failed that something is wrong with more than these."""
+    return failed > max(1, int(FAILING * total))
 
 
 class Stop(Exception):

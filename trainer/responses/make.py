@@ -6,7 +6,8 @@ if answers.manifest() is None:
     facts = collect(spec, answers, hooks)             # from a file or a server, in one process
     finish(spec, answers, identity, facts, began)
 data = answered(spec.data, answers)
-prepare(data, tokenizer, store, on_answers(each, answers), identity=names.corpus)
+identity = corpus_of(names, answers)                  # other answers are another corpus
+prepare(data, tokenizer, store, on_answers(each, answers), identity=identity)
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Store
 from trainer.fingerprint import fingerprint
+from trainer.responses.identity import corpus_of_content
 from trainer.responses.store import FILES, AnswerStore
 from trainer.spec import AnswersFile, DataSpec, ResponsesSpec, SourceSpec
 from trainer.worker import Hooks
+
+if TYPE_CHECKING:
+    from trainer.identity import Identities
 
 RESPONSES = "_responses"
 Each = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
@@ -101,6 +106,21 @@ def answered(data: DataSpec, answers: AnswerStore) -> DataSpec:
         for index, weight in enumerate(weights)
     ]
     return data.model_copy(update={"train": train})
+
+
+def corpus_of(names: Identities, answers: AnswerStore) -> dict[str, Any]:
+    """The identity of the corpus of the answers that are there; they must be complete."""
+    manifest = answers.manifest()
+    assert manifest is not None
+    return corpus_of_content(names.corpus, manifest)
+
+
+def find_corpus(names: Identities, root: Store) -> dict[str, Any] | None:
+    """The identity of a job's corpus, None while its answers are missing. root: the storage's."""
+    if names.responses_spec is None:
+        return names.corpus
+    answers = open_answers(root, names.responses)
+    return None if answers.manifest() is None else corpus_of(names, answers)
 
 
 def on_answers(each: Each, answers: AnswerStore) -> Each:

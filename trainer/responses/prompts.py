@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.corpus import files, hub, sources
+from trainer.corpus import sources
 from trainer.corpus.rows import Conversation, prompt_completion
 from trainer.spec import DataSpec, SourceSpec
 
@@ -83,23 +83,15 @@ def _values(source: SourceSpec, index: int) -> Iterator[str | list[Message]]:
     # As plain columns: a completion need not be there, and what a row holds is looked at here.
     plain = source.model_copy(update={"format": "text", "column": column})
     for shard in sources.resolve(plain, index):
-        for row, value in enumerate(_rows(shard), start=shard.start):
+        rows = sources.read_columns(shard, (sources.TOOLS,))
+        for row, (value, tools) in enumerate(rows, start=shard.start):
             where = f"{shard.label}: row {row} of column {column!r}"
+            sources.refuse_tools(f"{shard.label}: row {row}", tools)
             prompt = _of_messages(where, value) if source.format == "messages" else value
             if source.format == "prompt_completion" and value is not None:
                 prompt = value if isinstance(value, str) else _of_messages(where, value)
             if prompt:
                 yield prompt
-
-
-def _rows(shard: sources.Shard) -> Iterator[Any]:
-    if shard.kind == "hub":
-        assert shard.stop is not None
-        return hub.rows(
-            shard.label, shard.path, shard.name, shard.split, shard.columns,
-            shard.start, shard.stop, shard.fingerprint,
-        )  # fmt: skip
-    return files.rows(shard.label, shard.path, shard.columns, shard.start, shard.stop)
 
 
 def _of_messages(where: str, value: Any) -> list[Message]:

@@ -115,11 +115,6 @@ def is_adapter(name: str) -> bool:
     return f".lora_A.{_NAME}." in name or f".lora_B.{_NAME}." in name
 
 
-def has_adapters(model: Any) -> bool:
-    """Whether adapters were added to the model."""
-    return any(is_adapter(name) for name, _ in model.named_parameters())
-
-
 def merged_state(model: Any, adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the plain model that computes what `model` with these `adapters` does.
 

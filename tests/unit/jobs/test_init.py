@@ -42,9 +42,16 @@ def test_the_values_are_the_defaults_of_the_spec(tmp_path: Path) -> None:
         "name": "b-to-d",
         "teacher": {"model": "a/b"},
         "student": {"model": "c/d"},
-        "data": {"train": [{"source": DEFAULT_DATA, "column": "text"}]},
+        "data": {"train": [{"source": DEFAULT_DATA}]},
     }
     assert spec == JobSpec.model_validate(least)
+
+
+def test_another_format_is_one_word_away(tmp_path: Path) -> None:
+    text = render("a/b", "c/d", "chats.jsonl").replace("format: text ", "format: messages ")
+    spec = loaded(text, tmp_path)
+    assert spec.data is not None
+    assert (spec.data.train[0].format, spec.data.train[0].column) == ("messages", None)
 
 
 def test_every_key_has_a_comment_or_explains_itself() -> None:

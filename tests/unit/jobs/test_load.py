@@ -104,7 +104,8 @@ def faults_of(file: Path, text: str) -> list[str]:
         ("distill.losses.ce=true", f"distill.losses.ce: got true; may be {LOSS}"),
         (
             "distill.losses={ce: 0}",
-            "distill.losses: needs at least one loss with a weight above 0",
+            "distill.losses: needs at least one loss with a weight above 0, of forward_kl, "
+            "reverse_kl, jsd, skew_kl, ce, hidden",
         ),
         (
             "distill.losses=3",
@@ -183,6 +184,14 @@ def faults_of(file: Path, text: str) -> list[str]:
             'teacher: got "org/big"; may be a section (model, revision, dtype, sharding) or null',
         ),
         ("teacher={}", "teacher.model: missing; may be text, not empty"),
+        (
+            "student={init: slice}",
+            "student.layers: missing; may be how many of the teacher's layers init: slice keeps",
+        ),
+        (
+            "student.layers=2",
+            "student.layers: is for init: slice; remove it, or set student.init: slice",
+        ),
         ("student={}", "student: needs model (hub id or folder) or config (with init: random)"),
         (
             "student.config=5",
@@ -237,12 +246,17 @@ def test_a_wrong_value_is_one_line(file: Path, override: str, line: str) -> None
         ),
         (
             "responses.from={endpoint: me, model: a}",
-            'responses.from.endpoint: got "me"; may be text, e.g. https://api.example.com/v1',
+            "responses.from.endpoint: may be an http(s) URL with a host",
         ),
         (
             "responses.from={file: a.jsonl, model: b}",
             "responses.from.model: is not for these keys beside it; responses.from may be "
             + ORIGIN,
+        ),
+        (
+            "responses={origin: teacher}",
+            "responses.origin: unknown key; may be from, max_new_tokens, temperature, top_p, "
+            "samples or seed",
         ),
         ("responses.samples=0", "responses.samples: got 0; may be a whole number from 1 to 64"),
     ],
@@ -268,6 +282,7 @@ def test_a_wrong_value_of_responses_is_one_line(file: Path, override: str, line:
         ("distill.workers", "did you mean resources.capture.workers or resources.distill.workers?"),
         ("data.train.0.wieght", "did you mean data.train.0.weight?"),
         ("data.column", "did you mean data.train.0.column?"),
+        ("distill.losses.ce.start", "did you mean distill.losses.ce.weight.start?"),
         ("teacher.quantized", "may be model, revision, dtype or sharding"),
     ],
 )

@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 
-from cluster.storage import open_store
+from cluster.storage import Store, open_store
 from jobs.inputs import Inputs
 from jobs.schema import spec_of
 from jobs.spec import JobSpec
-from trainer.job import make_capture, make_trainings, resolve
+from trainer.job import (
+    make_capture,
+    make_trainings,
+    resolve,
+    training_folders,
+    unfinished_faults,
+    unfinished_trainings,
+)
 
 
 @pytest.fixture
@@ -93,8 +100,7 @@ def test_what_decides_the_weights_is_an_input_of_the_training(folder: Path) -> N
         {"distill__losses": {"forward_kl": {"weight": {"start": 1, "end": 0.5}}}},
         {"distill__mode": "online"},
         {"distill__evaluate_steps": 7},
-        {"distill__offload": "cpu"},
-        {"distill__deepspeed": {"prescale_gradients": True}},
+        {"distill__dtype": "float32"},
         {"student__lora": {"r": 4}},
         {"student": {"init": "slice", "layers": 2}},
         {"cache": {"draws": 9, "redraws": 2}},
@@ -105,6 +111,10 @@ def test_what_decides_the_weights_is_an_input_of_the_training(folder: Path) -> N
         assert fixed(resolved(folder, **changes)) != base, changes
     for changes in (
         {"distill__activation_checkpointing": True},
+        {"distill__micro_batch": 1},
+        {"distill__zero_stage": 3},
+        {"distill__offload": "cpu"},
+        {"distill__deepspeed": {"prescale_gradients": True}},
         {"distill__checkpoint_minutes": 3},
         {"distill__keep_checkpoints": 5},
         {"distill__control": True},
@@ -121,6 +131,63 @@ def test_settings_of_losses_and_adapters_tell_trainings_apart(folder: Path) -> N
     slices = [resolved(folder, student={"init": "slice", "layers": n}) for n in (2, 3)]
     assert fixed(slices[0]) != fixed(slices[1])
     assert fixed(slices[0])["student.layers"] == 2
+
+
+def test_a_loss_that_never_counts_changes_nothing(folder: Path) -> None:
+    one = resolved(folder, distill__losses={"forward_kl": 1.0})
+    other = resolved(folder, distill__losses={"forward_kl": 1.0, "ce": 0})
+    assert fixed(one) == fixed(other)
+    assert training_folders(one, fixed(one)) == training_folders(other, fixed(other))
+
+
+def test_the_teacher_decides_only_where_it_teaches_or_is_cut(folder: Path) -> None:
+    alone = {"distill__losses": {"ce": 1.0}}
+    other = {"teacher__dtype": "float32"}
+    assert fixed(resolved(folder, **alone)) == fixed(resolved(folder, **alone, **other))
+    sliced = {**alone, "student": {"init": "slice", "layers": 2}}
+    assert fixed(resolved(folder, **sliced)) != fixed(resolved(folder, **sliced, **other))
+
+
+def unfinished(run: Store, name: str, inputs: dict[str, Any] | None, step: int = 40) -> None:
+    """A training as it lies on storage after a checkpoint."""
+    store = run.sub("checkpoints", name)
+    store.write_json(f"{step:08d}-0001-abc.json", {})
+    if inputs is not None:
+        store.write_json("inputs.json", inputs)
+
+
+def test_an_unfinished_training_is_not_passed_over(folder: Path) -> None:
+    """With another learning rate a training began anew, and said nothing of its checkpoints."""
+    before, after = resolved(folder), resolved(folder, distill__learning_rate=0.5)
+    run = open_store(folder / "run")
+    names = training_folders(before, fixed(before))
+    unfinished(run, names["distill"], fixed(before))
+    unfinished(run, names["control"], fixed(before), step=7)
+    unfinished(run, "something-else", fixed(before))
+    assert unfinished_faults(before, fixed(before), run) == []
+    faults = unfinished_faults(after, fixed(after), run)
+    way_out = (
+        "put it back to continue, run with --redo distill to drop it and train anew, or give the "
+        "run another name)"
+    )
+    assert sorted(faults) == sorted(
+        f"distill.learning_rate: 2e-05 -> 0.5 (a training of this run is unfinished at step "
+        f"{step}; {way_out}"
+        for step in (40, 7)
+    )
+    assert list(unfinished_trainings(after, fixed(after), run)) == [
+        f"checkpoints/{names[stage]}" for stage in ("control", "distill")
+    ]
+    # What is done is told of elsewhere, and what has no checkpoint has nothing to lose.
+    for name in names.values():
+        run.sub("checkpoints", name).write_json("done/metrics.json", {})
+    run.sub("checkpoints", "distill-0123").write_json("inputs.json", fixed(before))
+    assert unfinished_faults(after, fixed(after), run) == []
+    unfinished(run, "distill-4567", None, step=3)
+    (fault,) = unfinished_faults(after, fixed(after), run, "delete {path} to drop it")
+    path = folder / "run" / "checkpoints" / "distill-4567"
+    assert fault.startswith(f"{path}: a training of this run is unfinished at step 3, of other")
+    assert f"delete {path} to drop it" in fault
 
 
 def test_an_online_training_depends_on_the_teacher_not_on_the_cache(folder: Path) -> None:

@@ -176,6 +176,15 @@ ALONE = {"teacher": None, "distill__losses": {"ce": 1.0}}
             "or give at least 2 workers",
         ),
         (
+            {
+                "teacher__sharding": "zero3",
+                "distill__mode": "online",
+                "resources": {"distill": {"workers": [1, 4]}},
+            },
+            "teacher.sharding: got zero3 with resources.distill.workers: [1, 4]; may be none or "
+            "auto, or give at least 2 workers",
+        ),
+        (
             {"distill__losses": {"jsd": 1.0}},
             "distill.losses.jsd: may not be used with cache.method: sample, whose draws would bias "
             "it, as it is not linear in the teacher's distribution; may be forward_kl, or use "

@@ -21,7 +21,7 @@ from tests.material import save_model, write_texts
 from trainer.corpus.corpus import open_corpus
 from trainer.corpus.prepare import prepare
 from trainer.corpus.tokenizer import load_tokenizer, train_tokenizer
-from trainer.job import make_capture, resolve
+from trainer.job import make_capture, resolve, training_folders
 from trainer.logits.codebook import Codebook
 from trainer.logits.codec import encode
 from trainer.logits.coding import coding_of
@@ -118,6 +118,24 @@ def test_a_whole_cache_is_not_captured_again(run: Run) -> None:
     assert plan.skipped == ["prepare", "capture"]
     assert plan.todo == ["distill", "sweep", "summarize"]
     assert set(plan.outputs) == {"prepare", "capture"}
+
+
+def test_a_changed_training_that_is_unfinished_is_refused(tmp_path: Path) -> None:
+    """Before anything starts, unless training anew is asked for."""
+    run = Run(tmp_path)
+    run.fill()
+    found = run.inputs.distill(run.done).fixed
+    store = run.dir.store.sub("checkpoints", training_folders(run.spec, found)["distill"])
+    store.write_json("00000002-0001-abc.json", {})
+    store.write_json("inputs.json", found)
+    assert "distill" in run.plan().todo
+    other = run.load(distill={**run.values["distill"], "learning_rate": 0.5})
+    with pytest.raises(SpecErrors, match="unfinished at step 2; put it back") as error:
+        run.plan(spec=other)
+    assert str(error.value).count("learning_rate") == 1 and "--redo distill" in str(error.value)
+    for stage in ("prepare", "distill"):
+        assert "distill" in run.plan(spec=other, redo=stage).todo
+    assert run.plan(spec=other, until="capture").todo == []
 
 
 def test_more_sets_of_draws_are_captured(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from trainer.checkpoints.checkpoint import (
     newest,
     prune,
 )
+from trainer.checkpoints.names import name_of
 from trainer.checkpoints.saver import Saver
 from trainer.worker import Hooks, Worker
 
@@ -51,6 +53,7 @@ def test_the_newest_is_the_one_of_the_highest_step_then_attempt(tmp_path: Path) 
     put(store, "00000002-0009", "00000010-0001", "00000010-0002")
     store.write_bytes("00000011-0002/state/a.pt", b"x")  # its JSON never came
     store.write_json("done/metrics.json", {})
+    store.write_json("inputs.json", {})
     found = find_latest(store)
     assert found is not None
     assert (found.folder, found.step, found.world) == ("00000010-0002", 10, 2)
@@ -86,11 +89,18 @@ def test_old_ones_go_and_what_kills_have_left(tmp_path: Path) -> None:
     put(store, "00000001-0001", "00000002-0001", "00000003-0001")
     store.write_bytes("00000004-0001/state/a.pt", b"x")
     store.write_json("done/metrics.json", {})
+    store.write_json("inputs.json", {})
     prune(store, 2)
     kept = ["00000002-0001", "00000003-0001"]
-    assert store.list() == sorted([*kept, *(f"{name}.json" for name in kept), "done"])
+    others = ["done", "inputs.json"]
+    assert store.list() == sorted([*kept, *(f"{name}.json" for name in kept), *others])
     prune(store, 0)
-    assert store.list() == ["done"]
+    assert store.list() == others
+
+
+def test_names_sort_by_step_then_by_attempt() -> None:
+    names = [name_of(*of) for of in ((9, 2, "ff"), (10, 1, "00"), (10, 2, "ff"), (11, 1, "00"))]
+    assert names == sorted(names)
 
 
 def test_only_files_that_are_whole_are_fetched(tmp_path: Path) -> None:
@@ -112,7 +122,8 @@ def test_only_files_that_are_whole_are_fetched(tmp_path: Path) -> None:
     store.write_bytes("00000003-0001/state/a.pt", b"y")
     fault = fetch(store, found, names, tmp_path / "damaged")
     assert fault == f"{folder}/state/a.pt: damaged: its hash differs; {way_out}"
-    assert not (tmp_path / "damaged").exists()
+    assert not (tmp_path / "damaged" / "state" / "a.pt").exists()
+    assert store.exists("00000003-0001/state/a.pt")
 
 
 # Saving. What DeepSpeed writes is in tests/system/test_resume.py.
@@ -163,7 +174,7 @@ def test_a_checkpoint_is_there_once_it_is_completed(tmp_path: Path, local: Path)
     store = Gated(open_store(tmp_path / "store"))
     saver = Saver(store, alone(), keep=1)
     put(store, "00000001-0001")
-    assert not saver.busy and saver.finish() is None
+    assert not saver.busy
     saver.begin(Engine(), 5, 2, {"tokens": 9})
     assert saver.busy and not saver.done_here() and list(local.iterdir())
     with pytest.raises(RuntimeError, match="under way"):
@@ -181,18 +192,66 @@ def test_a_checkpoint_is_there_once_it_is_completed(tmp_path: Path, local: Path)
     assert sorted(found.files) == [
         "state/mp_rank_00_model_states.pt", "state/zero_pp_rank_0_mp_rank_00_optim_states.pt",
     ]  # fmt: skip
-    assert store.list() == ["00000005-0001", "00000005-0001.json"]
+    assert found.folder.startswith("00000005-0001-")
+    assert store.list() == [found.folder, f"{found.folder}.json"]
     assert fetch(store, found, found.files, tmp_path / "again") is None
 
 
-def test_finish_waits_for_the_upload(tmp_path: Path) -> None:
+def test_complete_waits_for_the_upload(tmp_path: Path) -> None:
     store = Gated(open_store(tmp_path / "store"))
     saver = Saver(store, alone(), keep=1)
     saver.begin(Engine(), 5, 2, {})
     threading.Timer(0.2, store.gate.set).start()
-    saved = saver.finish()
-    assert saved is not None and 0.15 < saved.held_s < 5
+    saved = saver.complete()
+    assert 0.15 < saved.held_s < 5
     assert find_latest(store) is not None
+
+
+def test_a_group_that_starts_again_writes_where_no_other_does(tmp_path: Path) -> None:
+    """Ranks of a lost node went on uploading into the folder of those that replaced them."""
+    store = Gated(open_store(tmp_path / "store"))
+    lost, again = (Saver(store, alone(), keep=2) for _ in range(2))
+    lost.begin(Engine(), 5, 2, {})
+    again.begin(Engine(), 5, 2, {})
+    store.gate.set()
+    for saver in (lost, again):
+        wait_for(saver)
+    assert len(store.list()) == 2
+    again.complete()
+    found = find_latest(store)
+    assert found is not None and store.list() == [found.folder, f"{found.folder}.json"]
+    assert fetch(store, found, found.files, tmp_path / "again") is None
+
+
+def test_what_cannot_be_deleted_fails_no_checkpoint(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "store")
+    put(store, "00000001-0001")
+    saver = Saver(store, alone(), keep=1)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("no right to delete")
+
+    store.delete = refuse  # type: ignore[method-assign]
+    saver.begin(Engine(), 5, 2, {})
+    assert saver.complete().step == 5
+
+
+def test_a_checkpoint_on_remote_storage_leaves_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    store = open_store("memory://checkpoint-copies")
+    saver = Saver(store, alone(), keep=1)
+    saver.begin(Engine(), 5, 2, {})
+    saver.complete()
+    found = find_latest(store)
+    assert found is not None and fetch(store, found, found.files, tmp_path / "here") is None
+    (model,) = (tmp_path / "here").rglob("mp_rank_*.pt")
+    assert model.read_bytes() == b"model" and not model.is_symlink()
+    assert not (tmp_path / "cache").exists()
+    store.delete(f"{found.folder}/state/{model.name}")
+    fault = fetch(store, found, found.files, tmp_path / "gone")
+    assert fault is not None and "missing" in fault
 
 
 def test_a_failed_upload_is_an_error_and_leaves_the_checkpoint_before(
@@ -205,9 +264,10 @@ def test_a_failed_upload_is_an_error_and_leaves_the_checkpoint_before(
     store.gate.set()
     with pytest.raises(CheckpointFailed) as error:
         saver.complete()
-    assert str(error.value) == (
-        f"{tmp_path / 'store' / '00000005-0001'}: the checkpoint was not saved: rank 0 could not "
-        "upload its files: OSError: no space left"
+    assert re.fullmatch(
+        f"{tmp_path / 'store' / '00000005-0001'}-[0-9a-f]+: the checkpoint was not saved: rank 0 "
+        "could not upload its files: OSError: no space left",
+        str(error.value),
     )
     assert not saver.busy and not list(local.iterdir())
     latest = find_latest(store)

@@ -111,16 +111,24 @@ def test_few_sequences_are_named_and_the_rest_counted(tmp_path) -> None:
     text = said(tmp_path, {"forward_kl": math.nan, "ce": 2.0, "grad_norm": math.inf}, keys)
     assert text.startswith("control: forward_kl is nan in step 7, in micro-batches with sequences ")
     assert text.count("0" * 32) == 1 and "02" * 16 in text and "03" * 16 not in text
-    assert "and 6 more; lower distill.learning_rate, set distill.dtype=float32, or look at" in text
+    assert (
+        "and 6 more; start over with a lower distill.learning_rate or distill.dtype=float32 (--r"
+        in text
+    )
+    assert "(--redo distill), or look at these sequences; " in text
     assert text.endswith("; no checkpoint had been saved")
 
 
 def test_a_norm_alone_and_float32(tmp_path) -> None:
     values = {"forward_kl": 1.0, "grad_norm": math.inf}
     assert said(tmp_path, values, [], dtype="float32") == (
-        "control: grad_norm is inf in step 7; lower distill.learning_rate; "
-        "no checkpoint had been saved"
+        "control: grad_norm is inf in step 7; start over with a lower distill.learning_rate "
+        "(--redo distill); no checkpoint had been saved"
     )
+    # Losses that are finite tell nothing of single micro-batches.
+    text = said(tmp_path, values, list(KEYS), dtype="float32")
+    assert f"with losses that are finite; the whole step read sequences {KEYS[0].hex()}" in text
+    assert "micro-batch" not in text
 
 
 def test_a_teacher_at_fault_is_no_diverged_student(tmp_path) -> None:
@@ -128,4 +136,4 @@ def test_a_teacher_at_fault_is_no_diverged_student(tmp_path) -> None:
     assert "the teacher's own signal is not finite for sequence " + KEYS[0].hex() in text
     assert "capture them again with --redo capture" in text and "learning_rate" not in text
     text = said(tmp_path, {"forward_kl": math.nan}, list(KEYS), [KEYS[0]], mode="online")
-    assert "teacher.dtype=float32" in text and "capture" not in text
+    assert "teacher.dtype=float32 (--redo capture)" in text and "again" not in text

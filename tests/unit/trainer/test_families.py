@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,12 @@ def test_a_refusal_is_one_line_that_names_what_may_be(role, kind, message) -> No
     assert "llama" in str(error.value)
     with pytest.raises(ValueError, match=r"^student\.config\.model_type: got"):
         check_family("student", AutoConfig.for_model("t5"), "student.config.model_type")
+
+
+def test_the_documentation_lists_these_families() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+    found = re.search(r"fails in\s+silence\. ([^;]*); as teachers also ([^.]*)\.", text)
+    assert found is not None
+    students, more = (set(re.split(r",\s+", names)) for names in found.groups())
+    assert students == STUDENTS
+    assert students | more == TEACHERS

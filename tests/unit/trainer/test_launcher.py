@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.storage import Fenced
+from trainer import __main__ as launcher
 from trainer.__main__ import load
+from trainer.checkpoints.checkpoint import CheckpointFailed, CheckpointMisfit
+from trainer.news import why_of
 
 GOOD = """\
 name: a-run
@@ -56,6 +60,12 @@ def test_it_keeps_the_rules_of_the_pipeline(file: Path) -> None:
         ["student.lora={r: 2}", "student.init=random"],
         ["distill.mode=responses", "data.train.0.format=messages"],
         ["data.train=[]"],
+        ["teacher.model=./here", "teacher.revision=v2"],
+        ["distill.steps=true", "distill.micro_batch=0", "seed=false"],
+        ["distill.losses={ce: {weight: {start: a, end: 0}}}"],
+        ["distill.losses={ce: {start: 1, end: 0}}"],
+        ["name=A", "distill.stpes=1"],
+        ["student={init: slice}", "distill.tokens_per_step=100"],
     ):
         with pytest.raises(SpecErrors) as caught:
             load_spec(file, overrides)
@@ -92,7 +102,11 @@ sys.meta_path.insert(0, Missing())
 import trainer
 for module in pkgutil.walk_packages(trainer.__path__, "trainer."):
     importlib.import_module(module.name)
+from cluster.storage import Fenced
+from trainer import __main__ as launcher
 from trainer.__main__ import load
+from trainer.checkpoints.checkpoint import CheckpointFailed, CheckpointMisfit
+from trainer.news import why_of
 print(load(sys.argv[1], ()).name)
 """
     out = subprocess.run(
@@ -100,3 +114,43 @@ print(load(sys.argv[1], ()).name)
     )
     assert out.returncode == 0, out.stderr
     assert out.stdout.split()[-1] == "a-run"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("teacher.model: a\nstudent.model: b"), launcher.WRONG),
+        (CheckpointMisfit("step 3: damaged"), launcher.FAILED),
+        (CheckpointFailed("step 3: no room"), launcher.FAILED),
+        (FloatingPointError("distill: step 3: the loss is nan"), launcher.FAILED),
+        (Fenced("a newer attempt has taken over"), launcher.FAILED),
+        (MemoryError("of this machine"), launcher.FAILED),
+    ],
+)
+def test_what_ends_a_rank_is_told_in_lines(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launcher._failed(error, is_main=True) == code
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == len(str(error).splitlines())
+    assert all(line.startswith("error: ") for line in told)
+
+
+def test_what_nobody_expected_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        {}["lost"]
+    except KeyError as error:
+        assert launcher._failed(error, is_main=True) == launcher.FAILED
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_too_little_memory_comes_with_ways_out() -> None:
+    import torch
+
+    with pytest.raises(RuntimeError) as of_host:
+        torch.empty(1 << 60)
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), of_host.value):
+        why = why_of(error)
+        assert why.startswith("out of memory (") and "\n" not in why
+        assert "lower distill.micro_batch" in why and "distill.zero_stage: 3" in why
+    assert why_of(RuntimeError("something else")) == "something else"

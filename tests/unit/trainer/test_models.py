@@ -147,6 +147,7 @@ def test_a_config_is_completed_from_the_tokenizer(tmp_path) -> None:
     [
         ({"model_type": "lama"}, "student.config.model_type: transformers knows no 'lama'"),
         ({"hidden_size": 8}, "student.config.model_type: transformers knows no None"),
+        ({"model_type": "bloom"}, "student.config.model_type: got a model of type bloom; may be"),
         ({**LLAMA, "hidden_sise": 8}, "student.config: llama knows no hidden_sise"),
         ("/no/such/config.json", "student.config: /no/such/config.json cannot be read"),
     ],

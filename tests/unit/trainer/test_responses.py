@@ -11,14 +11,20 @@ import pytest
 import torch
 
 from cluster.storage import open_store
+from trainer.corpus.sources import RENDERING
 from trainer.responses.faults import responses_fault, world_faults
 from trainer.responses.given import copy_file
-from trainer.responses.identity import corpus_of_answers, responses_identity
+from trainer.responses.identity import (
+    corpus_of_answers,
+    corpus_of_content,
+    responses_identity,
+)
+from trainer.responses.job import Answers
 from trainer.responses.make import answered, on_answers, open_answers
 from trainer.responses.prompts import Prompt, prompt_key, read_prompts
 from trainer.responses.sampling import NextToken, nucleus
 from trainer.responses.store import Answer, AnswerStore
-from trainer.spec import DataSpec, ResponsesSpec, SourceSpec
+from trainer.spec import DataSpec, ResponsesSpec, SourceSpec, TeacherSpec, TokenizerSpec
 from trainer.teacher.draws import stream
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -244,6 +250,23 @@ def test_identity_is_what_decides_the_answers(tmp_path):
     assert of(data) != of(**{"from": endpoint()})
     corpus = corpus_of_answers(data, {"tokenizer": "t"}, of())
     assert corpus["responses.seed"] == 0 and corpus["data.sequence_length"] == 2048
+    spec = ResponsesSpec()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2], "top_k": 5}')
+    two = responses_identity(spec, data, {}, {}, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')
+    assert responses_identity(spec, data, {}, {}, tmp_path) != two
+    assert two["ends"] == "[1, 2]"
+    given = ResponsesSpec.model_validate({"from": {"file": str(tmp_path / "a.jsonl")}})
+    assert responses_identity(given, DataSpec(train=[]), {}, {})["rendering"] == RENDERING
+
+
+def test_other_answers_to_the_same_prompts_are_another_corpus(tmp_path):
+    asked, names = {"responses.seed": 0}, []
+    for turn, number in enumerate((0, 0, 2)):
+        store = AnswerStore(open_store(tmp_path / str(turn)))
+        store.publish([answer(0, completion=f" answer {number}")], 1, 0)
+        names.append(corpus_of_content(asked, store.finish({}, 1)))
+    assert names[0] == names[1] != names[2] and names[0]["responses.seed"] == 0
 
 
 @pytest.mark.parametrize(
@@ -278,6 +301,56 @@ def test_faults_of_the_world(tmp_path):
     Spec.responses = ResponsesSpec.model_validate({"from": {"file": str(tmp_path / "no.jsonl")}})
     (fault,) = world_faults(Spec, {})
     assert fault.startswith("responses.from.file: no file")
+
+
+def test_a_file_of_answers_is_read_to_its_end_before_work(tmp_path):
+    class Spec:
+        data = DataSpec(train=[])
+        responses = ResponsesSpec()
+
+    def faults(*rows: Any, tokenizer: Any = None) -> list[str]:
+        path = jsonl(tmp_path / "a.jsonl", list(rows))
+        Spec.responses = ResponsesSpec.model_validate({"from": {"file": path}})
+        return world_faults(Spec, {}, tokenizer=tokenizer)
+
+    good = {"messages": [USER, BOT]}
+    assert faults(good, good) == []
+    (fault,) = faults(good, good, {"messages": [USER]})
+    assert "a.jsonl: line 3: no turn of the assistant" in fault
+    (fault,) = faults(good, {**good, "tools": [{"type": "function"}]})
+    assert "line 2 has tools beside its messages" in fault
+    pairs = [{"prompt": "a", "completion": "b"}] * 5
+    (fault,) = faults(*pairs, tokenizer=TokenizerSpec(train=300))
+    assert fault.startswith("responses.from.file: ") and "corpus too small" in fault
+    assert "give more answers" in fault and "\n" not in fault
+
+
+def test_answers_must_leave_room_for_a_prompt(tmp_path, monkeypatch):
+    class Spec:
+        teacher = TeacherSpec(model="m")
+        data = data_of((jsonl(tmp_path / "a.jsonl", [{"prompt": "One"}]), "prompt_completion"))
+        responses = ResponsesSpec(max_new_tokens=64)
+
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "max_position_embeddings": 64})
+    )
+    monkeypatch.setattr("trainer.models.find_model", lambda *_: tmp_path)
+    (fault,) = world_faults(Spec)
+    assert fault.startswith("responses.max_new_tokens: got 64; may be less than the teacher's 64")
+    Spec.responses = ResponsesSpec(max_new_tokens=63)
+    assert world_faults(Spec) == []
+
+
+def test_prompts_without_room_are_failures_and_may_not_be_many(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.responses.job.prompt_ids", lambda _, p: list(range(len(p.value))))
+    spec = ResponsesSpec(max_new_tokens=10, samples=2)
+    store = open_store(tmp_path)
+    job = Answers(TeacherSpec(model="m"), spec, DataSpec(train=[]), 100, 1.0, store)
+    prompts = [Prompt(0, "x" * size, prompt_key("x" * size)) for size in (5, 6, 7, 11)]
+    items, long = job._items(prompts, None, 20)
+    assert long == 1 and len(items) == 6
+    with pytest.raises(ValueError, match="2 of 4 prompts do not leave so much room"):
+        job._items(prompts, None, 16)
 
 
 # Sampling.
@@ -336,7 +409,7 @@ def test_rows_of_no_token_are_never_chosen(temperature):
     assert max(chosen(sampler(200, 40, temperature=temperature)(torch.zeros(200, 3), scores))) < 40
 
 
-def test_messages_need_a_chat_template(tmp_path):
+def test_messages_need_a_chat_template(tmp_path, monkeypatch):
     class Tokenizer:
         chat_template, name_or_path = None, "plain"
 
@@ -354,4 +427,5 @@ def test_messages_need_a_chat_template(tmp_path):
     (fault,) = world_faults(Spec, tokenizer=Tokenizer())
     assert fault.startswith("responses.from.file: holds messages")
     Tokenizer.chat_template = "x"
+    monkeypatch.setattr("trainer.responses.given.check_size", lambda data, tokenizer: None)
     assert world_faults(Spec, tokenizer=Tokenizer()) == []

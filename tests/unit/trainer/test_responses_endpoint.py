@@ -136,7 +136,7 @@ def test_too_many_failures_stop_the_run_in_one_line(tmp_path, how):
         assert "(6 tries)" in str(caught.value)
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 302])
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 405, 302])
 def test_a_server_that_refuses_stops_the_run_at_once(tmp_path, status):
     with (
         serving(always=(status, {"Location": "http://127.0.0.1:9/"})) as server,
@@ -182,6 +182,18 @@ def test_a_stop_does_not_wait_for_pauses(tmp_path, monkeypatch):
         with pytest.raises(Stopped):
             ask(server, tmp_path, 4, Hooks(stop_requested=lambda: len(server.asked) >= 4))
         assert time.monotonic() - began < 20
+
+
+def test_a_stop_does_not_wait_for_a_slow_server(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.responses.ask.LAST_SECONDS", 0.5)
+    with serving({"p3": ["slow"]}) as server:
+        began = time.monotonic()
+        with pytest.raises(Stopped):
+            ask(server, tmp_path, 4, Hooks(stop_requested=lambda: len(server.asked) >= 4))
+        assert time.monotonic() - began < 10
+        assert sorted(published(tmp_path)) == ["p0", "p1", "p2"]
+        ask(server, tmp_path, 4)
+        assert server.asked.count("p3") == 2 and len(published(tmp_path)) == 4
 
 
 def test_concurrency_is_kept(tmp_path):

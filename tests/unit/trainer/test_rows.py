@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trainer.corpus.rows import Conversation, Pair, conversation, measure_row, prompt_completion
-from trainer.corpus.sources import fingerprint, read_documents, resolve
+from trainer.corpus.sources import RENDERING, fingerprint, read_documents, resolve
 from trainer.spec import SourceSpec
 
 USER, ANSWER = {"role": "user", "content": "barn dest"}, {"role": "assistant", "content": "gest"}
@@ -138,5 +138,5 @@ def test_wrong_sources_are_told_before_work(tmp_path) -> None:
 def test_the_identity_names_the_rendering_for_conversations_alone(tmp_path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"messages": TALK, "text": "x"}])
     talks = fingerprint(SourceSpec(source=str(path), format="messages"))
-    assert talks["rendering"] == 1 and talks["column"] == "messages"
+    assert talks["rendering"] == RENDERING and talks["column"] == "messages"
     assert set(talks) - set(fingerprint(SourceSpec(source=str(path)))) == {"rendering"}

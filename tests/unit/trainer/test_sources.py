@@ -136,6 +136,81 @@ def test_broken_files_and_wrong_values_are_one_line(tmp_path) -> None:
     assert "set format: input_ids" in error(tmp_path / "n.jsonl", column="ids")
 
 
+def plain(content: object) -> dict:
+    user = {"role": "user", "content": "Hi"}
+    return {"messages": [user, {"role": "assistant", "content": content}]}
+
+
+def test_a_list_as_content_puts_no_quotes_around_the_texts_of_other_rows(tmp_path) -> None:
+    """`datasets` keeps a column of mixed types as JSON, where the text x is "x"."""
+    rows = [plain("x"), plain("42"), plain("null"), plain('"q"')]
+    path = jsonl(tmp_path / "a.jsonl", [*rows, plain(["y"])])
+    found = []
+    with pytest.raises(ValueError, match="row 4: message 1 has a list as content"):
+        found.extend(read_documents(resolve(SourceSpec(source=str(path), format="messages"), 0)[0]))
+    documents = read(jsonl(tmp_path / "b.jsonl", rows), format="messages")
+    assert [row.texts[1] for row in documents] == ["x", "42", "null", '"q"']
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_keys_that_some_messages_have_as_null_are_passed_over(tmp_path, monkeypatch, cut) -> None:
+    more = plain("y")
+    more["messages"][1] |= {"tool_calls": None, "name": None}
+    rows = [plain("x"), more, plain("z"), {"messages": None}]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    if cut:
+        monkeypatch.setattr(files, "SHARD_BYTES", path.stat().st_size // 3)
+    found = read(path, format="messages")
+    assert [row.texts for row in found] == [["Hi", "x"], ["Hi", "y"], ["Hi", "z"], []]
+
+
+def test_prompts_may_be_texts_in_one_row_and_messages_in_another(tmp_path) -> None:
+    user, bot = plain("x")["messages"]
+    rows = [{"prompt": "12", "completion": " 3"}, {"prompt": [user], "completion": [bot]}]
+    text, talk = read(jsonl(tmp_path / "a.jsonl", rows), format="prompt_completion")
+    assert (text.prompt, text.completion) == ("12", " 3") and talk.texts == ["Hi", "x"]
+
+
+def test_mixed_texts_are_read_as_they_are_far_behind_the_first_rows(tmp_path) -> None:
+    texts = ["words " * 2000, "null"] * 1000  # `datasets` reads 10 MB at a time
+    rows = [{"text": text, "meta": number or [1]} for number, text in enumerate(texts)]
+    path = jsonl(tmp_path / "a.jsonl", [*rows, {"text": ["a list"]}])
+    documents = read_documents(resolve(SourceSpec(source=str(path)), 0)[0])
+    assert [next(documents) for _ in texts] == texts
+    with pytest.raises(ValueError, match="row 2000 of column 'text' is a list"):
+        next(documents)
+
+
+def test_columns_that_datasets_keeps_as_json_are_decoded() -> None:
+    datasets = files.library()
+    rows = [plain("x")["messages"], plain(["y"])["messages"], None]
+    data = datasets.Dataset.from_dict(
+        {"messages": rows, "text": ["x", ["y"], None]}, on_mixed_types="use_json"
+    )
+    assert "Json" in str(data.features["text"]) and "Json" in str(data.features["messages"])
+    assert list(files.column_values("here", data, ("messages",))) == rows
+    assert list(files.column_values("here", data, ("text",), ("no",))) == [
+        ("x", None), (["y"], None), (None, None)
+    ]  # fmt: skip
+
+
+def test_tools_beside_messages_are_refused(tmp_path) -> None:
+    tools = [{"type": "function"}]
+    path = jsonl(tmp_path / "a.jsonl", [plain("x"), {**plain("y"), "tools": None}])
+    assert len(read(path, format="messages")) == 2
+    path = jsonl(tmp_path / "b.jsonl", [plain("x"), {**plain("y"), "tools": tools}])
+    assert "row 1 has tools beside its messages" in error(path, format="messages")
+
+
+def test_lines_that_are_no_rows_are_named(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "x"}\r\n\n{"text": "y"}\n')
+    assert read(tmp_path / "a.jsonl") == ["x", "y"]
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n3\n')
+    assert "line 2 is no JSON object" in error(tmp_path / "b.jsonl")
+    (tmp_path / "c.jsonl").write_text('{"text": "\\ud800"}\n')
+    assert "c.jsonl) cannot be read: no UTF-8 in line 1" in error(tmp_path / "c.jsonl")
+
+
 def test_a_file_that_this_node_does_not_have_is_named(tmp_path) -> None:
     shard = Shard(0, 0, "file", "text", "text", str(tmp_path / "gone.txt"))
     with pytest.raises(FileNotFoundError, match="gone.txt.*not on this node"):
