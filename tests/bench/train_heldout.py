@@ -19,8 +19,6 @@ from cluster.storage import open_store
 from tests.ranks import Ranks
 
 SEEDS = (11, 12, 13)
-# Half of the demo's: at that one plain cross-entropy ends .2 nats apart from seed to seed.
-LEARNING_RATE = 2e-3
 # name: mode, losses, cache
 WAYS: dict[str, tuple[str, dict[str, float], dict[str, Any]]] = {
     "ce": ("cached", {"ce": 1.0}, {}),
@@ -83,13 +81,7 @@ def train_main(root: str, way: str, seed: int) -> float:
     mode, losses, cache = WAYS[way]
     spec = demo_spec(cache or {"method": "topk", "k": 64}, Path(root))
     distill = spec.distill.model_validate(
-        {
-            **spec.distill.model_dump(),
-            "mode": mode,
-            "losses": losses,
-            "learning_rate": LEARNING_RATE,
-            "evaluate_steps": None,
-        }
+        {**spec.distill.model_dump(), "mode": mode, "losses": losses, "evaluate_steps": None}
     )
     folder = open_store(root).sub(way, str(seed))
     has_teacher = way != "ce"
