@@ -120,15 +120,25 @@ def config_values(kind: str = "llama", *, tied: bool = True, width: int = 32) ->
 
 
 def save_model(folder: Path, tokenizer_folder: Path, seed: int = 5, **config: Any) -> Path:
-    """A random model with lively logits, and its tokenizer, as a Hugging Face folder."""
+    """A random model with lively logits, and its tokenizer, as a Hugging Face folder.
+
+    Of any family that transformers knows: teachers may be of more than students.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from trainer.corpus.tokenizer import load_tokenizer
-    from trainer.models import new_config
 
     tokenizer = load_tokenizer(tokenizer_folder)
-    made = new_config("student.config", config_values(**config), tokenizer, LENGTH)
+    values = config_values(**config)
+    made = AutoConfig.for_model(
+        values.pop("model_type"),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **{"max_position_embeddings": LENGTH, **values},
+    )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(made).float()
     with torch.no_grad():
