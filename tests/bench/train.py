@@ -56,7 +56,12 @@ def main() -> int:
     found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() and asked else {}
     began = time.monotonic()
     if asked in (None, "memory"):
-        found["loss_extra_bytes"] = loss_memory.measure()
+        found["loss_extra_bytes"] = {
+            "dense": loss_memory.dense_bytes(),
+            "fused": loss_memory.fused_bytes(),
+            "dense_bf16": loss_memory.dense_bytes("bfloat16"),
+            "fused_bf16": loss_memory.fused_bytes("bfloat16"),
+        }
     if asked in (None, "speed"):
         found |= train_speed.measure()
     if asked in (None, "heldout"):

@@ -56,8 +56,11 @@ def parts(found: Json) -> dict[str, str]:
         made["train-speeds"] = speeds(found)
     if "loss_extra_bytes" in found:
         extra = found["loss_extra_bytes"]
-        rows = [[name, figure(extra[name] / 1e6, 0)] for name in ("dense", "fused")]
-        made["loss-memory"] = table(["loss", "MB beyond its inputs"], rows)
+        rows = [
+            [name, figure(extra[name] / 1e6, 0), figure(extra[f"{name}_bf16"] / 1e6, 0)]
+            for name in ("dense", "fused")
+        ]
+        made["loss-memory"] = table(["loss", "float32, MB beyond its inputs", "bf16"], rows)
     if "heldout" in found:
         made["heldout"] = heldout(found)
     return made
