@@ -106,6 +106,13 @@ class Worker:
         dist.broadcast_object_list(box, group_src=0, group=self.group, device=self.device)
         return box[0]
 
+    def stop_agreed(self) -> bool:
+        """Whether a clean stop is asked for: rank 0's word, so that all stop in step; collective.
+
+        A rank by itself asks itself, and waits for nobody.
+        """
+        return bool(self.share(self.is_main and self.hooks.stop_requested()))
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank, on every rank."""
         if self.world == 1:

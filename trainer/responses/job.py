@@ -270,10 +270,5 @@ class _Run:
         self.made = []
 
     def _should_stop(self) -> bool:
-        group = self.teacher.group
-        if group.world > 1:  # they move in step: they must stop in step
-            asked = group.rank == 0 and group.hooks.stop_requested()
-            self.stopped = group.share(asked)
-        elif self.worker.hooks.stop_requested():
-            self.stopped = True
+        self.stopped = self.teacher.group.stop_agreed()
         return self.stopped
