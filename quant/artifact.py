@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from quant.bytes import stored_tensors
+from quant.kernels import Preference, use_kernels
 from quant.linear import QuantLinear, quant_linears
 from quant.spec import QuantSpec
 
@@ -85,7 +86,11 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     return description
 
 
-def load_quantized(folder: str | Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_quantized(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    prefer: Preference = "speed",
+) -> PreTrainedModel:
     """The transformers model that `save_quantized` wrote, ready for `forward` and `generate`.
 
     Its logits are bit-equal to the saved model's. Raises ValueError when the folder is no
@@ -126,7 +131,9 @@ def load_quantized(folder: str | Path, device: torch.device | str = "cpu") -> Pr
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.requires_grad_(False)
-    return model.eval().to(device)
+    model = model.eval().to(device)
+    use_kernels(model, prefer)
+    return model
 
 
 def _computed_buffers(model: PreTrainedModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:

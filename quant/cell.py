@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from quant.artifact import FORMAT, load_quantized, save_quantized
 from quant.bytes import dense_bytes, parameter_count, true_bits_per_weight, true_bytes
 from quant.evaluate import Batch, TeacherRecords, evaluate, teacher_metrics
+from quant.kernels import kernel_names
 from quant.linear import dense_weights
-from quant.quantize import quantize_model
+from quant.quantize import quantize
 from quant.spec import QuantSpec
-from quant.speed import kernels, measure_speed
+from quant.speed import measure_speed
 
 Role = Literal["teacher", "student", "control"]
 MEASURED = (
@@ -79,7 +80,7 @@ def run_cell(
     """
     torch.set_num_threads(threads)
     start = time.perf_counter()
-    model = quantize_model(load_model(model_folder, device), spec)
+    model = quantize(load_model(model_folder, device), spec)
     quantize_s = time.perf_counter() - start
     if out_folder is not None:
         save_quantized(model, out_folder, spec, {"versions": versions()})
@@ -109,7 +110,7 @@ def run_cell(
         "teacher_top1_agreement": found["teacher_top1_agreement"],
         "per_sequence": found["per_sequence"],
         **dict.fromkeys(SPEEDS),
-        "kernel": kernels(model),
+        "kernel": kernel_names(model),
         "quantize_s": quantize_s,
         "eval_s": eval_s,
         "versions": versions(),

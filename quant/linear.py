@@ -1,4 +1,4 @@
-"""A linear layer whose weight is kept as packed codes with one scale and zero point per group.
+"""Layers whose weight is kept as packed codes with one scale and zero point per group.
 
 The weight is `w = (q - z) * s` (the convention of HQQ, mobiusml.github.io/hqq_blog), with groups
 along the input dimension that never cross rows.
@@ -13,19 +13,102 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quant.codes import Codes
 from quant.pack import pack, packed_width, unpack
 
 
-class QuantLinear(nn.Module):
-    """`y = x W^T + b` with W stored as codes of `bits` bits.
+class QuantWeight(nn.Module):
+    """A weight `[rows, columns]` stored as codes of `bits` bits.
 
-    codes: uint8 `[out, in * bits / 8]`; scale, zero: float16 `[out, in / group_size]`;
-    bias: `[out]` or None. Raises ValueError when the widths do not fit each other.
+    codes: uint8 `[rows, columns * bits / 8]`; scale, zero: float16 `[rows, columns / group_size]`.
+    Raises ValueError when the widths do not fit each other.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        bits: int,
+        group_size: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if group_size < 1 or columns % group_size:
+            raise ValueError(
+                f"a group of {group_size} weights does not divide an input width of {columns}"
+            )
+        self.rows = rows
+        self.columns = columns
+        self.bits = bits
+        self.group_size = group_size
+        width, groups = packed_width(columns, bits), columns // group_size
+        for name, size, kind in (
+            ("codes", width, torch.uint8),
+            ("scale", groups, torch.float16),
+            ("zero", groups, torch.float16),
+        ):
+            empty = torch.zeros(rows, size, dtype=kind, device=device)
+            self.register_buffer(name, empty)
+
+    def set_codes(self, weight: Codes) -> None:
+        """Take the codes of `weight`, of this layer's shape."""
+        self.codes.copy_(pack(weight.codes, weight.bits))
+        self.scale.copy_(weight.scale)
+        self.zero.copy_(weight.zero)
+
+    def stored(self) -> dict[str, Tensor]:
+        """codes, scale and zero as a file holds them, whatever layout the kernel works on."""
+        return {"codes": self.codes, "scale": self.scale, "zero": self.zero}
+
+    def unpacked(self) -> Codes:
+        """The weight as unpacked codes."""
+        held = self.stored()
+        return Codes(unpack(held["codes"], self.bits), held["scale"], held["zero"], self.bits)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[rows, columns]`; computed in float32 and rounded once to `dtype`."""
+        return self.unpacked().dequantize(dtype)
+
+
+class QuantEmbedding(QuantWeight):
+    """A lookup table stored as codes: `[...]` ids to `[..., columns]` in `dtype`."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        group_size: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, bits, group_size, device)
+        self.dtype = dtype
+
+    @classmethod
+    def from_codes(cls, weight: Codes, dtype: torch.dtype = torch.bfloat16) -> QuantEmbedding:
+        """A table of these codes."""
+        rows, columns = weight.codes.shape
+        made = cls(rows, columns, weight.bits, weight.group_size, dtype, device=weight.codes.device)
+        made.set_codes(weight)
+        return made
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: int64 of any shape; returns `[*ids.shape, columns]` in `dtype`."""
+        flat = ids.reshape(-1)
+        rows = Codes(
+            unpack(self.codes[flat], self.bits), self.scale[flat], self.zero[flat], self.bits
+        )
+        return rows.dequantize(self.dtype).view(*ids.shape, self.columns)
+
+
+class QuantLinear(QuantWeight):
+    """`y = x W^T + b` with W `[out_features, in_features]` in codes; bias `[out]` or None."""
+
     dense: Tensor | None
     kernel = "dequantize+matmul"
 
@@ -39,23 +122,9 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        if group_size < 1 or in_features % group_size:
-            raise ValueError(
-                f"a group of {group_size} weights does not divide an input width of {in_features}"
-            )
+        super().__init__(out_features, in_features, bits, group_size, device)
         self.in_features = in_features
         self.out_features = out_features
-        self.bits = bits
-        self.group_size = group_size
-        width, groups = packed_width(in_features, bits), in_features // group_size
-        for name, columns, kind in (
-            ("codes", width, torch.uint8),
-            ("scale", groups, torch.float16),
-            ("zero", groups, torch.float16),
-        ):
-            empty = torch.zeros(out_features, columns, dtype=kind, device=device)
-            self.register_buffer(name, empty)
         self.register_buffer("dense", None, persistent=False)
         self.bias: nn.Parameter | None = None
         if bias:
@@ -63,33 +132,14 @@ class QuantLinear(nn.Module):
             self.bias = nn.Parameter(zeros, requires_grad=False)
 
     @classmethod
-    def from_codes(
-        cls, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, bias: Tensor | None = None
-    ) -> QuantLinear:
-        """A layer of unpacked uint8 codes `[out, in]`, scale and zero `[out, in / group_size]`."""
-        rows, columns = codes.shape
-        if scale.shape != zero.shape or scale.dim() != 2 or scale.shape[0] != rows:
-            raise ValueError(
-                f"scale {list(scale.shape)} and zero {list(zero.shape)} must both be "
-                f"[{rows}, groups]"
-            )
-        groups = scale.shape[1]
-        if not groups or columns % groups:
-            raise ValueError(f"{groups} groups do not divide an input width of {columns}")
-        layer = cls(columns, rows, bits, columns // groups, device=codes.device)
-        layer.codes.copy_(pack(codes, bits))
-        layer.scale.copy_(scale)
-        layer.zero.copy_(zero)
+    def from_codes(cls, weight: Codes, bias: Tensor | None = None) -> QuantLinear:
+        """A layer of these codes."""
+        rows, columns = weight.codes.shape
+        layer = cls(columns, rows, weight.bits, weight.group_size, device=weight.codes.device)
+        layer.set_codes(weight)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return layer
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[out, in]`; computed in float32 (or wider) and rounded once to `dtype`."""
-        wide = torch.promote_types(dtype, torch.float32)
-        codes = unpack(self.codes, self.bits).unflatten(1, (-1, self.group_size))
-        weight = codes.to(wide).sub_(self.zero.unsqueeze(-1)).mul_(self.scale.unsqueeze(-1))
-        return weight.flatten(1).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `[..., in]` in any float dtype; returns `[..., out]` in the same."""
@@ -134,6 +184,11 @@ class QuantLinear(nn.Module):
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
     """All QuantLinear layers of a model by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def quant_weights(model: nn.Module) -> dict[str, QuantWeight]:
+    """All quantized layers of a model by name, embeddings included."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantWeight)}
 
 
 @contextmanager

@@ -6,15 +6,13 @@ import math
 from collections.abc import Iterable
 
 import torch
-from hqq.core.quantize import BaseQuantizeConfig, Quantizer
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from quant.linear import QuantLinear
+from quant.methods import quantize_weight
 from quant.pack import BLOCK
-from quant.spec import BITS, METHODS, QuantSpec
-
-ROWS = 128  # rows quantized at a time: bounds hqq's whole-matrix temporaries
+from quant.spec import QuantSpec
 
 
 def quantizable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -62,41 +60,7 @@ def check_group_size(
                 )
 
 
-@torch.no_grad()
-def quantize_weight(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """hqq's codes of a weight `[out, in]`, on the weight's device.
-
-    Returns codes uint8 `[out, in]`, scale and zero float16 `[out, in / group_size]`, such that
-    `weight ~ (codes - zero) * scale`. Raises RuntimeError when a zero point exceeds float16.
-    """
-    # hqq's own defaults for this width; they differ between widths.
-    settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)["weight_quant_params"]
-    rows, columns = weight.shape
-    groups = columns // group_size
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
-    scale = torch.empty(rows, groups, dtype=torch.float16, device=weight.device)
-    zero = torch.empty_like(scale)
-    for first in range(0, rows, ROWS):
-        part = slice(first, first + ROWS)
-        quantized, meta = Quantizer.quantize(
-            weight[part].float(),
-            **settings,
-            bitpack=False,
-            device=weight.device,
-        )
-        codes[part] = quantized.reshape(-1, columns).to(torch.uint8)
-        scale[part] = meta["scale"].reshape(-1, groups).to(torch.float16)
-        zero[part] = meta["zero"].reshape(-1, groups).to(torch.float16)
-    bad = int((~(scale.isfinite() & zero.isfinite())).sum())
-    if bad:
-        raise RuntimeError(
-            f"{bad} of {scale.numel()} groups have a scale or zero point beyond float16: "
-            "the weights are not finite, or huge beside their spread"
-        )
-    return codes, scale, zero
-
-
-def quantize_model(
+def quantize(
     model: PreTrainedModel, spec: QuantSpec, dtype: torch.dtype = torch.bfloat16
 ) -> PreTrainedModel:
     """Quantize `model` in place and return it; the layers are named by `quantizable_linears`.
@@ -104,18 +68,15 @@ def quantize_model(
     Everything else (embeddings, head, norms, biases) becomes `dtype`, tied weights stay tied.
     Raises ValueError for a spec that hqq or the model's layer widths do not allow.
     """
-    if spec.method not in METHODS:
-        raise ValueError(f"method {spec.method!r} is unknown; may be {', '.join(METHODS)}")
-    if spec.bits not in BITS:
-        raise ValueError(f"{spec.bits} bits are not offered by {spec.method}; may be {list(BITS)}")
+    assert isinstance(spec.group_size, int)
     check_group_size(model, [spec.group_size])
     done: dict[int, QuantLinear] = {}
     for name, linear in quantizable_linears(model).items():
         try:
-            codes, scale, zero = quantize_weight(linear.weight, spec.bits, spec.group_size)
+            weight = quantize_weight(linear.weight, spec.bits, spec.group_size, spec.method)
         except RuntimeError as error:
             raise RuntimeError(f"layer {name}: {error}") from error
-        done[id(linear)] = QuantLinear.from_codes(codes, scale, zero, spec.bits, linear.bias)
+        done[id(linear)] = QuantLinear.from_codes(weight, linear.bias)
     # A module used under two names is one module afterwards too.
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in done:

@@ -8,21 +8,55 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 BITS = (8, 6, 5, 4, 3, 2, 1)
-METHODS = ("hqq",)
+METHODS = ("hqq", "rtn", "int8-dynamic")
+CHANNEL: Literal["channel"] = "channel"  # one scale per row (output channel)
+GroupSize = int | Literal["channel"]
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class QuantSpec:
-    """How one model is quantized: `bits` per code, weights per scale (`group_size`), method."""
+    """How one model is quantized.
+
+    bits: per code, one of `BITS`. group_size: weights per scale and zero point, a multiple of 8,
+    or "channel" for one per row. method: "hqq" (half-quadratic optimization of the zero points,
+    mobiusml.github.io/hqq_blog), "rtn" (round to nearest between each group's extremes) or
+    "int8-dynamic" (weights in int8 per row, activations in int8 per token, at run time).
+    embeddings, head: quantize the input embeddings and the output head too; where the two are
+    tied they share one set of codes and are asked for together.
+
+    Raises ValueError (one line) for a combination that is not offered.
+    """
 
     bits: int
-    group_size: int
+    group_size: GroupSize
     method: str = "hqq"
+    embeddings: bool = False
+    head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is unknown; may be {', '.join(METHODS)}")
+        if self.bits not in BITS:
+            raise ValueError(
+                f"{self.bits} bits are not offered by {self.method}; may be {list(BITS)}"
+            )
+        size = self.group_size
+        if size != CHANNEL and (not isinstance(size, int) or size < 8 or size % 8):
+            raise ValueError(
+                f"group_size {size!r} is none; may be a multiple of 8, from 8 on, or {CHANNEL}"
+            )
+        if self.method == "int8-dynamic" and (self.bits, size) != (8, CHANNEL):
+            raise ValueError(
+                f"int8-dynamic has 8 bits and one scale per channel, not {self.bits} bits and "
+                f"groups of {size}; say bits 8 and group_size {CHANNEL}"
+            )
 
     @property
     def key(self) -> str:
-        """Readable name of the cell, e.g. ``hqq-4b-g64``."""
-        return f"{self.method}-{self.bits}b-g{self.group_size}"
+        """Readable name of the cell, e.g. ``hqq-4b-g64``, ``rtn-4b-channel-embeddings-head``."""
+        size = self.group_size if self.group_size == CHANNEL else f"g{self.group_size}"
+        extra = "-embeddings" * self.embeddings + "-head" * self.head
+        return f"{self.method}-{self.bits}b-{size}{extra}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

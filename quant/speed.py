@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quant.linear import quant_linears
+from quant.kernels import kernel_names
 
 
 def measure_speed(
@@ -58,16 +58,11 @@ def measure_speed(
     return {
         **rates,
         "speedup": rates["decode_tokens_per_s"] / rates["baseline_decode_tokens_per_s"],
-        "kernel": kernels(model),
+        "kernel": kernel_names(model),
         "prompt_tokens": prompt_tokens,
         "decode_tokens": decode_tokens,
         "repeats": repeats,
     }
-
-
-def kernels(model: PreTrainedModel) -> str:
-    """The kernels that a model's quantized layers run, e.g. ``dequantize+matmul``."""
-    return ", ".join(sorted({layer.kernel for layer in quant_linears(model).values()})) or "dense"
 
 
 @torch.inference_mode()

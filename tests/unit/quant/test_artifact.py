@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, Qwen2Config
 
 from quant.artifact import load_quantized, read_description, save_quantized
 from quant.linear import QuantLinear
-from quant.quantize import quantize_model
+from quant.quantize import quantize
 from quant.spec import QuantSpec
 
 ROOT = Path(__file__).parents[3]
@@ -32,7 +32,7 @@ SCALED_ROPE = {
 def test_another_process_gets_bit_equal_logits_and_text(make_llama, tmp_path, tied):
     model = make_llama(tied=tied, attention_bias=True, rope_parameters=SCALED_ROPE)
     model.model.layers[0].self_attn.q_proj.bias.copy_(torch.randn(64))
-    quantize_model(model, QuantSpec(3, 32))
+    quantize(model, QuantSpec(3, 32))
     save_quantized(model, tmp_path, QuantSpec(3, 32), {"note": "kept"})
     program = (
         "import sys, torch\n"
@@ -61,7 +61,7 @@ def test_buffers_that_are_not_stored_are_computed(config, tmp_path):
     settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256}
     model = AutoModelForCausalLM.from_config(config(**settings, **heads)).eval()
-    quantize_model(model, QuantSpec(4, 32))
+    quantize(model, QuantSpec(4, 32))
     save_quantized(model, tmp_path, QuantSpec(4, 32))
     loaded = load_quantized(tmp_path)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
@@ -72,7 +72,7 @@ def test_buffers_that_are_not_stored_are_computed(config, tmp_path):
 
 
 def test_tied_weights_are_stored_once_and_tied_again(make_llama, tmp_path):
-    model = quantize_model(make_llama(tied=True), QuantSpec(4, 32))
+    model = quantize(make_llama(tied=True), QuantSpec(4, 32))
     save_quantized(model, tmp_path, QuantSpec(4, 32))
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         names = set(file.keys())
@@ -83,7 +83,7 @@ def test_tied_weights_are_stored_once_and_tied_again(make_llama, tmp_path):
 
 
 def test_saving_what_was_loaded_changes_nothing(make_llama, tmp_path):
-    model = quantize_model(make_llama(tied=True), QuantSpec(5, 16))
+    model = quantize(make_llama(tied=True), QuantSpec(5, 16))
     first = save_quantized(model, tmp_path / "a", QuantSpec(5, 16))
     second = save_quantized(load_quantized(first), tmp_path / "b", QuantSpec(5, 16))
     for name in ("model.safetensors", "quant.json", "config.json"):
@@ -95,7 +95,7 @@ def test_refuses_what_it_cannot_read(make_llama, tmp_path):
         save_quantized(make_llama(), tmp_path, QuantSpec(4, 32))
     with pytest.raises(ValueError, match=r"no quantized model: it has no quant\.json"):
         load_quantized(tmp_path)
-    save_quantized(quantize_model(make_llama(), QuantSpec(4, 32)), tmp_path, QuantSpec(4, 32))
+    save_quantized(quantize(make_llama(), QuantSpec(4, 32)), tmp_path, QuantSpec(4, 32))
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.zero"]
     save_file(tensors, tmp_path / "model.safetensors")

@@ -5,7 +5,7 @@ import torch
 
 from quant.artifact import save_quantized
 from quant.bytes import dense_bytes, parameter_count, true_bits_per_weight, true_bytes
-from quant.quantize import quantize_model
+from quant.quantize import quantize
 from quant.spec import QuantSpec
 
 EMBEDDING, LAYER = 256 * 64, 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128
@@ -20,7 +20,7 @@ def test_bytes_are_the_formulas_and_the_files(make_llama, tmp_path, tied, bits):
     weights = (1 if tied else 2) * EMBEDDING + 2 * LAYER + NORMS
     assert parameter_count(model) == weights
     assert dense_bytes(model) == 2 * weights and dense_bytes(model, 4) == true_bytes(model)
-    quantize_model(model, spec)
+    quantize(model, spec)
     assert parameter_count(model) == weights
     expected = 2 * (weights - 2 * LAYER) + 2 * LAYER * bits // 8 + 2 * LAYER * 4 // 32
     assert true_bytes(model) == expected
@@ -31,7 +31,7 @@ def test_bytes_are_the_formulas_and_the_files(make_llama, tmp_path, tied, bits):
 
 
 def test_a_dense_weight_kept_for_evaluation_does_not_count(make_llama):
-    model = quantize_model(make_llama(), QuantSpec(4, 32))
+    model = quantize(make_llama(), QuantSpec(4, 32))
     before = true_bytes(model)
     model.model.layers[0].mlp.up_proj.keep_dense(torch.bfloat16)
     assert true_bytes(model) == before

@@ -17,7 +17,7 @@ from transformers import (
 
 from quant.evaluate import evaluate, teacher_metrics
 from quant.logits import CountedLogits
-from quant.quantize import quantize_model
+from quant.quantize import quantize
 from quant.spec import QuantSpec
 
 
@@ -140,7 +140,7 @@ def test_records_shifted_by_a_position_give_another_divergence(make_llama, batch
 def test_fewer_bits_are_further_from_the_original(make_llama, batches):
     reference = make_llama()
     kl = {
-        bits: evaluate(quantize_model(make_llama(), QuantSpec(bits, 32)), batches, reference)
+        bits: evaluate(quantize(make_llama(), QuantSpec(bits, 32)), batches, reference)
         for bits in (8, 4, 2)
     }
     assert 0 < kl[8]["kl_to_reference"] < kl[4]["kl_to_reference"] / 3

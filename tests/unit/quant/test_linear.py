@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from quant.codes import Codes
 from quant.linear import QuantLinear, dense_weights
 
 
@@ -17,7 +18,9 @@ def random_layer(bits: int = 4, group: int = 16, bias: bool = True) -> tuple[Qua
         "zero": torch.rand(24, 48 // group, generator=generator).half() * (1 << bits),
         "bias": torch.randn(24, generator=generator) if bias else None,
     }
-    return QuantLinear.from_codes(bits=bits, **parts), parts
+    return QuantLinear.from_codes(
+        Codes(parts["codes"], parts["scale"], parts["zero"], bits), parts.get("bias")
+    ), parts
 
 
 def weight_in_float64(parts: dict) -> np.ndarray:
@@ -89,6 +92,6 @@ def test_refuses_widths_that_do_not_fit():
         QuantLinear(48, 8, 16, 16)
     codes = torch.zeros(4, 48, dtype=torch.uint8)
     with pytest.raises(ValueError, match="do not divide"):
-        QuantLinear.from_codes(codes, torch.ones(4, 5), torch.ones(4, 5), 4)
+        Codes(codes, torch.ones(4, 5), torch.ones(4, 5), 4)
     with pytest.raises(ValueError, match="must both be"):
-        QuantLinear.from_codes(codes, torch.ones(4, 3), torch.ones(4, 6), 4)
+        Codes(codes, torch.ones(4, 3), torch.ones(4, 6), 4)

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from quant.linear import QuantLinear, quant_linears
-from quant.quantize import check_group_size, quantizable_linears, quantize_model, quantize_weight
+from quant.methods import quantize_weight
+from quant.quantize import check_group_size, quantizable_linears, quantize
 from quant.spec import QuantSpec
 
 
@@ -15,8 +16,8 @@ from quant.spec import QuantSpec
 def test_codes_and_weights_are_hqqs_own(bits):
     torch.manual_seed(bits)
     linear = nn.Linear(128, 96)
-    codes, scale, zero = quantize_weight(linear.weight, bits, 64)
-    ours = QuantLinear.from_codes(codes, scale, zero, bits, linear.bias)
+    made = quantize_weight(linear.weight, bits, 64)
+    ours = QuantLinear.from_codes(made, linear.bias)
     theirs = HQQLinear(
         linear,
         BaseQuantizeConfig(nbits=bits, group_size=64, axis=1),
@@ -26,20 +27,22 @@ def test_codes_and_weights_are_hqqs_own(bits):
     )
     weight = theirs.dequantize().float()
     # hqq dequantizes in float16 arithmetic: two roundings of 2^-11 of values up to |q - z| s.
-    atol = float((scale * (1 << bits)).max()) * 2**-10
+    atol = float((made.scale * (1 << bits)).max()) * 2**-10
     torch.testing.assert_close(ours.dequantize(), weight, rtol=2**-9, atol=atol)
-    assert torch.equal(scale.flatten(), theirs.meta["scale"].flatten().half())
-    assert torch.equal(zero.flatten(), theirs.meta["zero"].flatten().half())
+    assert torch.equal(made.scale.flatten(), theirs.meta["scale"].flatten().half())
+    assert torch.equal(made.zero.flatten(), theirs.meta["zero"].flatten().half())
 
 
 def test_row_chunks_are_quantized_alone_and_keep_their_rows():
     torch.manual_seed(0)
     weight = torch.randn(300, 64) * torch.linspace(0.1, 3, 300)[:, None]
-    codes, scale, zero = quantize_weight(weight, 4, 32)
+    made = quantize_weight(weight, 4, 32)
     last = quantize_weight(weight[256:], 4, 32)
-    for whole, part in zip((codes, scale, zero), last, strict=True):
+    for whole, part in zip(
+        (made.codes, made.scale, made.zero), (last.codes, last.scale, last.zero), strict=True
+    ):
         assert torch.equal(whole[256:], part)
-    layer = QuantLinear.from_codes(codes, scale, zero, 4)
+    layer = QuantLinear.from_codes(made)
     error = (layer.dequantize() - weight).abs().amax(1) / weight.abs().amax(1)
     assert error.max() < 0.15
 
@@ -48,7 +51,7 @@ def test_constant_and_zero_groups_stay_what_they_are():
     weight = torch.zeros(4, 32)
     weight[1] = 0.5
     weight[2, :16] = -2.0
-    layer = QuantLinear.from_codes(*quantize_weight(weight, 4, 16), bits=4)
+    layer = QuantLinear.from_codes(quantize_weight(weight, 4, 16))
     torch.testing.assert_close(layer.dequantize(), weight, rtol=1e-3, atol=1e-6)
 
 
@@ -56,7 +59,7 @@ def test_a_zero_point_beyond_float16_is_an_error_not_a_nan(make_llama):
     model = make_llama()
     model.model.layers[1].mlp.up_proj.weight[:] = 50.0 + torch.rand(128, 64) * 1e-3
     with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.up_proj.*beyond float16"):
-        quantize_model(model, QuantSpec(8, 32))
+        quantize(model, QuantSpec(8, 32))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -65,7 +68,7 @@ def test_every_linear_but_the_head(make_llama, tied):
     names = set(quantizable_linears(model))
     assert len(names) == 14 and "lm_head" not in names
     embedding = model.model.embed_tokens.weight.clone()
-    assert quantize_model(model, QuantSpec(4, 32)) is model
+    assert quantize(model, QuantSpec(4, 32)) is model
     assert set(quant_linears(model)) == names
     assert type(model.lm_head) is nn.Linear
     assert torch.equal(model.model.embed_tokens.weight, embedding.bfloat16())
@@ -78,7 +81,7 @@ def test_biases_are_kept(make_llama):
     model = make_llama(attention_bias=True)
     bias = model.model.layers[0].self_attn.q_proj.bias
     bias.copy_(torch.randn(64))
-    quantize_model(model, QuantSpec(4, 32), dtype=torch.float32)
+    quantize(model, QuantSpec(4, 32), dtype=torch.float32)
     assert torch.equal(model.model.layers[0].self_attn.q_proj.bias, bias)
 
 
@@ -106,11 +109,11 @@ def test_a_width_that_cannot_be_packed_is_named():
 
 def test_refusals(make_llama):
     with pytest.raises(ValueError, match="7 bits are not offered"):
-        quantize_model(make_llama(), QuantSpec(7, 32))
+        quantize(make_llama(), QuantSpec(7, 32))
     with pytest.raises(ValueError, match="'gptq' is unknown; may be hqq"):
-        quantize_model(make_llama(), QuantSpec(4, 32, "gptq"))
+        quantize(make_llama(), QuantSpec(4, 32, "gptq"))
     with pytest.raises(ValueError, match="group_size 48 does not do"):
-        quantize_model(make_llama(), QuantSpec(4, 48))
+        quantize(make_llama(), QuantSpec(4, 48))
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no torch.nn.Linear"):
-        quantize_model(gpt2, QuantSpec(4, 32))
+        quantize(gpt2, QuantSpec(4, 32))
