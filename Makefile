@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo bench-demo bench-cache bench-cache-angle bench-train test test-all check format lock clean
+.PHONY: help setup demo bench-demo bench-cache bench-cache-angle bench-train bench-quant test test-all check format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -45,6 +45,10 @@ bench-cache-angle: $(READY) ## Measure whether cached signals are unbiased, and 
 bench-train: $(READY) ## Measure training: speeds, memory, what students learn (minutes, after make demo)
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev,bench]'
 	$(BIN)/python -m tests.bench.train
+
+bench-quant: $(READY) ## Measure quantized models: size, speed, memory, exports (minutes, after make demo)
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev,bench]'
+	$(BIN)/python -m tests.bench.quant
 
 test: $(READY) ## Unit and system tests
 	$(BIN)/python -m pytest tests/unit tests/system

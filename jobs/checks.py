@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from cluster.storage import open_store
 from jobs.spec import JobSpec
+from quant.spec import CHANNEL, QuantSpec, SweepSpec
 from trainer.checks import faults_in, has_student, student_config, world_faults
-from trainer.identity import Identities
 from trainer.job import identities
 
 
@@ -21,13 +22,25 @@ def spec_faults(spec: JobSpec, stages: list[str]) -> list[str]:
     found = identities(spec)
     faults = world_faults(spec, found, set(stages) - {"summarize"})
     if "sweep" in stages and spec.sweep is not None and has_student(spec, found):
-        for size in spec.sweep.group_size:
-            faults += faults_in(partial(_group_size, spec, found, size), "sweep.group_size")
+        faults += _sweep_faults(spec.sweep, student_config(spec, found))
     return faults
 
 
-def _group_size(spec: JobSpec, found: Identities, size: int) -> None:
-    """A group size must divide every layer."""
+def _sweep_faults(sweep: SweepSpec, config: Any) -> list[str]:
+    """What the student cannot be quantized with: its layers, its two ends, the group sizes."""
     from quant.quantize import check_group_size
+    from quant.targets import find_targets, meta_model
 
-    check_group_size(student_config(spec, found), [size])
+    model = meta_model(config)
+    faults = faults_in(lambda: find_targets(model, QuantSpec(8, CHANNEL)), "sweep")
+    if not faults and (sweep.embeddings or sweep.head):
+        ends = QuantSpec(8, CHANNEL, "hqq", sweep.embeddings, sweep.head)
+        key = "sweep.embeddings" if sweep.embeddings else "sweep.head"
+        faults = faults_in(lambda: find_targets(model, ends), key)
+    if faults:
+        return faults  # what follows would only repeat them
+    sizes = dict.fromkeys(cell.group_size for cell in sweep.cells())
+    check = partial(check_group_size, model, embeddings=sweep.embeddings, head=sweep.head)
+    return [
+        fault for size in sizes for fault in faults_in(partial(check, [size]), "sweep.group_size")
+    ]

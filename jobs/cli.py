@@ -12,15 +12,13 @@ import traceback
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from jobs import cache
 from jobs.errors import Interrupted, SpecErrors, StageFailed
-
-if TYPE_CHECKING:
-    from cluster.storage import Store
+from jobs.models import commands as models
 
 EXAMPLE = "\b\nExample:\n  "  # \b keeps the command on a line of its own
 DONE, WRONG, FAILED, INTERRUPTED = 0, 2, 3, 130
@@ -148,6 +146,14 @@ def run(
     )
 
 
+for command, example in (
+    (models.quantize, "quantize Qwen/Qwen3-0.6B --bits 4 --out qwen3-0.6b-4bit"),
+    (models.export, "export demo --cell hqq-4b-g64 --format gguf --out demo-gguf"),
+    (models.generate, 'generate qwen3-0.6b-4bit --prompt "The function returns"'),
+):
+    app.command(epilog=f"{EXAMPLE}stillhouse {example}")(command)
+
+
 @app.command(epilog=EXAMPLE + "stillhouse report qwen3-8b-to-0.6b s3://bucket/runs/another")
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Names, paths or URLs.")],
@@ -156,6 +162,8 @@ def report(
     ] = "./runs",
 ) -> int:
     """Rebuild the report of each RUN and compare them."""
+    from jobs.runs import find_run
+
     stores, faults = [], []
     for name in dict.fromkeys(runs):
         try:
@@ -191,43 +199,6 @@ def schema() -> int:
 
     typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
     return DONE
-
-
-def find_run(run: str, storage: str) -> Store:
-    """The run directory of `run`: a URL, a path, or a name below `storage`.
-
-    Raises:
-        SpecErrors: no run is there; the line names those below `storage`, the likeliest first.
-    """
-    import difflib
-
-    from cluster.storage import open_store
-
-    try:
-        root = open_store(storage)
-        if "://" in run:
-            places = [open_store(run)]
-        else:
-            places = [open_store(run)] if Path(run).is_dir() else []
-            places += (
-                [root.sub(run)] if "/" not in run.strip("/") and run not in (".", "..") else []
-            )
-        for place in places:
-            if _holds_run(place):
-                return place
-        known = [
-            name for name in root.list() if name[:1] not in "_." and _holds_run(root.sub(name))
-        ]
-    except ValueError as error:
-        raise SpecErrors(str(error).splitlines()) from None
-    close = difflib.get_close_matches(run, known, n=3, cutoff=0.5)
-    named = [*close, *(name for name in known if name not in close)][:8]
-    there = f"the runs in {storage} are {', '.join(named)}" if named else f"{storage} holds no runs"
-    raise SpecErrors([f"{run}: no such run; {there}; see stillhouse report --help"])
-
-
-def _holds_run(place: Store) -> bool:
-    return place.exists("spec.yaml") or place.exists("events")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -60,9 +60,12 @@ distill:                   # null: quantize student.model as it is
   control: false           # true: train once more without the teacher, to measure its gain
 
 sweep:                     # null: stop after training
-  bits: [8, 4, 3, 2]
-  group_size: [64, 128]
-  methods: [hqq]
+  bits: [8, 4, 3, 2]       # of 8, 6, 5, 4, 3, 2, 1
+  group_size: [64, 128]    # weights per scale, dividing all layer widths; channel: one per output
+  methods: [hqq]           # and rtn: plain rounding, the baseline; int8-dynamic: weights and
+                           # activations in int8, one more cell
+  embeddings: false        # true: quantize the input embeddings too, if tied together with head
+  head: false              # true: quantize the output head too
 
 resources:
   max_failures: 3          # lost workers and tasks that are replaced before the run fails

@@ -15,6 +15,9 @@ from trainer.job import capture_inputs, identities, training_inputs
 
 Outputs = dict[str, dict[str, Any]]
 
+# Part of every cell's fingerprint: raise it when the same inputs would give another result.
+EVALUATION = 2
+
 
 @dataclass(frozen=True)
 class StageInputs:
@@ -65,6 +68,7 @@ class Inputs:
             if key in ("student", "control")
         }
         growing = {
+            "evaluation": EVALUATION,
             **flatten(self.spec.sweep.model_dump(), "sweep"),
             "corpus": outputs["prepare"]["corpus"],
             "cache": outputs.get("capture", {}).get("cache"),

@@ -1,166 +1,228 @@
 """A quantized model on disk: safetensors + one JSON file + the transformers config beside it.
 
-model.safetensors   packed codes, scales, zeros and unquantized tensors; tied ones once
-quant.json          format version, QuantSpec, layers, tied names, meta
-config.json  generation_config.json
+quantized.safetensors   packed codes, scales, zeros and unquantized tensors; tied ones once.
+                        Not "model.safetensors": a stock from_pretrained must not take it for one
+quant.json              what the tensors are: see `quant.description`
+config.json  generation_config.json, and tokenizer files if the caller puts them there
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from quant.bytes import stored_tensors
-from quant.kernels import Preference, use_kernels
-from quant.linear import QuantLinear, quant_linears
-from quant.spec import QuantSpec
+from quant.bytes import (
+    parameter_count,
+    plain_tensors,
+    stored_layers,
+    stored_slots,
+    true_bytes,
+)
+from quant.description import (
+    DESCRIPTION,
+    FORMAT,
+    parse_description,
+    read_description,
+)
+from quant.folder import whole_folder
+from quant.linear import QuantEmbedding, QuantLinear, QuantWeight
+from quant.load import WEIGHTS, load_quantized
+from quant.mapped import NAMES, write_tensors
+from quant.skeleton import CONFIG, GENERATION
+from quant.spec import DYNAMIC, QuantSpec
+from quant.strict_json import SIZE_LIMIT, parse_object
 
-FORMAT = 1
-WEIGHTS, DESCRIPTION = "model.safetensors", "quant.json"
+__all__ = [
+    "DESCRIPTION",
+    "FORMAT",
+    "WEIGHTS",
+    "load_quantized",
+    "read_description",
+    "save_quantized",
+]
+
+TOKENIZER_FILES = {
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+}
 
 
 def save_quantized(
     model: PreTrainedModel, folder: str | Path, spec: QuantSpec, meta: dict[str, Any] | None = None
 ) -> Path:
-    """Write a model made by `quantize_model` into `folder` (created) and return the folder.
+    """Write a quantized model into `folder` (created) and return the folder.
 
-    `meta` is any JSON-able dict, kept as is. Raises ValueError when nothing in it is quantized.
+    It appears whole or not at all; a quantized model that is there already is replaced, tokenizer
+    files are left in place, and a folder that holds anything else is refused. The same model gives
+    the same bytes. `meta` is any JSON-able dict, kept as is. Raises ValueError (one line) when
+    nothing in the model is quantized, or it could not be loaded again.
     """
-    layers = quant_linears(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} holds no quantized layer; quantize it first")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    kept, tied = stored_tensors(model)
-    description = {
-        "format": FORMAT,
-        "spec": spec.to_dict(),
-        "dtype": _dtype_name(model),
-        "layers": {
-            name: {
-                "in_features": layer.in_features,
-                "out_features": layer.out_features,
-                "bits": layer.bits,
-                "group_size": layer.group_size,
-                "bias": layer.bias is not None,
-            }
-            for name, layer in layers.items()
-        },
-        "tied": tied,
-        "computed": {
-            name: _dtype_name(buffer) for name, buffer in _computed_buffers(model, kept).items()
-        },
-        "meta": meta or {},
-    }
-    save_file(
-        {name: tensor.contiguous().cpu() for name, tensor in kept.items()},
-        str(folder / WEIGHTS),
-        metadata={"format": "pt"},
-    )
-    model.config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n")
+    description = _description(model, spec, meta or {})
+    text = json.dumps(description, indent=1, sort_keys=True) + "\n"
+    with whole_folder(folder, _is_tokenizer_file, _replaceable) as new:
+        _save_configs(model, new)
+        write_tensors(new / WEIGHTS, stored_slots(model), _groups(model))
+        (new / DESCRIPTION).write_text(text)
+        for name in (CONFIG, DESCRIPTION):
+            _sync(new / name)
     return folder
 
 
-def read_description(folder: str | Path) -> dict[str, Any]:
-    """The JSON beside the weights. Raises ValueError when missing or of another format version."""
-    path = Path(folder) / DESCRIPTION
-    if not path.is_file():
-        raise ValueError(f"{folder} is no quantized model: it has no {DESCRIPTION}")
-    description = json.loads(path.read_text())
-    found = description.get("format")
-    if found != FORMAT:
-        raise ValueError(
-            f"{path} has format {found!r}, this program reads format {FORMAT}; "
-            "quantize the model again or use the version that wrote it"
-        )
+def _description(model: PreTrainedModel, spec: QuantSpec, meta: dict[str, Any]) -> dict[str, Any]:
+    """The content of quant.json. Raises ValueError as `save_quantized` does."""
+    layers, tied_layers = stored_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no quantized layer; quantize it first")
+    _check_class(model)
+    kept, tied = plain_tensors(model)
+    for name, tensor in kept.items():
+        if tensor.dtype not in NAMES or tensor.device.type == "meta":
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}: it cannot be stored")
+    description = {
+        "format": FORMAT,
+        "spec": spec.to_dict(),
+        "dtype": _dtype_name(_compute_dtype(model, layers)),
+        "layers": {name: _layer(layer, spec) for name, layer in layers.items()},
+        "tied": tied | tied_layers,
+        "computed": {name: _dtype_name(b.dtype) for name, b in computed_buffers(model).items()},
+        "meta": meta,
+        "bytes": true_bytes(model),
+        "parameters": parameter_count(model),
+    }
+    try:
+        data = json.dumps(description, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"meta must be JSON: {error}") from None
+    if len(data) > SIZE_LIMIT // 2:  # indented it takes more
+        raise ValueError(f"meta takes {len(data)} bytes as JSON; may be at most {SIZE_LIMIT // 2}")
+    parse_description(parse_object(data, Path(DESCRIPTION)), Path(DESCRIPTION))
     return description
 
 
-def load_quantized(
-    folder: str | Path,
-    device: torch.device | str = "cpu",
-    prefer: Preference = "speed",
-) -> PreTrainedModel:
-    """The transformers model that `save_quantized` wrote, ready for `forward` and `generate`.
-
-    Its logits are bit-equal to the saved model's. Raises ValueError when the folder is no
-    artifact, is of another format version, or its tensors are not those of the described model.
-    """
-    folder = Path(folder)
-    description = read_description(folder)
-    config = AutoConfig.from_pretrained(folder)
-    dtype = getattr(torch, description["dtype"])
-    with _EmptyOnMeta():  # no memory for dense weights, but real values for computed buffers
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for name, layer in description["layers"].items():
-        model.set_submodule(name, QuantLinear(**layer, dtype=dtype, device="meta"))
-    tensors = load_file(folder / WEIGHTS)
-    tied: dict[str, str] = description["tied"]
-    expected = set(model.state_dict()) - set(tied)
-    if set(tensors) != expected:
-        odd = sorted(set(tensors) ^ expected)
+def _check_class(model: PreTrainedModel) -> None:
+    """Only what transformers builds from the config alone can be loaded again."""
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    built = [each for each in (found if isinstance(found, tuple) else (found,)) if each]
+    kind = type(model).__name__
+    if not any(isinstance(model, each) and kind == each.__name__ for each in built):
+        names = " or ".join(each.__name__ for each in built) or "nothing"
         raise ValueError(
-            f"{folder / WEIGHTS} does not hold the tensors of the model that {DESCRIPTION} "
-            f"describes: {len(odd)} differ, the first is {odd[0]}"
+            f"a {kind} could not be loaded again: AutoModelForCausalLM builds {names} for a "
+            f"{type(model.config).__name__}"
         )
-    tensors |= {name: tensors[kept] for name, kept in tied.items()}
-    model.load_state_dict(tensors, assign=True)
-    model.config.dtype = dtype
-    for name, kind in description["computed"].items():
-        module, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(module)
-        setattr(owner, attribute, getattr(owner, attribute).to(getattr(torch, kind)))
-    for name, kept in tied.items():
-        module, _, attribute = name.rpartition(".")
-        source_module, _, source = kept.rpartition(".")
-        shared = getattr(model.get_submodule(source_module), source)
-        setattr(model.get_submodule(module), attribute, shared)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type == "meta":
-            raise ValueError(f"{folder}: {type(model).__name__} needs {name}, which is not stored")
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.requires_grad_(False)
-    model = model.eval().to(device)
-    use_kernels(model, prefer)
-    return model
 
 
-def _computed_buffers(model: PreTrainedModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Buffers that the architecture computes when it is built (not stored), by name."""
-    layers = quant_linears(model)
+def _save_configs(model: PreTrainedModel, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]  # as transformers' own save_pretrained does
+    config.save_pretrained(folder)
+    if model.generation_config is None:
+        return
+    try:
+        model.generation_config.save_pretrained(folder)
+    except ValueError as error:
+        cause = " ".join(str(error).split())[:300]
+        raise ValueError(f"model.generation_config cannot be saved: {cause}") from None
+
+
+def _layer(layer: QuantWeight, spec: QuantSpec) -> dict[str, Any]:
     return {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if name not in stored and name.rpartition(".")[0] not in layers
+        "kind": "embedding" if isinstance(layer, QuantEmbedding) else "linear",
+        "bits": layer.bits,
+        "group_size": layer.group_size,
+        "rows": layer.rows,
+        "columns": layer.columns,
+        "bias": isinstance(layer, QuantLinear) and layer.bias is not None,
+        "activations": getattr(layer, "activations", None),
+        "method": _method(layer, spec),
     }
 
 
-def _dtype_name(holder: PreTrainedModel | Tensor) -> str:
-    return str(holder.dtype).removeprefix("torch.")
+def _method(layer: QuantWeight, spec: QuantSpec) -> str:
+    """What the codes were made by, as far as the layer or the embedding it shares says so."""
+    source = getattr(layer, "shared", None) or layer
+    said = getattr(source, "method", None)
+    return said or (DYNAMIC if getattr(layer, "activations", None) else spec.method)
 
 
-class _EmptyOnMeta(TorchFunctionMode):
-    """Within the block `torch.empty` (how layers allocate weights) gives tensors without memory.
+def _compute_dtype(model: PreTrainedModel, layers: dict[str, QuantWeight]) -> torch.dtype:
+    """Of what is not quantized: what an embedding looks up, or else the model's own dtype."""
+    for layer in layers.values():
+        if isinstance(layer, QuantEmbedding):
+            return layer.dtype
+    return model.dtype
 
-    All else is computed as usual, so that buffers which are not stored, such as a rotary
-    embedding's frequencies, get their values: under `torch.device("meta")` they would be lost.
-    """
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+def _groups(model: PreTrainedModel) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """The tensors of the file in groups, each made when it is asked for: a kernel's layout is
+    turned back into the stored one for a layer at a time."""
+    plain, _ = plain_tensors(model)
+    yield lambda: plain
+    layers, tied = stored_layers(model)
+    for name, layer in layers.items():
+        if name not in tied:
+            yield partial(_parts, name, layer)
+
+
+def _parts(name: str, layer: QuantWeight) -> dict[str, Tensor]:
+    parts = layer.stored()
+    for part in ("scale", "zero"):
+        bad = int((~parts[part].isfinite()).sum())
+        if bad:
+            raise ValueError(f"{name}: {bad} values of its {part} are not finite; quantize again")
+    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+
+def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that the architecture computes when it is built (not stored), by name."""
+    found = {}
+    for prefix, module in model.named_modules():
+        if not isinstance(module, QuantWeight):
+            for name in sorted(module._non_persistent_buffers_set):
+                buffer = module._buffers.get(name)
+                if buffer is not None:
+                    found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
+
+
+def _replaceable(folder: Path) -> set[str]:
+    """Files of a quantized model, of this format or the first, if the folder holds one."""
+    if not (folder / DESCRIPTION).is_file():
+        return set()
+    return {WEIGHTS, DESCRIPTION, CONFIG, GENERATION, "model.safetensors"}
+
+
+def _is_tokenizer_file(path: Path) -> bool:
+    if path.is_dir():
+        return path.name == CHAT_TEMPLATE_DIR
+    return path.name in TOKENIZER_FILES
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

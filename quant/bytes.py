@@ -2,43 +2,116 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 from torch import Tensor, nn
 
-from quant.linear import quant_linears
+from quant.linear import QuantWeight
+from quant.mapped import Slot
+from quant.pack import packed_width
+from quant.strict_json import broken
+
+PARTS = ("codes", "scale", "zero")
+
+
+def stored_layers(model: nn.Module) -> tuple[dict[str, QuantWeight], dict[str, str]]:
+    """The quantized layers: (by name, each once; {another name: the name it is kept under}).
+
+    A head that shares an embedding's codes is a layer of its own and tied to the embedding.
+    """
+    layers: dict[str, QuantWeight] = {}
+    tied: dict[str, str] = {}
+    names: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantWeight):
+            if id(module) in names:
+                tied[name] = names[id(module)]
+            else:
+                layers[name], names[id(module)] = module, name
+    for name, layer in layers.items():
+        embedding = getattr(layer, "shared", None)
+        if embedding is not None and id(embedding) in names:
+            tied[name] = names[id(embedding)]
+    return layers, tied
+
+
+def plain_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Parameters and persistent buffers, without quantized layers' codes, scales and zeros:
+    (by name, each once; {another name of it: the name it is kept under})."""
+    kept: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    names: dict[object, str] = {}
+    layers: dict[int, str] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own: list[tuple[str, Tensor | None]] = list(module._parameters.items())
+        if not isinstance(module, QuantWeight):
+            hidden = module._non_persistent_buffers_set
+            own += [
+                (name, buffer) for name, buffer in module._buffers.items() if name not in hidden
+            ]
+        elif layers.setdefault(id(module), prefix) != prefix:
+            continue  # a quantized layer under another name: tied as a whole
+        for attribute, tensor in own:
+            if tensor is None:
+                continue
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            # Two parameter objects may share one storage; on the meta device all pointers are 0.
+            key: object = id(tensor)
+            if tensor.device.type != "meta" and tensor.numel():
+                key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if key in names:
+                tied[name] = names[key]
+            else:
+                names[key] = name
+                kept[name] = tensor.detach()
+    return kept, tied
+
+
+def layer_slots(rows: int, columns: int, bits: int, group_size: int) -> dict[str, Slot]:
+    """Dtype and shape of what a file holds of a quantized weight: codes, scale and zero."""
+    groups = Slot(torch.float16, (rows, columns // group_size))
+    codes = Slot(torch.uint8, (rows, packed_width(columns, bits)))
+    return dict(zip(PARTS, (codes, groups, groups), strict=True))
+
+
+def stored_slots(model: nn.Module) -> dict[str, Slot]:
+    """Dtype and shape of every tensor that a file of the model holds, tied ones once."""
+    plain, _ = plain_tensors(model)
+    slots = {name: Slot(tensor.dtype, tuple(tensor.shape)) for name, tensor in plain.items()}
+    layers, tied = stored_layers(model)
+    for name, layer in layers.items():
+        if name not in tied:
+            parts = layer_slots(layer.rows, layer.columns, layer.bits, layer.group_size)
+            slots |= {f"{name}.{part}": slot for part, slot in parts.items()}
+    return slots
 
 
 def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a file of the model holds: (tensors by name, each once; {tied name: kept name}).
 
-    Covers parameters and persistent buffers; packed codes, scales and zeros are among them.
+    Codes are in the layout of the file, whatever layout a kernel holds them in.
     """
-    kept: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    names: dict[object, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        # Two parameter objects may share one storage; on the meta device all pointers are 0.
-        key: object = id(tensor)
-        if tensor.device.type != "meta" and tensor.numel():
-            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if key in names:
-            tied[name] = names[key]
-        else:
-            names[key] = name
-            kept[name] = tensor.detach()
+    kept, tied = plain_tensors(model)
+    layers, tied_layers = stored_layers(model)
+    for name, layer in layers.items():
+        if name not in tied_layers:
+            kept |= {f"{name}.{part}": tensor for part, tensor in layer.stored().items()}
+    tied |= {f"{a}.{part}": f"{b}.{part}" for a, b in tied_layers.items() for part in PARTS}
     return kept, tied
+
+
+def true_bytes(model: nn.Module) -> int:
+    """All bytes of codes, scales, zeros and unquantized tensors, tied ones once: those of the
+    file's tensors, whatever a kernel holds in memory."""
+    return sum(slot.bytes for slot in stored_slots(model).values())
 
 
 def parameter_count(model: nn.Module) -> int:
     """Number of weights, tied ones once; of a quantized model: of the model it was made from."""
-    plain = sum(parameter.numel() for parameter in model.parameters())
-    layers = {id(layer): layer for layer in quant_linears(model).values()}.values()
-    return plain + sum(layer.out_features * layer.in_features for layer in layers)
-
-
-def true_bytes(model: nn.Module) -> int:
-    """All bytes of codes, scales, zeros and unquantized tensors, tied ones once."""
-    kept, _ = stored_tensors(model)
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+    layers, tied = stored_layers(model)
+    quantized = sum(w.rows * w.columns for name, w in layers.items() if name not in tied)
+    return quantized + sum(parameter.numel() for parameter in model.parameters())
 
 
 def true_bits_per_weight(model: nn.Module) -> float:
@@ -49,3 +122,12 @@ def true_bits_per_weight(model: nn.Module) -> float:
 def dense_bytes(model: nn.Module, bytes_per_weight: int = 2) -> int:
     """Bytes of the unquantized model as deployed, in 16 bits unless told otherwise."""
     return parameter_count(model) * bytes_per_weight
+
+
+def folder_bytes(folder: str | Path) -> int:
+    """Bytes of all files in a folder and below, as a download of it takes. Raises ValueError
+    when it is no folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise broken(folder, "this is no folder")
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

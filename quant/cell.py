@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from quant.agreement import kernel_kl
 from quant.artifact import FORMAT, load_quantized, save_quantized
 from quant.bytes import dense_bytes, parameter_count, true_bits_per_weight, true_bytes
 from quant.evaluate import Batch, TeacherRecords, evaluate, teacher_metrics
-from quant.kernels import kernel_names
 from quant.linear import dense_weights
 from quant.quantize import quantize
 from quant.spec import QuantSpec
@@ -37,11 +37,18 @@ MEASURED = (
     "top1_agreement",
     "teacher_top1_agreement",
     "per_sequence",
-    "kernel",
+    "evaluated_with",
     "quantize_s",
     "eval_s",
 )
-SPEEDS = ("decode_tokens_per_s", "prefill_tokens_per_s", "speedup")
+SPEEDS = (
+    "decode_tokens_per_s",
+    "prefill_tokens_per_s",
+    "speedup",
+    "resident_bytes",
+    "kernel",
+    "kernel_kl",
+)
 
 
 def versions() -> dict[str, str]:
@@ -74,8 +81,10 @@ def run_cell(
     """Quantize the model in `model_folder`, save it to `out_folder`, evaluate it against itself
     unquantized and against the teacher's records.
 
-    Returns the cell's result with every key of `result.json`; speeds are None until
-    `measure_cell`. `student_accuracy` is what retention refers to: by default the unquantized
+    The evaluation runs dense matmuls over the dequantized weights, which every kernel agrees with
+    to rounding; `evaluated_with` says so. Returns the cell's result with every key of
+    `result.json`; speeds and the kernel they were had with are None until `measure_cell`.
+    `student_accuracy` is what retention refers to: by default the unquantized
     model's accuracy on the same batches. Without `out_folder` nothing is saved.
     """
     torch.set_num_threads(threads)
@@ -110,7 +119,7 @@ def run_cell(
         "teacher_top1_agreement": found["teacher_top1_agreement"],
         "per_sequence": found["per_sequence"],
         **dict.fromkeys(SPEEDS),
-        "kernel": kernel_names(model),
+        "evaluated_with": _evaluated_with(spec, model.dtype),
         "quantize_s": quantize_s,
         "eval_s": eval_s,
         "versions": versions(),
@@ -127,14 +136,16 @@ def measure_cell(
     threads: int = 1,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Speed of a saved cell beside the 16-bit (bfloat16) model it was made from.
+    """Speed of a saved cell, loaded for speed, beside the bfloat16 model it was made from.
 
-    Run it while nothing else runs on the machine. Returns `measure_speed`'s dict.
+    Run it while nothing else runs on the machine. Returns `measure_speed`'s dict, and `kernel_kl`:
+    how far the kernel's answers are from those of the dequantized weights that were evaluated.
     """
     torch.set_num_threads(threads)
-    model = load_quantized(artifact_folder, device)
+    model = load_quantized(artifact_folder, device, prefer="speed")
     baseline = load_model(model_folder, device, torch.bfloat16)
-    return measure_speed(model, baseline, prompt_tokens, decode_tokens, repeats)
+    found = measure_speed(model, baseline, prompt_tokens, decode_tokens, repeats)
+    return {**found, "kernel_kl": kernel_kl(model)}
 
 
 def evaluate_model(
@@ -180,6 +191,12 @@ def evaluate_model(
         "prefill_tokens_per_s": None,
         "versions": versions(),
     }
+
+
+def _evaluated_with(spec: QuantSpec, dtype: torch.dtype) -> str:
+    """In words, what the evaluation multiplied: no kernel's packed codes."""
+    activations = ", activations in int8" if spec.method == "int8-dynamic" else ""
+    return f"dequantized weights in {str(dtype).removeprefix('torch.')}{activations}"
 
 
 def _percent(part: float, whole: float | None) -> float | None:

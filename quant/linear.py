@@ -1,116 +1,43 @@
-"""Layers whose weight is kept as packed codes with one scale and zero point per group.
+"""Linear layers on packed codes (see `quant.weight`), and the kernels that they run.
 
-The weight is `w = (q - z) * s` (the convention of HQQ, mobiusml.github.io/hqq_blog), with groups
-along the input dimension that never cross rows.
+`quant.kernels.use_kernels` gives a layer a faster layout of its codes; files, pickles and copies
+always hold them as stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quant.codes import Codes
-from quant.pack import pack, packed_width, unpack
+from quant.codes import Codes, row_chunks
+from quant.kernels.choice import Preference, choose
+from quant.kernels.int8_dynamic import quantize_tokens
+from quant.kernels.kernel import Kernel, StoredWeight
+from quant.weight import QuantEmbedding, QuantWeight
 
-
-class QuantWeight(nn.Module):
-    """A weight `[rows, columns]` stored as codes of `bits` bits.
-
-    codes: uint8 `[rows, columns * bits / 8]`; scale, zero: float16 `[rows, columns / group_size]`.
-    Raises ValueError when the widths do not fit each other.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-
-    def __init__(
-        self,
-        rows: int,
-        columns: int,
-        bits: int,
-        group_size: int,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        if group_size < 1 or columns % group_size:
-            raise ValueError(
-                f"a group of {group_size} weights does not divide an input width of {columns}"
-            )
-        self.rows = rows
-        self.columns = columns
-        self.bits = bits
-        self.group_size = group_size
-        width, groups = packed_width(columns, bits), columns // group_size
-        for name, size, kind in (
-            ("codes", width, torch.uint8),
-            ("scale", groups, torch.float16),
-            ("zero", groups, torch.float16),
-        ):
-            empty = torch.zeros(rows, size, dtype=kind, device=device)
-            self.register_buffer(name, empty)
-
-    def set_codes(self, weight: Codes) -> None:
-        """Take the codes of `weight`, of this layer's shape."""
-        self.codes.copy_(pack(weight.codes, weight.bits))
-        self.scale.copy_(weight.scale)
-        self.zero.copy_(weight.zero)
-
-    def stored(self) -> dict[str, Tensor]:
-        """codes, scale and zero as a file holds them, whatever layout the kernel works on."""
-        return {"codes": self.codes, "scale": self.scale, "zero": self.zero}
-
-    def unpacked(self) -> Codes:
-        """The weight as unpacked codes."""
-        held = self.stored()
-        return Codes(unpack(held["codes"], self.bits), held["scale"], held["zero"], self.bits)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[rows, columns]`; computed in float32 and rounded once to `dtype`."""
-        return self.unpacked().dequantize(dtype)
-
-
-class QuantEmbedding(QuantWeight):
-    """A lookup table stored as codes: `[...]` ids to `[..., columns]` in `dtype`."""
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        bits: int,
-        group_size: int,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, bits, group_size, device)
-        self.dtype = dtype
-
-    @classmethod
-    def from_codes(cls, weight: Codes, dtype: torch.dtype = torch.bfloat16) -> QuantEmbedding:
-        """A table of these codes."""
-        rows, columns = weight.codes.shape
-        made = cls(rows, columns, weight.bits, weight.group_size, dtype, device=weight.codes.device)
-        made.set_codes(weight)
-        return made
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids: int64 of any shape; returns `[*ids.shape, columns]` in `dtype`."""
-        flat = ids.reshape(-1)
-        rows = Codes(
-            unpack(self.codes[flat], self.bits), self.scale[flat], self.zero[flat], self.bits
-        )
-        return rows.dequantize(self.dtype).view(*ids.shape, self.columns)
+__all__ = [
+    "QuantEmbedding",
+    "QuantLinear",
+    "QuantWeight",
+    "dense_weights",
+    "quant_linears",
+    "quant_weights",
+]
 
 
 class QuantLinear(QuantWeight):
-    """`y = x W^T + b` with W `[out_features, in_features]` in codes; bias `[out]` or None."""
+    """`y = x W^T + b` with W `[out_features, in_features]` in codes; bias `[out]` or None.
 
-    dense: Tensor | None
-    kernel = "dequantize+matmul"
+    activations="int8": each token of x is quantized to int8 (symmetric, largest magnitude = 127)
+    before the product; for codes of one scale per row.
+    """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -121,43 +48,185 @@ class QuantLinear(QuantWeight):
         bias: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
+        activations: Literal["int8"] | None = None,
     ) -> None:
         super().__init__(out_features, in_features, bits, group_size, device)
+        if activations not in (None, "int8"):
+            raise ValueError(f"activations {activations!r} are unknown; may be 'int8' or None")
+        if activations and group_size != in_features:
+            raise ValueError(
+                f"activations in int8 go with one scale per row, not with groups of {group_size}; "
+                f"may be {in_features}"
+            )
         self.in_features = in_features
         self.out_features = out_features
-        self.register_buffer("dense", None, persistent=False)
-        self.bias: nn.Parameter | None = None
+        self.activations = activations
+        # None of these is a buffer: they are made of the stored tensors, and looked up quickly.
+        self.prefer: Preference = "plain"
+        self.dense: Tensor | None = None
+        self._kernel: Kernel | None = None
+        self._active: Kernel | None = None  # the kernel, except while a dense weight is kept
+        self._reason = ""
+        self._shared: tuple[QuantEmbedding, ...] = ()
+        self.register_parameter("bias", None)
         if bias:
             zeros = torch.zeros(out_features, dtype=dtype, device=device)
             self.bias = nn.Parameter(zeros, requires_grad=False)
 
     @classmethod
-    def from_codes(cls, weight: Codes, bias: Tensor | None = None) -> QuantLinear:
+    def from_codes(
+        cls,
+        weight: Codes,
+        bias: Tensor | None = None,
+        activations: Literal["int8"] | None = None,
+    ) -> QuantLinear:
         """A layer of these codes."""
         rows, columns = weight.codes.shape
-        layer = cls(columns, rows, weight.bits, weight.group_size, device=weight.codes.device)
+        layer = cls(
+            columns,
+            rows,
+            weight.bits,
+            weight.group_size,
+            device=weight.codes.device,
+            activations=activations,
+        )
         layer.set_codes(weight)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return layer
 
+    @classmethod
+    def share(cls, embedding: QuantEmbedding) -> QuantLinear:
+        """A head tied to an embedding: it works on the embedding's codes and has none itself."""
+        head = cls(
+            embedding.columns, embedding.rows, embedding.bits, embedding.group_size, device="meta"
+        )
+        for name in ("codes", "scale", "zero"):
+            head._buffers[name] = None
+        head._shared = (embedding,)
+        embedding.heads.add(head)
+        return head
+
+    @property
+    def shared(self) -> QuantEmbedding | None:
+        """The embedding whose codes this head works on, or None."""
+        return self._shared[0] if self._shared else None
+
+    @property
+    def kernel(self) -> str:
+        """What runs: the kernel's name, or plain (dequantize + matmul) and why."""
+        if self._kernel is not None:
+            return self._kernel.name
+        return f"plain: {self._reason}" if self._reason else "plain"
+
     def forward(self, x: Tensor) -> Tensor:
         """x: `[..., in]` in any float dtype; returns `[..., out]` in the same."""
-        dense = self.dense
-        weight = dense if dense is not None and dense.dtype == x.dtype else self.dequantize(x.dtype)
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        kernel = self._active
+        if kernel is None or x.requires_grad:  # kernels have no gradients
+            return self._plain(x)
+        y = kernel(x)
+        bias = self._parameters["bias"]
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight = self.dense
+        if weight is None or weight.dtype != self._product_dtype(x.dtype):
+            if x.requires_grad or torch.compiler.is_compiling() or self.activations:
+                weight = self._factor(x.dtype)
+            else:
+                return self._in_chunks(x, bias)
+        if not self.activations:
+            return F.linear(x, weight, bias)
+        codes, token_scale = quantize_tokens(x.reshape(-1, self.columns))
+        total = F.linear(codes.to(weight.dtype), weight) * token_scale
+        y = (total * self.stored()["scale"].t()).to(x.dtype).view(*x.shape[:-1], self.rows)
+        return y if bias is None else y + bias
+
+    def _factor(self, dtype: torch.dtype) -> Tensor:
+        """What the input is multiplied by: the weight, or `q - z` where the scales come after."""
+        if not self.activations:
+            return self.dequantize(dtype)
+        weight = self.unpacked()
+        one = torch.ones_like(weight.scale)
+        whole = Codes(weight.codes, one, weight.zero, self.bits)
+        return whole.dequantize(self._product_dtype(dtype))
+
+    def _product_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Sums of products of whole numbers overflow float16."""
+        return torch.float32 if self.activations and dtype is torch.float16 else dtype
+
+    def _in_chunks(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with as many rows of the weight at a time as a cache holds in float32."""
+        rows = x.reshape(-1, self.columns)
+        y = rows.new_empty(len(rows), self.rows)
+        weight = self._weight()
+        for part in row_chunks(self.rows, self.columns, x.device):
+            piece = None if bias is None else bias[part]
+            y[:, part] = F.linear(rows, weight.unpacked(part).dequantize(x.dtype), piece)
+        return y.view(*x.shape[:-1], self.rows)
+
+    def use_kernel(self, prefer: Preference) -> None:
+        """Hold the weight in the layout of the kernel that `prefer` asks for, if one fits."""
+        if self._kernel is None or prefer != self.prefer:
+            self._let_go()
+            self.prefer = prefer
+            self._renew()
+
+    def _let_go(self) -> None:
+        """Back to the stored codes, without a kernel."""
+        if self._kernel is not None and not self._shared:
+            self._buffers["codes"] = self._kernel.codes()
+        self._kernel = self._active = self.dense = None
+        self._reason = ""
+
+    def _renew(self) -> None:
+        """Choose the kernel again for what is stored now, where it is now."""
+        self._kernel = self._active = self.dense = None
+        with torch.no_grad():
+            kernel, self._reason = choose(self._weight(), self.prefer)
+        self._kernel = self._active = kernel
+        if kernel is not None and not self._shared:
+            self._buffers["codes"] = None
+
+    def _weight(self) -> StoredWeight:
+        held = self.stored()
+        return StoredWeight(
+            held["codes"],
+            held["scale"],
+            held["zero"],
+            self.bits,
+            self.columns,
+            self.activations,
+            bool(self._shared),
+        )
+
+    def stored(self) -> dict[str, Tensor]:
+        """codes, scale and zero as a file holds them; a tied head gives the embedding's own."""
+        if self._shared:
+            return self._shared[0].stored()
+        if self._kernel is None:
+            return super().stored()
+        return {"codes": self._kernel.codes(), "scale": self.scale, "zero": self.zero}
+
+    def unpacked(self) -> Codes:
+        """The weight as unpacked codes."""
+        return super().unpacked() if self._kernel is None else self._kernel.unpacked()
 
     @torch.no_grad()
     def keep_dense(self, dtype: torch.dtype) -> None:
-        """Keep the dequantized weight for inputs of `dtype`: same results, faster, more memory.
+        """Keep the dequantized weight for inputs of `dtype`: the plain path's results, faster for
+        many rows, more memory. It is no part of the state_dict. `drop_dense` frees it.
 
-        It is no part of the state_dict. `drop_dense` frees it.
+        With int8 activations `q - z` is kept, and the input is quantized as ever.
         """
-        self.dense = self.dequantize(dtype)
+        self.dense = self._factor(dtype)
+        self._active = None
 
     def drop_dense(self) -> None:
         """Free the weight that `keep_dense` kept."""
         self.dense = None
+        self._active = self._kernel
 
     def extra_repr(self) -> str:
         return (
@@ -165,20 +234,28 @@ class QuantLinear(QuantWeight):
             f"group_size={self.group_size}, bias={self.bias is not None}, kernel={self.kernel}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Moves to another device as usual, but `.to(dtype)` leaves scale and zero in float16:
-        they are part of the stored format, and rounding them to bfloat16 would change the weight.
-        """
-        exact = {name: getattr(self, name) for name in ("scale", "zero")}
-        dense_dtype = None if self.dense is None else self.dense.dtype
-        super()._apply(fn, recurse)
-        for name, tensor in exact.items():
-            moved = getattr(self, name)
-            if moved.dtype != tensor.dtype:
-                setattr(self, name, tensor.to(moved.device))
-        if self.dense is not None and self.dense.dtype != dense_dtype:
-            self.drop_dense()  # converted, it would no longer equal a fresh dequantization
-        return self
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **named: Any
+    ) -> None:
+        if self._shared:  # the embedding loads them, under its own name
+            own = {prefix + name for name in ("codes", "scale", "zero")}
+            state_dict = {key: value for key, value in state_dict.items() if key not in own}
+            nn.Module._load_from_state_dict(self, state_dict, prefix, *arguments, **named)
+            return
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **named)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As stored: a kernel's layout is of one processor, and another may unpickle."""
+        state = {**self.__dict__, "_kernel": None, "_active": None, "dense": None}
+        if not self._shared:
+            state["_buffers"] = {**self._buffers, **self.stored()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._shared:
+            self._shared[0].heads.add(self)
+        self._renew()
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
@@ -193,7 +270,10 @@ def quant_weights(model: nn.Module) -> dict[str, QuantWeight]:
 
 @contextmanager
 def dense_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within the block every QuantLinear of `model` keeps its dense weight in `dtype`."""
+    """Within the block every QuantLinear of `model` keeps its dense weight in `dtype`.
+
+    They give the plain path's results, whatever the layer's kernel.
+    """
     layers = quant_linears(model).values()
     try:
         for layer in layers:

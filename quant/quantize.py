@@ -1,89 +1,65 @@
-"""Replaces the linear layers of a model by QuantLinear layers with hqq's codes."""
+"""Quantizes a transformers model in place, layer by layer: `quantize(model, QuantSpec(4, 64))`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from quant.linear import QuantLinear
+from quant.codes import Codes
+from quant.linear import QuantEmbedding, QuantLinear, QuantWeight, quant_weights
 from quant.methods import quantize_weight
-from quant.pack import BLOCK
-from quant.spec import QuantSpec
+from quant.model import mark_quantized
+from quant.spec import DYNAMIC, QuantSpec
+from quant.targets import Layers, Target, Targets, check_group_size, find_targets
 
+__all__ = ["cast_stored", "check_group_size", "quantize"]
 
-def quantizable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Every `nn.Linear` of the model by name, except the output head.
-
-    The head stays in 16 bits: it is often tied to the embedding. Subclasses of nn.Linear are left
-    alone, for their forward may differ. Raises ValueError when no layer is left.
-    """
-    head = model.get_output_embeddings()
-    layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not head}
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no torch.nn.Linear layers besides its head: "
-            "this architecture cannot be quantized"
-        )
-    return layers
-
-
-def check_group_size(
-    config_or_model: PreTrainedConfig | PreTrainedModel, group_sizes: Iterable[int]
-) -> None:
-    """Raise ValueError (one line) unless each group size divides every quantizable layer's width.
-
-    A transformers config is enough: the model is then built without weights, on the meta device.
-    """
-    model = config_or_model
-    if not isinstance(model, nn.Module):
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config_or_model)
-    widths = {name: layer.in_features for name, layer in quantizable_linears(model).items()}
-    common = math.gcd(*widths.values())
-    choices = [size for size in range(BLOCK, common + 1, BLOCK) if common % size == 0]
-    for name, width in widths.items():
-        if width % BLOCK:
-            raise ValueError(
-                f"layer {name} is {width} weights wide, which is no multiple of {BLOCK}: "
-                "no group size does; this model cannot be quantized"
-            )
-    for size in group_sizes:
-        for name, width in widths.items():
-            if size < BLOCK or size % BLOCK or width % size:
-                raise ValueError(
-                    f"group_size {size} does not do for layer {name}, which is {width} weights "
-                    f"wide; for this model it may be {', '.join(map(str, choices))}"
-                )
+Progress = Callable[[int, int], None]
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def quantize(
-    model: PreTrainedModel, spec: QuantSpec, dtype: torch.dtype = torch.bfloat16
+    model: PreTrainedModel,
+    spec: QuantSpec,
+    layers: Layers | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """Quantize `model` in place and return it; the layers are named by `quantizable_linears`.
+    """Quantize `model` in place and return it, ready for `forward`, `generate`, `save_pretrained`.
 
-    Everything else (embeddings, head, norms, biases) becomes `dtype`, tied weights stay tied.
-    Raises ValueError for a spec that hqq or the model's layer widths do not allow.
+    spec: of all linear layers but the head, which `find_targets` names; embeddings and head by its
+    flags. layers: names or globs of modules with a spec of their own, or None to leave them in 16
+    bits; the first that matches counts. dtype: of all that is not quantized. device: where the
+    arithmetic runs; None takes a CUDA device if there is one, else where the weight lies. Layers
+    stay on the device that they are on. progress: called with the number of weights done and of
+    all, after each layer.
+
+    Memory: the model and one layer; each weight is freed once it is quantized.
+    Raises ValueError (one line) for what `find_targets` refuses, a quantized model, weights that
+    are not finite or not in memory: the model is as it was then. Raises RuntimeError naming a
+    layer whose scales exceed float16: the layers before it are quantized, load the model again.
     """
-    assert isinstance(spec.group_size, int)
-    check_group_size(model, [spec.group_size])
-    done: dict[int, QuantLinear] = {}
-    for name, linear in quantizable_linears(model).items():
+    _check_arguments(model, spec, dtype)
+    targets = find_targets(model, spec, layers)
+    _check_weights(model, targets)
+    total = sum(target.weights for target in targets.layers.values())
+    done = 0
+    for name, target in targets.layers.items():
         try:
-            weight = quantize_weight(linear.weight, spec.bits, spec.group_size, spec.method)
+            _replace(model, target, dtype, device)
         except RuntimeError as error:
-            raise RuntimeError(f"layer {name}: {error}") from error
-        done[id(linear)] = QuantLinear.from_codes(weight, linear.bias)
-    # A module used under two names is one module afterwards too.
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in done:
-            model.set_submodule(name, done[id(module)])
+            begun = "; the layers before it are quantized: load the model again" if done else ""
+            raise RuntimeError(f"layer {name}: {error}{begun}") from error
+        done += target.weights
+        if progress is not None:
+            progress(done, total)
     cast_stored(model, dtype)
     model.requires_grad_(False)
-    return model
+    return mark_quantized(model, spec)
 
 
 def cast_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -96,9 +72,101 @@ def cast_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     for module in model.modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantWeight):
             continue
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
                 setattr(module, name, buffer.to(dtype))
     model.config.dtype = dtype
+
+
+@torch.no_grad()
+def _replace(
+    model: PreTrainedModel,
+    target: Target,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> None:
+    """Put a quantized layer in the place of one target; nothing holds its weight afterwards."""
+    weight, bias = _weight_of(model, target)
+    codes = quantize_weight(
+        weight.to(_device(weight, device)).contiguous(),
+        target.spec.bits,
+        target.spec.group_size,
+        target.spec.method,
+    )
+    if target.kind in ("linear", "conv1d"):
+        layer: QuantWeight = _linear(codes, bias, target.spec)
+    else:
+        layer = QuantEmbedding.from_codes(codes, dtype)
+    layer.to(weight.device)
+    layer.method = target.spec.method  # what the codes were made by, for the artifact
+    if target.head_names:
+        assert isinstance(layer, QuantEmbedding)
+        head = QuantLinear.share(layer)
+        head.method = layer.method
+        head.bias = _frozen(getattr(model.get_submodule(target.head_names[0]), "bias", None))
+        for name in target.head_names:
+            model.set_submodule(name, head)
+    for name in target.names:
+        model.set_submodule(name, layer)
+
+
+def _linear(codes: Codes, bias: Tensor | None, spec: QuantSpec) -> QuantLinear:
+    if spec.method == DYNAMIC:
+        return QuantLinear.from_codes(codes, bias, activations="int8")
+    return QuantLinear.from_codes(codes, bias)
+
+
+def _frozen(bias: Tensor | None) -> nn.Parameter | None:
+    return None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+
+def _weight_of(model: PreTrainedModel, target: Target) -> tuple[Tensor, Tensor | None]:
+    """The weight `[rows, columns]` of a target and its bias."""
+    module = model.get_submodule(target.names[0])
+    weight, bias = module.weight, getattr(module, "bias", None)
+    assert isinstance(weight, Tensor)
+    return weight.t() if target.kind == "conv1d" else weight, bias
+
+
+def _device(weight: Tensor, asked: torch.device | str | None) -> torch.device:
+    if asked is not None:
+        return torch.device(asked)
+    if weight.device.type == "cpu" and torch.cuda.is_available():
+        return torch.device("cuda")
+    return weight.device
+
+
+def _check_arguments(model: PreTrainedModel, spec: QuantSpec, dtype: torch.dtype) -> None:
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is a {kind}; may be a transformers PreTrainedModel")
+    if not isinstance(spec, QuantSpec):
+        raise ValueError(f"spec is {spec!r}; may be a QuantSpec, e.g. QuantSpec(4, 64)")
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype}; may be {', '.join(map(str, FLOATS))}")
+    by = getattr(model.config, "quantization_config", None)
+    if quant_weights(model) or by is not None or getattr(model, "hf_quantizer", None) is not None:
+        done = getattr(model, "quant_spec", None)
+        how = f" ({done.key})" if done is not None else ""
+        raise ValueError(f"{kind} is quantized already{how}; load the 16-bit model again")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"{kind} carries an adapter; merge it into the weights first")
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(
+            f"{kind} is spread over devices or offloaded by accelerate; load it without device_map"
+        )
+
+
+def _check_weights(model: PreTrainedModel, targets: Targets) -> None:
+    """All weights must be there and finite; found out now, while the model is whole."""
+    for name, target in targets.layers.items():
+        weight, _ = _weight_of(model, target)
+        if weight.is_meta:
+            raise ValueError(f"layer {name} is on the meta device: load the model's weights first")
+        if not weight.is_floating_point():
+            raise ValueError(f"layer {name} holds {weight.dtype}; may be a floating dtype")
+        extremes = torch.stack(weight.detach().aminmax())  # both are nan if any weight is
+        if not extremes.isfinite().all():
+            raise ValueError(f"layer {name} has weights that are not finite: nothing to quantize")

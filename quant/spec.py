@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 BITS = (8, 6, 5, 4, 3, 2, 1)
-METHODS = ("hqq", "rtn", "int8-dynamic")
+Method = Literal["hqq", "rtn", "int8-dynamic"]
+METHODS: tuple[Method, ...] = ("hqq", "rtn", "int8-dynamic")
 CHANNEL: Literal["channel"] = "channel"  # one scale per row (output channel)
 GroupSize = int | Literal["channel"]
+DYNAMIC = "int8-dynamic"
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,23 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown; may be {', '.join(METHODS)}")
-        if self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:  # True is 1 to Python
             raise ValueError(
-                f"{self.bits} bits are not offered by {self.method}; may be {list(BITS)}"
+                f"{self.bits!r} bits are not offered by {self.method}; may be {list(BITS)}"
             )
         size = self.group_size
-        if size != CHANNEL and (not isinstance(size, int) or size < 8 or size % 8):
+        if size != CHANNEL and not is_group_size(size):
             raise ValueError(
                 f"group_size {size!r} is none; may be a multiple of 8, from 8 on, or {CHANNEL}"
             )
-        if self.method == "int8-dynamic" and (self.bits, size) != (8, CHANNEL):
+        if self.method == DYNAMIC and (self.bits, size) != (8, CHANNEL):
             raise ValueError(
-                f"int8-dynamic has 8 bits and one scale per channel, not {self.bits} bits and "
+                f"{DYNAMIC} has 8 bits and one scale per channel, not {self.bits} bits and "
                 f"groups of {size}; say bits 8 and group_size {CHANNEL}"
             )
+        for name in ("embeddings", "head"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; may be True or False")
 
     @property
     def key(self) -> str:
@@ -62,8 +67,13 @@ class QuantSpec:
         return asdict(self)
 
 
+def is_group_size(size: object) -> bool:
+    """Whether `size` is a number of weights that a group may have: a multiple of 8, from 8 on."""
+    return type(size) is int and size >= 8 and size % 8 == 0
+
+
 class SweepSpec(BaseModel):
-    """The grid of quantized models."""
+    """The grid of quantized models: every method with every width and group size."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,14 +82,28 @@ class SweepSpec(BaseModel):
         min_length=1,
         description=f"Code widths in bits, each one of {', '.join(map(str, BITS))}.",
     )
-    group_size: list[int] = Field(
+    group_size: list[Annotated[int, Field(strict=True)] | Literal["channel"]] = Field(
         default=[64, 128],
         min_length=1,
-        description="Weights that share one scale and zero point. Must divide the input width "
-        "of every linear layer of the model.",
+        description="Weights that share one scale and zero point: multiples of 8 that divide the "
+        "input width of every quantized layer, or channel: one scale per output channel.",
     )
-    methods: list[Literal["hqq"]] = Field(
-        default=["hqq"], min_length=1, description="Quantizers: hqq."
+    methods: list[Method] = Field(
+        default=["hqq"],
+        min_length=1,
+        description="Quantizers. hqq: half-quadratic optimization of the zero points. rtn: round "
+        "to nearest, the baseline. int8-dynamic: weights in int8 per channel, activations in int8 "
+        "per token; one cell, whatever bits and group_size are.",
+    )
+    embeddings: bool = Field(
+        False,
+        description="Quantize the input embeddings too. Where they are tied to the head: together "
+        "with head only.",
+    )
+    head: bool = Field(
+        False,
+        description="Quantize the output head too. Where it is tied to the embeddings: together "
+        "with embeddings only.",
     )
     batch_sequences: int = Field(
         8,
@@ -100,16 +124,18 @@ class SweepSpec(BaseModel):
         wrong = [bits for bits in value if bits not in BITS]
         if wrong:
             text = ", ".join(map(str, wrong))
-            raise ValueError(f"{text} bits are not offered by hqq; may be {list(BITS)}")
+            raise ValueError(f"{text} bits are not offered; may be {list(BITS)}")
         return _unique(value)
 
     @field_validator("group_size")
     @classmethod
-    def _group_sizes(cls, value: list[int]) -> list[int]:
-        wrong = [size for size in value if size < 8 or size % 8]
+    def _group_sizes(cls, value: list[GroupSize]) -> list[GroupSize]:
+        wrong = [size for size in value if size != CHANNEL and not is_group_size(size)]
         if wrong:
             text = ", ".join(map(str, wrong))
-            raise ValueError(f"{text} is no group size; may be a multiple of 8, from 8 on")
+            raise ValueError(
+                f"{text} is no group size; may be a multiple of 8, from 8 on, or {CHANNEL}"
+            )
         return _unique(value)
 
     @field_validator("methods")
@@ -118,17 +144,21 @@ class SweepSpec(BaseModel):
         return _unique(value)
 
     def cells(self) -> list[QuantSpec]:
-        """All cells of the grid, in the order they are listed in the spec."""
-        return [
-            QuantSpec(bits, size, method)
+        """All cells of the grid, in the order they are listed in the spec; none twice."""
+        grid = [
+            (8, CHANNEL, method) if method == DYNAMIC else (bits, size, method)
             for method in self.methods
             for bits in self.bits
             for size in self.group_size
         ]
+        return [
+            QuantSpec(bits, size, method, self.embeddings, self.head)
+            for bits, size, method in dict.fromkeys(grid)
+        ]
 
 
 def _unique(value: list[Any]) -> list[Any]:
-    repeated = sorted({item for item in value if value.count(item) > 1})
+    repeated = [item for item in dict.fromkeys(value) if value.count(item) > 1]
     if repeated:
         raise ValueError(f"repeated cells: {repeated} listed more than once; list each once")
     return value

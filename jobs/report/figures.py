@@ -121,8 +121,9 @@ def first_line(error: Any) -> str:
 def headline(rows: list[Row]) -> str:
     """What came out, in a sentence.
 
-    It describes the 4-bit cells, or the next wider or narrower ones that exist: which width is
-    told does not depend on any result, for nothing is chosen on the report part.
+    It describes the 4-bit cells, or the next wider or narrower ones that exist, of the first
+    method that has any: what is told does not depend on any result, for nothing is chosen on the
+    report part.
     """
     cells = [row for row in rows if row["role"] == "cell"]
     done = [row for row in cells if row["status"] != "failed"]
@@ -137,12 +138,15 @@ def headline(rows: list[Row]) -> str:
     told = [row for row in done if number(row["retention"]) is not None and row["bits"]]
     if told:
         bits = min({row["bits"] for row in told}, key=lambda width: (abs(width - 4), width))
-        chosen = [row for row in told if row["bits"] == bits]
+        chosen = [row for row in told if row["bits"] == bits]  # in the order of their methods
+        chosen = [row for row in chosen if row["method"] == chosen[0]["method"]]
+        several = len({row["method"] for row in told}) > 1
         kept = sorted(
             {percent(row["retention"]) for row in chosen}, key=lambda text: float(text[:-2])
         )
         sizes = sorted({row["bytes"] for row in chosen if number(row["bytes"]) is not None})
-        text = f"At {bits} bits it keeps {_span(kept, ' %')} of its accuracy"
+        how = f" ({chosen[0]['method']})" if several else ""
+        text = f"At {bits} bits{how} it keeps {_span(kept, ' %')} of its accuracy"
         if sizes:
             text += f" at {_span([size(value) for value in sizes], ' MB')}"
             if student and student["bytes"]:

@@ -88,7 +88,7 @@ def _headline_table(rows: list[Row]) -> str:
             lines.append(f'<td class="{kind}" data-title="{escape(column.title)}">{text}</td>')
         lines.append("</tr>")
     lines.append("</tbody>\n</table>\n</div>")
-    lines.append(f'<p class="note">{escape(table.NOTES)}</p>')
+    lines.append(f'<p class="note">{escape(" ".join([table.NOTES, *table.remarks(rows)]))}</p>')
     return "".join(lines)
 
 
@@ -215,12 +215,15 @@ def _cells(rows: list[Row]) -> str:
         ("Same top-1", lambda row: f.share(row["top1_agreement"])),
         ("Weights", lambda row: f.count(row["parameters"])),
         ("Prefill", lambda row: f.speed(row["prefill_tokens_per_s"])),
+        ("In memory", lambda row: f.size(row["resident_bytes"])),
+        ("KL of kernel", lambda row: f.plain(row["kernel_kl"], 2)),
         ("Quantize", lambda row: f.duration(row["quantize_s"])),
         ("Evaluate", lambda row: f.duration(row["eval_s"])),
         ("Tokens", lambda row: f.fixed(row["tokens"], 0)),
     ]
     shown = [(t, show) for t, show in shown if any(show(row) != f.NOTHING for row in measured)]
     head = _heading("Model", False) + "".join(_heading(title, True) for title, _ in shown)
+    evaluated = {str(row["evaluated_with"]) for row in measured if row["evaluated_with"]}
     kernels = any(row.get("kernel") for row in measured)
     head += _heading("Kernel", False) if kernels else ""
     body = ""
@@ -236,9 +239,18 @@ def _cells(rows: list[Row]) -> str:
         "KL in nats per token over the report part. Same top-1: how often the most likely next "
         "token is the unquantized student's (for the student and the control: the teacher's)."
     )
+    if kernels:
+        note += " Kernel: what the speeds were measured with."
+    titles = {title for title, _ in shown}
+    if "In memory" in titles:
+        note += " In memory: the weights as their kernels hold them."
+    if "KL of kernel" in titles:
+        note += " KL of kernel: how far its answers are from those of the dequantized weights."
+    if evaluated:
+        note += f" Quality was evaluated with {' or '.join(sorted(evaluated))}."
     return (
         f"<section>\n<h2>In detail</h2>\n{_simple_table(head, body)}\n"
-        f'<p class="note">{note}</p>\n</section>'
+        f'<p class="note">{escape(note)}</p>\n</section>'
     )
 
 

@@ -8,6 +8,7 @@ from jobs.report import figures as f
 from jobs.report import svg
 from jobs.report.rows import Row
 from jobs.report.source import number
+from quant.spec import CHANNEL, DYNAMIC, METHODS
 
 WIDE = (860, 440)
 NARROW = (370, 380)
@@ -111,7 +112,11 @@ def bits_class(row: Row) -> str:
 def _label(row: Row) -> str:
     if row["role"] != "cell":
         return row["role"]
-    return f"{f.whole(row['bits'])}-bit g{f.whole(row['group_size'])}"
+    if row["method"] == DYNAMIC:
+        return DYNAMIC
+    method = "" if row["method"] in (METHODS[0], None) else f"{row['method']} "
+    size = CHANNEL if row["group_size"] == CHANNEL else f"g{f.whole(row['group_size'])}"
+    return f"{method}{f.whole(row['bits'])}-bit {size}"
 
 
 def _tooltip(row: Row) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.storage import Store
 from jobs.report.source import ROLES, RunData, load_run, number
+from quant.spec import CHANNEL, DYNAMIC, METHODS
 
 Row = dict[str, Any]
 
 NUMBERS = (
     "bits",
-    "group_size",
     "bits_per_weight",
     "parameters",
     "bytes",
@@ -25,19 +26,22 @@ NUMBERS = (
     "decode_tokens_per_s",
     "prefill_tokens_per_s",
     "speedup",
+    "resident_bytes",
+    "kernel_kl",
     "quantize_s",
     "eval_s",
     "tokens",
 )
-OTHERS = ("method", "kernel", "versions", "fingerprint")
+OTHERS = ("method", "embeddings", "head", "kernel", "evaluated_with", "versions", "fingerprint")
 
 
 def collect(run: Store) -> list[Row]:
     """The rows of one run: teacher, student, control, then the cells by falling bits.
 
     Every row has the same keys, cells also `spec` (see `NUMBERS`; what is not known is None):
-    sizes in bytes, accuracies as fractions, retention in percent, KL in nats per token, speeds
-    in tokens per second. A failed cell is a row with status "failed" and its error.
+    group_size is a number of weights or "channel", sizes are in bytes, accuracies fractions,
+    retention in percent, KL in nats per token, speeds in tokens per second. A failed cell is a
+    row with status "failed" and its error.
     Raises ValueError where the folder holds no run.
     """
     return rows_of(load_run(run))
@@ -52,8 +56,14 @@ def rows_of(data: RunData) -> list[Row]:
     """`collect` for a run that was read already."""
     rows = [_model_row(data, role) for role in ROLES if role in data.evaluations]
     cells = [_cell_row(data, key) for key in data.cells]
-    cells.sort(key=lambda row: (-(row["bits"] or 0), row["group_size"] or 0, row["key"]))
-    return rows + cells
+    return rows + sorted(cells, key=_place)
+
+
+def _place(row: Row) -> tuple[float, int, float, str]:
+    """Cells by falling bits, then by method, then from fine to coarse groups."""
+    method = METHODS.index(row["method"]) if row["method"] in METHODS else len(METHODS)
+    size = math.inf if row["group_size"] == CHANNEL else number(row["group_size"]) or 0
+    return -(row["bits"] or 0), method, size, row["key"]
 
 
 def _model_row(data: RunData, role: str) -> Row:
@@ -88,6 +98,8 @@ def _row(data: RunData, role: str, found: dict[str, Any]) -> Row:
     for name in NUMBERS:
         value = found.get(name)
         row[name] = value if number(value) is not None else None
+    size = found.get("group_size")
+    row["group_size"] = size if size == CHANNEL or number(size) is not None else None
     row.update({name: found.get(name) for name in OTHERS})
     row.update({key: value for key, value in found.items() if key not in row})
     row["role"] = role
@@ -110,11 +122,7 @@ def technique(spec: dict[str, Any], role: str, cell: Row | None = None) -> str:
     if role == "control":
         return f"cross-entropy only (control){_start_in_words(spec)}"
     if cell is not None:
-        bits, size = cell.get("bits"), cell.get("group_size")
-        words = [str(cell.get("method") or "quantized")]
-        words += [f"{bits}-bit"] if bits is not None else []
-        words += [f"g{size}"] if size is not None else []
-        return " ".join(words)
+        return _cell_in_words(cell)
     distill = spec.get("distill")
     if not distill:
         return "as given (not trained here)"
@@ -124,6 +132,25 @@ def technique(spec: dict[str, Any], role: str, cell: Row | None = None) -> str:
         return f"cross-entropy{answers}{_start_in_words(spec)}"
     online = " online" if distill.get("mode") == "online" else ""
     return f"distilled{online}{answers} ({losses_in_words(losses)}){_start_in_words(spec)}"
+
+
+def _cell_in_words(cell: Row) -> str:
+    """E.g. "hqq 4-bit g64", "rtn 4-bit per channel, embeddings and head too"."""
+    bits, size, method = cell.get("bits"), cell.get("group_size"), cell.get("method")
+    words = [str(method or "quantized")]
+    words += [f"{bits}-bit"] if bits is not None and method != DYNAMIC else []
+    words += ["per channel" if size == CHANNEL else f"g{size}"] if size is not None else []
+    return " ".join(words) + in_words(too(cell))
+
+
+def too(cell: Row) -> list[str]:
+    """Of the embeddings and the head, what the cell has quantized beside its linear layers."""
+    return [name for name in ("embeddings", "head") if cell.get(name)]
+
+
+def in_words(parts: list[str]) -> str:
+    """How a technique ends that has these parts quantized too."""
+    return f", {' and '.join(parts)} too" if parts else ""
 
 
 def _start_in_words(spec: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.cells import cell_len
@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.report import figures as f
-from jobs.report.rows import Row
+from jobs.report.rows import Row, in_words, too
+from quant.spec import DYNAMIC
 
 FAILED = "failed"
 
@@ -48,7 +49,21 @@ NOTES = (
 
 def columns(rows: list[Row]) -> list[Column]:
     """The columns of these rows: with a Run column where there are several runs."""
-    return [RUN, *COLUMNS] if len({row["run"] for row in rows}) > 1 else list(COLUMNS)
+    shared = _too(rows)
+    shown = [
+        replace(column, show=lambda row: row["technique"].removesuffix(in_words(shared)))
+        if column.title == "Technique"
+        else column
+        for column in COLUMNS
+    ]
+    return [RUN, *shown] if len({row["run"] for row in rows}) > 1 else shown
+
+
+def _too(rows: list[Row]) -> list[str]:
+    """What of embeddings and head all cells have quantized; it is told once, not in every row."""
+    cells = [row for row in rows if row["role"] == "cell"]
+    kinds = {tuple(too(row)) for row in cells}
+    return list(kinds.pop()) if len(kinds) == 1 else []
 
 
 def entry(column: Column, row: Row) -> str:
@@ -56,6 +71,26 @@ def entry(column: Column, row: Row) -> str:
     if row["status"] == FAILED and column.title == "Accuracy":
         return FAILED
     return column.show(row)
+
+
+def remarks(rows: list[Row]) -> list[str]:
+    """What holds for all cells, and which kernels their speeds were had with; each a line."""
+    shared = _too(rows)
+    lines = [f"All cells: {' and '.join(shared)} quantized too."] if shared else []
+    cells = [row for row in rows if row["role"] == "cell" and row["status"] != FAILED]
+    found: dict[str, list[str]] = {}
+    for row in cells:
+        if row["kernel"] and row["decode_tokens_per_s"] is not None:
+            keys = found.setdefault(str(row["kernel"]), [])
+            keys += [name for name in [_one_name(row, shared)] if name not in keys]
+    rising = sorted(found.items(), key=lambda item: len(item[1]))
+    told = [f"{kernel} ({', '.join(keys)})" for kernel, keys in rising]
+    if rising and all(row["kernel"] for row in cells):  # the commonest names the rest
+        told[-1] = rising[-1][0] + (" (all others)" if len(rising) > 1 else "")
+    if told:
+        word = "Kernels" if len(told) > 1 else "Kernel"
+        lines.append(f"{word} of the cells' speeds: {'; '.join(told)}.")
+    return lines
 
 
 def failures(rows: list[Row]) -> list[str]:
@@ -77,7 +112,8 @@ def markdown(rows: list[Row], cost: str = "") -> str:
     ]
     for row in rows:
         lines.append("| " + " | ".join(_escape(entry(column, row)) for column in shown) + " |")
-    lines += ["", NOTES, *(f"\n{_escape(line)}" for line in failures(rows))]
+    lines += ["", NOTES]
+    lines += [f"\n{_escape(line)}" for line in (*remarks(rows), *failures(rows))]
     if cost:
         lines += ["", cost]
     return "\n".join(lines) + "\n"
@@ -118,7 +154,8 @@ def terminal(rows: list[Row], width: int, cost: str = "") -> Group:
         )
     for row in rows:
         table.add_row(*(_styled(column, row) for column in layout))
-    lines = [Text(line, style="red") for line in failures(rows)]
+    lines = [Text(line, style="dim") for line in remarks(rows)]
+    lines += [Text(line, style="red") for line in failures(rows)]
     lines += [Text(cost)] if cost else []
     return Group(table, *lines)
 
@@ -134,7 +171,8 @@ def _layouts(rows: list[Row]) -> list[list[Column]]:
     full = columns(rows)
     run = full[:1] if full[0].title == "Run" else []
     short = [_shortened(column) for column in full]
-    one_name = Column("Model", lambda row: _one_name(row), figure=False)
+    shared = _too(rows)
+    one_name = Column("Model", lambda row: _one_name(row, shared), figure=False)
     compact = [*run, one_name, *(column for column in short if column.figure)]
     layouts = [full, short, compact]
     for drop in ("Bits", "PPL", "bpw", "tok/s", "Speed-up", "Retention", "Run"):
@@ -151,8 +189,11 @@ def _shortened(column: Column) -> Column:
     return Column(column.short or column.title, show, column.figure)
 
 
-def _one_name(row: Row) -> str:
-    return row["key"] if row["role"] == "cell" else row["role"]
+def _one_name(row: Row, shared: list[str]) -> str:
+    if row["role"] != "cell":
+        return row["role"]
+    name = row["key"].removesuffix("".join(f"-{part}" for part in shared))
+    return name.removesuffix("-8b-channel") if row["method"] == DYNAMIC else name
 
 
 def _floors(names: list[Column]) -> list[int]:

@@ -128,6 +128,7 @@ def cell_task(
     material: Material, spec: QuantSpec, fingerprint: str, model: Store | str, revision: str
 ) -> dict[str, Any]:
     """One cell: quantizes, evaluates, publishes the model and then its result.json."""
+    from quant.artifact import TOKENIZER_FILES
     from quant.cell import run_cell
 
     source = Path(folder_of(model, revision))
@@ -142,8 +143,8 @@ def cell_task(
             device=material.device,
             vocab=material.vocab,
         )
-        for pattern in ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab.*", "merges.*"):
-            for path in source.glob(pattern):
+        for path in sorted(source.iterdir()):
+            if path.name in TOKENIZER_FILES:
                 (Path(temporary) / path.name).write_bytes(path.read_bytes())
         material.attempt.upload_folder(temporary, f"cells/{spec.key}/model")
     result["fingerprint"] = fingerprint

@@ -10,13 +10,11 @@ from cluster.session import Cluster
 from cluster.spec import CellResources
 from cluster.storage import Store
 from jobs.errors import Interrupted, SpecErrors
+from jobs.inputs import EVALUATION
 from jobs.stages.base import Context
 from jobs.stages.evaluation import Material, cell_task, model_task, speed_task, teacher_task
 from quant.spec import QuantSpec
 from trainer.fingerprint import fingerprint
-
-# Part of every cell's fingerprint: raise it when the same inputs would give another result.
-EVALUATION = 1
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -210,9 +208,9 @@ class _Sweep:
         if not measured:
             return
         path = "evaluations/student.json"
-        names = ("decode_tokens_per_s", "prefill_tokens_per_s")
+        names = ("decode_tokens_per_s", "prefill_tokens_per_s", "resident_bytes")
         middle = sorted(measured, key=lambda item: item["baseline_decode_tokens_per_s"])
-        speeds = {name: middle[len(middle) // 2][f"baseline_{name}"] for name in names}
+        speeds = {name: middle[len(middle) // 2].get(f"baseline_{name}") for name in names}
         self.context.attempt.write_json(path, {**store.read_json(path), **speeds})
 
     def outputs(self) -> dict[str, Any]:

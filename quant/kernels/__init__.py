@@ -1,21 +1,35 @@
-"""Which kernel each quantized layer runs."""
+"""Which kernel each quantized layer runs: the fastest exact way for its layout and device."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import nn
 
-from quant.linear import quant_linears
+from quant.kernels.choice import PREFERENCES, Preference
 
-Preference = Literal["speed", "memory", "plain"]
+__all__ = ["Preference", "kernel_names", "use_kernels"]
 
 
 def use_kernels(model: nn.Module, prefer: Preference = "speed") -> dict[str, str]:
-    """Choose the kernel of every quantized layer; returns their descriptions by layer name."""
-    return {name: layer.kernel for name, layer in quant_linears(model).items()}
+    """Choose the kernel of every quantized linear layer; returns what each runs, by layer name.
+
+    "speed": the fastest one, where codes of 1 to 3 bits take 4 bits of memory and those of 5 and 6
+    take 8. "memory": only layouts that hold the codes in as many bytes as they are stored in (the
+    kernel's own copy of scales and zero points, 32 bits per group, comes on top). "plain":
+    dequantize + matmul, as stored. Stored codes are let go while a kernel holds them, and come
+    back exactly. Where no kernel fits, the description says why. Raises ValueError for another
+    preference.
+    """
+    if prefer not in PREFERENCES:
+        raise ValueError(f"prefer {prefer!r} is unknown; may be {', '.join(PREFERENCES)}")
+    chosen = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "use_kernel"):
+            layer.use_kernel(prefer)
+            chosen[name] = str(layer.kernel)
+    return chosen
 
 
 def kernel_names(model: nn.Module) -> str:
-    """The kernels that a model's quantized layers run, e.g. ``dequantize+matmul``."""
-    return ", ".join(sorted({layer.kernel for layer in quant_linears(model).values()})) or "dense"
+    """The kernels that a model's quantized layers run, e.g. ``int4 to 40 rows, then ...``."""
+    found = {str(m.kernel).partition(":")[0] for m in model.modules() if hasattr(m, "use_kernel")}
+    return "; ".join(sorted(found)) or "dense"

@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
-import torch
-from hqq.core.quantize import BaseQuantizeConfig, Quantizer
+from importlib import import_module
+
 from torch import Tensor
 
 from quant.codes import Codes
+from quant.methods.slices import runs
+from quant.spec import CHANNEL, GroupSize, QuantSpec
 
-ROWS = 128  # rows quantized at a time: bounds hqq's whole-matrix temporaries
+# The module of each method, imported at its first use: hqq alone takes seconds.
+METHODS = {"hqq": "hqq", "rtn": "rtn", "int8-dynamic": "int8_dynamic"}
 
 
-@torch.no_grad()
-def quantize_weight(weight: Tensor, bits: int, group_size: int | str, method: str = "hqq") -> Codes:
-    """hqq's codes of a weight `[out, in]`, on the weight's device.
+def quantize_weight(weight: Tensor, bits: int, group_size: GroupSize, method: str = "hqq") -> Codes:
+    """Codes of a floating-point weight `[out, in]`, on the weight's device.
 
-    Returns codes uint8 `[out, in]`, scale and zero float16 `[out, in / group_size]`, such that
-    `weight ~ (codes - zero) * scale`. Raises RuntimeError when a zero point exceeds float16.
+    bits, group_size and method are as in `QuantSpec`; "channel" is one group per row. Returns codes
+    uint8 `[out, in]`, scale and zero float16 `[out, groups]`: `w ~ (codes - zero) * scale`.
+    Raises ValueError (one line) for a weight or a combination that is not offered, RuntimeError
+    when a scale or zero point exceeds float16.
     """
-    assert method == "hqq" and isinstance(group_size, int)
-    # hqq's own defaults for this width; they differ between widths.
-    settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)["weight_quant_params"]
-    rows, columns = weight.shape
-    groups = columns // group_size
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
-    scale = torch.empty(rows, groups, dtype=torch.float16, device=weight.device)
-    zero = torch.empty_like(scale)
-    for first in range(0, rows, ROWS):
-        part = slice(first, first + ROWS)
-        quantized, meta = Quantizer.quantize(
-            weight[part].float(),
-            **settings,
-            bitpack=False,
-            device=weight.device,
+    QuantSpec(bits, group_size, method)
+    if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
+        raise ValueError(
+            f"weight {list(weight.shape)} of {weight.dtype} cannot be quantized; may be a matrix "
+            "[out, in] of floating-point numbers, not empty"
         )
-        codes[part] = quantized.reshape(-1, columns).to(torch.uint8)
-        scale[part] = meta["scale"].reshape(-1, groups).to(torch.float16)
-        zero[part] = meta["zero"].reshape(-1, groups).to(torch.float16)
-    bad = int((~(scale.isfinite() & zero.isfinite())).sum())
+    columns = weight.shape[1]
+    size = columns if group_size == CHANNEL else int(group_size)
+    if columns % size:
+        raise ValueError(
+            f"group_size {size} does not divide the weight's width of {columns}: groups never "
+            "span rows"
+        )
+    if size % 8:
+        raise ValueError(f"a width of {columns} is no multiple of 8: it cannot be quantized")
+    made: Codes = import_module(f"quant.methods.{METHODS[method]}").quantize(weight, bits, size)
+    scale, zero = made.scale.flatten(), made.zero.flatten()
+    bad = sum(
+        int((~(scale[part].isfinite() & zero[part].isfinite())).sum())
+        for part in runs(scale.numel())
+    )
     if bad:
         raise RuntimeError(
             f"{bad} of {scale.numel()} groups have a scale or zero point beyond float16: "
             "the weights are not finite, or huge beside their spread"
         )
-    return Codes(codes, scale, zero, bits)
+    return made

@@ -1,11 +1,12 @@
-"""The fused head and loss on a GPU: time and peak memory beside plain PyTorch and Liger.
+"""On a GPU: the fused head and loss beside plain PyTorch and Liger, and 4-bit decoding beside bf16.
 
     python tests/bench/gpu.py                         # on a GPU: writes results/gpu.json
     python tests/bench/gpu.py --device cpu --tokens 256 --width 64 --vocab 1000    # does it run?
+    python tests/bench/gpu.py --part decode           # the second part alone: see gpu_decode.py
 
 Needs torch, transformers and safetensors alone, so that it runs on a bare GPU machine; liger-kernel
 is compared where it is installed. bf16, forward and backward. Memory is the peak over the inputs.
-Times are medians; all ways take turns within one run.
+Times are medians; all ways take turns within one run. A part that fails is named under "failed".
 """
 
 from __future__ import annotations
@@ -194,29 +195,56 @@ def measure(inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def loss_part(tokens: int, width: int, vocab: int, device: torch.device) -> dict[str, Any]:
+    """The losses' figures, at the top level of the result."""
+    found = measure(Inputs(tokens, width, vocab, device))
+    return {**found, "sizes": {"tokens": tokens, "width": width, "vocab": vocab}}
+
+
+def decode_part(device: torch.device) -> dict[str, Any]:
+    """4-bit and 8-bit decoding; on a CPU only to see it run."""
+    from tests.bench import gpu_decode  # here, so that the losses do without what it needs
+
+    shapes, tokens = (["1.1b", "8b"], gpu_decode.TOKENS) if device.type == "cuda" else (["tiny"], 4)
+    found = gpu_decode.measure(shapes, list(gpu_decode.CASES), device, tokens)
+    return {"decode": {**found, **gpu_decode.facts(device)}}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--part", choices=("loss", "decode"), help="one of the two alone")
     parser.add_argument("--out", type=Path, default=RESULT)
     asked = parser.parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():
         print("error: torch sees no GPU here; try --device cpu with small sizes", file=sys.stderr)
         return 2
     device = torch.device(asked.device)
-    found = measure(Inputs(asked.tokens, asked.width, asked.vocab, device))
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "loss": lambda: loss_part(asked.tokens, asked.width, asked.vocab, device),
+        "decode": lambda: decode_part(device),
+    }
+    found: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for name in parts if asked.part is None else [asked.part]:
+        try:
+            found |= parts[name]()
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    found["failed"] = {**found.get("failed", {}), **failed}
     found |= {
         "command": "python tests/bench/gpu.py",
-        "sizes": {"tokens": asked.tokens, "width": asked.width, "vocab": asked.vocab},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "versions": _versions(),
     }
     print(json.dumps(found, indent=2))
     if device.type == "cuda":
         asked.out.parent.mkdir(exist_ok=True)
-        asked.out.write_text(json.dumps(found, indent=2) + "\n")
+        kept = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
+        asked.out.write_text(json.dumps({**kept, **found}, indent=2) + "\n")
     return 0
 
 

@@ -20,7 +20,7 @@ from tests import tiny
 
 pytestmark = pytest.mark.timeout(900)
 
-CELLS = ["hqq-4b-g16", "hqq-4b-g32", "hqq-8b-g16", "hqq-8b-g32"]
+CELLS = ["hqq-4b-g16", "hqq-4b-g32", "hqq-8b-g16", "hqq-8b-g32", "int8-dynamic-8b-channel"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     teacher = tiny.write_spec(tiny.teacher_spec(folder), folder)
     code, out, err = tiny.stillhouse("run", str(teacher), cwd=folder)
     assert code == 0, out + err
-    spec = tiny.job_spec(folder, tracking={"mode": "auto"})
+    methods = ["hqq", "int8-dynamic"]
+    spec = tiny.job_spec(folder, tracking={"mode": "auto"}, sweep__methods=methods)
     path = tiny.write_spec(spec, folder)
     code, out, err = tiny.stillhouse("run", str(path), cwd=folder, WANDB_API_KEY="")
     assert code == 0, out + err
@@ -78,6 +79,7 @@ def test_every_model_has_its_row(done: Done) -> None:
         ):
             assert math.isfinite(row[name]), name
         assert row["kernel"] and row["versions"]["hqq"]
+        assert row["evaluated_with"] and row["resident_bytes"] > 0
     student = by_role(rows, "student")[0]
     for row in by_role(rows, "cell"):
         assert row["retention"] == pytest.approx(100 * row["accuracy"] / student["accuracy"])
@@ -90,7 +92,7 @@ def test_eight_bits_are_nearer_to_the_student_than_four(done: Done) -> None:
 
 def test_bytes_are_those_of_the_files(done: Done) -> None:
     for row in by_role(done.rows, "cell"):
-        weights = done.run.size(f"cells/{row['key']}/model/model.safetensors")
+        weights = done.run.size(f"cells/{row['key']}/model/quantized.safetensors")
         assert row["bytes"] <= weights <= row["bytes"] + 16384  # the file's header
 
 
@@ -164,7 +166,8 @@ def test_wandb_has_one_run_per_training_stage_and_cell(done: Done) -> None:
     assert len({frozenset(runs[key]["config"]) for key in CELLS}) == 1, "flat, of one shape"
     for row in by_role(done.rows, "cell"):
         run = runs[row["key"]]
-        assert run["config"]["bits"] == row["bits"]
+        for name in ("bits", "group_size", "method", "kernel"):
+            assert run["config"][name] == row[name]
         assert run["summary"]["perplexity"] == pytest.approx(row["perplexity"])
 
 

@@ -62,7 +62,34 @@ def only(lines: list[str]) -> str:
 def test_group_size_that_does_not_divide_the_layers(faults: Run) -> None:
     line = only(faults("sweep.group_size=[48]"))
     assert line.startswith("sweep.group_size: group_size 48 does not do for layer model.layers.0")
-    assert line.endswith("it may be 8, 16, 32")
+    assert line.endswith("it may be 8, 16, 32 or channel")
+
+
+def test_group_sizes_that_no_cell_uses_are_not_checked(faults: Run) -> None:
+    # 48 divides no layer, but the one cell of int8-dynamic has a scale per channel.
+    line = only(faults("sweep.group_size=[48]", "sweep.methods=[int8-dynamic]", "data.train=[]"))
+    assert line.startswith("data.train")
+
+
+def test_one_of_two_tied_ends_of_the_student(faults: Run) -> None:
+    tied = "student.config.tie_word_embeddings=true"
+    for flag in ("embeddings", "head"):
+        line = only(faults(tied, f"sweep.{flag}=true", "sweep.group_size=[48]"))
+        assert line.startswith(f"sweep.{flag}: {flag} without "), line
+        assert "model.embed_tokens" in line and "lm_head" in line
+    line = only(faults(tied, "sweep.embeddings=true", "sweep.head=true", "sweep.group_size=[48]"))
+    assert line.startswith("sweep.group_size: group_size 48 does not do")
+
+
+def test_a_student_with_fused_experts_cannot_be_quantized(faults: Run, teacher: Path) -> None:
+    from tests.unit.quant.families import tiny as tiny_model
+
+    folder = teacher / "experts"
+    tiny_model("mixtral", vocab_size=400, max_position_embeddings=64).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(teacher / "tokenizer" / file, folder)
+    line = only(faults(distill=None, student={"model": str(folder)}))
+    assert line.startswith("sweep: MixtralForCausalLM has weights that cannot be quantized")
 
 
 def test_a_source_that_matches_no_file(faults: Run) -> None:

@@ -15,7 +15,7 @@ from jobs.cli import Stage, app, main
 from jobs.errors import Interrupted, SpecErrors, StageFailed
 from jobs.load import load_spec, recipes
 
-COMMANDS = ["init", "run", "report", "schema"]
+COMMANDS = ["init", "run", "quantize", "export", "generate", "report", "schema"]
 GOOD = """\
 name: a-run
 teacher: {model: org/big}
@@ -121,6 +121,21 @@ def test_help_lists_the_commands(arguments: list[str], capsys: pytest.CaptureFix
         (["report"], "Missing argument 'RUN'; see stillhouse report --help"),
         (["init", "--teacher", "a"], "Missing option '--student'; see stillhouse init --help"),
         (["init", "--teacher", "a", "--student", " "], "--student: is empty; may be a model"),
+        (["quantize"], "Missing argument 'MODEL'; see stillhouse quantize --help"),
+        (
+            ["export", "x", "--format", "gguf"],
+            "Missing option '--out'; see stillhouse export --help",
+        ),
+        (
+            ["export", "x", "--out", "y", "--format", "onnx"],
+            "Invalid value for '--format': 'onnx' is not one of 'hf', 'gguf'; "
+            "see stillhouse export --help",
+        ),
+        (
+            ["generate", "x", "--max-new-tokens", "0"],
+            "Invalid value for '--max-new-tokens': Input should be greater than or equal to 1; "
+            "see stillhouse generate --help",
+        ),
         (["schema", "x"], "Got unexpected extra argument(s) (x); see stillhouse schema --help"),
     ],
 )

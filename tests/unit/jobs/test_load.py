@@ -220,7 +220,7 @@ def faults_of(file: Path, text: str) -> list[str]:
         ("sweep.bits=[yes]", 'sweep.bits.0: got "yes"; may be a whole number'),
         (
             "sweep.bits=[7]",
-            "sweep.bits: got [7]; 7 bits are not offered by hqq; may be [8, 6, 5, 4, 3, 2, 1]",
+            "sweep.bits: got [7]; 7 bits are not offered; may be [8, 6, 5, 4, 3, 2, 1]",
         ),
         (
             "tracking.mode=off",
@@ -307,8 +307,8 @@ sweep: {bits: [8], tasks: []}
         "data.train.0.wieght: unknown key; did you mean data.train.0.weight?",
         "distill.zero_stage: got true; may be 1, 2 or 3",
         "distill.micro_batch: got 0; may be auto or a whole number from 1",
-        "sweep.tasks: unknown key; may be bits, group_size, methods, batch_sequences, "
-        "speed_prompt_tokens or speed_decode_tokens",
+        "sweep.tasks: unknown key; may be bits, group_size, methods, embeddings, head, "
+        "batch_sequences, speed_prompt_tokens or speed_decode_tokens",
         "steps: unknown key; did you mean distill.steps?",
         "distill.tokens_per_step: got 1001; may be a multiple of data.sequence_length (100), "
         "e.g. 1000",

@@ -33,6 +33,26 @@ def test_non_contiguous_and_empty():
     assert pack(torch.zeros(0, 8, dtype=torch.uint8), 3).shape == (0, 3)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_bytes_that_start_anywhere(bits):
+    """A mapped file's tensor, or one column of a wider one, is aligned to nothing."""
+    codes = torch.randint(1 << bits, (5, 24), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    wider = torch.cat((torch.full((1,), 255, dtype=torch.uint8), packed.flatten()))
+    assert torch.equal(unpack(wider[1:].view(5, -1), bits), codes)
+    beside = torch.cat((packed, packed.flip(0)), 1)
+    assert torch.equal(unpack(beside[:, : 3 * bits], bits), codes)
+    assert torch.equal(
+        pack(torch.cat((codes, codes), 1)[:, 8:32], bits)[:, -bits:], packed[:, :bits]
+    )
+
+
+def test_neither_gives_a_view():
+    codes = torch.arange(16, dtype=torch.uint8)
+    for made in (pack(codes, 8), unpack(codes, 8)):
+        assert made.data_ptr() != codes.data_ptr()
+
+
 @pytest.mark.parametrize("bits", [0, 9, -1])
 def test_refuses_other_widths(bits):
     with pytest.raises(ValueError, match="bits may be 1 to 8"):

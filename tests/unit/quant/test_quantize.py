@@ -1,80 +1,109 @@
+"""`quantize`: whole models of several families, against stock models whose weights are replaced."""
+
 from __future__ import annotations
+
+import copy
+import weakref
 
 import pytest
 import torch
-from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from quant.linear import QuantLinear, quant_linears
+from quant.linear import QuantEmbedding, QuantLinear, quant_linears, quant_weights
 from quant.methods import quantize_weight
-from quant.quantize import check_group_size, quantizable_linears, quantize
-from quant.spec import QuantSpec
+from quant.quantize import quantize
+from quant.spec import CHANNEL, QuantSpec
+from tests.unit.quant.families import tiny
+
+IDS = torch.arange(40).view(2, 20) * 37 % 256
+BOTH = QuantSpec(4, 32, "rtn", embeddings=True, head=True)
 
 
-@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2, 1])
-def test_codes_and_weights_are_hqqs_own(bits):
-    torch.manual_seed(bits)
-    linear = nn.Linear(128, 96)
-    made = quantize_weight(linear.weight, bits, 64)
-    ours = QuantLinear.from_codes(made, linear.bias)
-    theirs = HQQLinear(
-        linear,
-        BaseQuantizeConfig(nbits=bits, group_size=64, axis=1),
-        del_orig=False,
-        compute_dtype=torch.float16,
-        device="cpu",
-    )
-    weight = theirs.dequantize().float()
-    # hqq dequantizes in float16 arithmetic: two roundings of 2^-11 of values up to |q - z| s.
-    atol = float((made.scale * (1 << bits)).max()) * 2**-10
-    torch.testing.assert_close(ours.dequantize(), weight, rtol=2**-9, atol=atol)
-    assert torch.equal(made.scale.flatten(), theirs.meta["scale"].flatten().half())
-    assert torch.equal(made.zero.flatten(), theirs.meta["zero"].flatten().half())
+def replaced(model: PreTrainedModel, bits: int, size: int | str, names: set[str] | None = None):
+    """A copy of the stock model, each weight of `names` (default: linear layers but the head) in
+    the values that the method gives it: transformers' own layers on values that we know."""
+    made = copy.deepcopy(model)
+    for name, module in made.named_modules():
+        plain = isinstance(module, (nn.Linear, Conv1D)) and name != "lm_head"
+        if plain if names is None else name in names:
+            weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+            values = quantize_weight(weight.contiguous(), bits, size, "rtn").dequantize()
+            module.weight.data = values.t() if isinstance(module, Conv1D) else values
+    return made
 
 
-def test_row_chunks_are_quantized_alone_and_keep_their_rows():
-    torch.manual_seed(0)
-    weight = torch.randn(300, 64) * torch.linspace(0.1, 3, 300)[:, None]
-    made = quantize_weight(weight, 4, 32)
-    last = quantize_weight(weight[256:], 4, 32)
-    for whole, part in zip(
-        (made.codes, made.scale, made.zero), (last.codes, last.scale, last.zero), strict=True
-    ):
-        assert torch.equal(whole[256:], part)
-    layer = QuantLinear.from_codes(made)
-    error = (layer.dequantize() - weight).abs().amax(1) / weight.abs().amax(1)
-    assert error.max() < 0.15
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
 
 
-def test_constant_and_zero_groups_stay_what_they_are():
-    weight = torch.zeros(4, 32)
-    weight[1] = 0.5
-    weight[2, :16] = -2.0
-    layer = QuantLinear.from_codes(quantize_weight(weight, 4, 16))
-    torch.testing.assert_close(layer.dequantize(), weight, rtol=1e-3, atol=1e-6)
+def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_a_zero_point_beyond_float16_is_an_error_not_a_nan(make_llama):
-    model = make_llama()
-    model.model.layers[1].mlp.up_proj.weight[:] = 50.0 + torch.rand(128, 64) * 1e-3
-    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.up_proj.*beyond float16"):
-        quantize(model, QuantSpec(8, 32))
+@pytest.mark.parametrize(("family", "count"), [("llama", 14), ("qwen3", 14), ("gpt2", 8)])
+@pytest.mark.parametrize(("bits", "size"), [(4, 32), (8, CHANNEL)])
+def test_a_quantized_model_computes_with_the_methods_values(family, count, bits, size):
+    model = tiny(family)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_()
+    truth = logits(replaced(model, bits, size))
+    assert quantize(model, QuantSpec(bits, size, "rtn"), dtype=torch.float32) is model
+    assert len(quant_linears(model)) == len(quant_weights(model)) == count
+    torch.testing.assert_close(logits(model), truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_embeddings_and_head(family):
+    model = tiny(family)
+    table = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+    ends = replaced(model, 4, 32, {table, "lm_head"})
+    truth = logits(replaced(ends, 4, 32))
+    quantize(model, BOTH, dtype=torch.float32)
+    torch.testing.assert_close(logits(model), truth, rtol=1e-4, atol=1e-4)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embedding, QuantEmbedding) and isinstance(head, QuantLinear)
+    kept = {id(tensor) for tensor in embedding.stored().values()}
+    same = kept == {id(tensor) for tensor in head.stored().values()}
+    assert same == (family != "llama") == (head.shared is embedding)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_bfloat16_model_keeps_codes_and_scales_as_they_were_made(family):
+    model, wide = tiny(family), tiny(family)
+    quantize(model, BOTH)
+    quantize(wide, BOTH, dtype=torch.float32)
+    assert logits(model).dtype == torch.bfloat16
+    for name, layer in quant_weights(model).items():
+        for part, tensor in layer.stored().items():
+            assert tensor.dtype == (torch.uint8 if part == "codes" else torch.float16)
+            assert torch.equal(tensor, wide.get_submodule(name).stored()[part])
+
+
+def test_a_tied_head_with_a_bias_keeps_it():
+    model = tiny("qwen3")
+    model.lm_head.bias = nn.Parameter(torch.randn(256), requires_grad=False)
+    ends = replaced(model, 4, 32, {"model.embed_tokens"})
+    ends.lm_head.weight = ends.model.embed_tokens.weight
+    truth = logits(replaced(ends, 4, 32))
+    quantize(model, BOTH, dtype=torch.float32)
+    torch.testing.assert_close(logits(model), truth, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_linear_but_the_head(make_llama, tied):
+def test_all_else_is_cast_and_stays_tied(make_llama, tied):
     model = make_llama(tied=tied)
-    names = set(quantizable_linears(model))
-    assert len(names) == 14 and "lm_head" not in names
     embedding = model.model.embed_tokens.weight.clone()
-    assert quantize(model, QuantSpec(4, 32)) is model
-    assert set(quant_linears(model)) == names
+    quantize(model, QuantSpec(4, 32))
     assert type(model.lm_head) is nn.Linear
     assert torch.equal(model.model.embed_tokens.weight, embedding.bfloat16())
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert model.dtype == model.config.dtype == torch.bfloat16
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_biases_are_kept(make_llama):
@@ -85,35 +114,124 @@ def test_biases_are_kept(make_llama):
     assert torch.equal(model.model.layers[0].self_attn.q_proj.bias, bias)
 
 
-def test_group_sizes_are_checked_from_a_config_without_weights():
-    # 80 billion weights: only possible on the meta device
-    big = LlamaConfig(
-        hidden_size=8192, intermediate_size=28000, num_hidden_layers=80, num_attention_heads=64
-    )
-    check_group_size(big, [8, 32])
-    with pytest.raises(ValueError) as caught:
-        check_group_size(big, [32, 64])
-    line = str(caught.value)
-    assert "\n" not in line
-    assert "group_size 64" in line and "layers.0.mlp.down_proj" in line and "28000" in line
-    assert line.endswith("may be 8, 16, 32")
+def test_mixed_bits_groups_and_methods():
+    model = tiny("llama")
+    layers = {"*.down_proj": QuantSpec(8, CHANNEL), "*.layers.1.mlp": None}
+    layers["*.k_proj"] = QuantSpec(2, 16, "hqq")
+    # The first entry that matches counts: both down_proj get 8 bits.
+    quantize(model, QuantSpec(4, 32, "rtn"), layers)
+    found = {
+        name: (layer.bits, layer.group_size, layer.method)
+        for name, layer in quant_weights(model).items()
+    }
+    assert found["model.layers.1.mlp.down_proj"] == (8, 128, "hqq")
+    assert found["model.layers.0.self_attn.k_proj"] == (2, 16, "hqq")
+    assert found["model.layers.1.self_attn.q_proj"] == (4, 32, "rtn")
+    assert type(model.model.layers[1].mlp.up_proj) is nn.Linear and len(found) == 12
 
 
-def test_a_width_that_cannot_be_packed_is_named():
-    odd = LlamaConfig(
-        hidden_size=64, intermediate_size=100, num_hidden_layers=1, num_attention_heads=4
-    )
-    with pytest.raises(ValueError, match=r"down_proj is 100 weights wide.*no group size does"):
-        check_group_size(odd, [4])
+def test_int8_dynamic_layers_quantize_their_inputs_too():
+    model, plain = tiny("llama"), tiny("llama")
+    quantize(model, QuantSpec(8, CHANNEL, "int8-dynamic", head=True), dtype=torch.float32)
+    assert {layer.activations for layer in quant_linears(model).values()} == {"int8"}
+    x = torch.randn(5, 64)
+    layer, name = model.lm_head, "lm_head"
+    step = x.abs().amax(1, keepdim=True) / 127
+    weight = quantize_weight(plain.get_submodule(name).weight, 8, CHANNEL, "int8-dynamic")
+    truth = (torch.round(x / step) * step) @ weight.dequantize().T
+    torch.testing.assert_close(layer(x), truth, rtol=1e-3, atol=1e-3)
 
 
-def test_refusals(make_llama):
-    with pytest.raises(ValueError, match="7 bits are not offered"):
-        quantize(make_llama(), QuantSpec(7, 32))
-    with pytest.raises(ValueError, match="'gptq' is unknown; may be hqq"):
-        quantize(make_llama(), QuantSpec(4, 32, "gptq"))
-    with pytest.raises(ValueError, match="group_size 48 does not do"):
-        quantize(make_llama(), QuantSpec(4, 48))
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
-    with pytest.raises(ValueError, match="GPT2LMHeadModel has no torch.nn.Linear"):
-        quantize(gpt2, QuantSpec(4, 32))
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_that_are_listed_stay_and_the_model_answers(family):
+    model = tiny(family)
+    linears = {n for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"}
+    truth = logits(replaced(model, 4, 32, linears))
+    quantize(model, QuantSpec(4, 32, "rtn"), {"*.experts*": None}, torch.float32)
+    assert set(quant_linears(model)) == linears
+    torch.testing.assert_close(logits(model), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_a_module_under_two_names_stays_one():
+    model = tiny("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    model.model.layers[1].self_attn.q_proj = model.model.layers[0].self_attn.q_proj
+    truth = logits(replaced(model, 4, 32))
+    quantize(model, QuantSpec(4, 32, "rtn"), dtype=torch.float32)
+    first, second = model.model.layers
+    assert first.mlp.up_proj is second.mlp.up_proj
+    assert first.self_attn.q_proj is second.self_attn.q_proj
+    torch.testing.assert_close(logits(model), truth, rtol=1e-4, atol=1e-4)
+
+
+# -- in place, layer by layer ------------------------------------------------------------------
+
+
+def test_each_weight_is_freed_before_the_next_is_quantized():
+    model = tiny("qwen3")
+    refs = [weakref.ref(m.weight) for n, m in model.named_modules() if n.endswith("_proj")]
+    refs.append(weakref.ref(model.lm_head.weight))
+    seen = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append((done, total, sum(ref() is not None for ref in refs)))
+
+    quantize(model, BOTH, progress=progress)
+    assert [alive for *_, alive in seen] == list(range(14, -1, -1))
+    sizes = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128) + 256 * 64
+    assert seen[-1][:2] == (sizes, sizes)
+    assert [done for done, *_ in seen] == sorted({done for done, *_ in seen})
+
+
+@pytest.mark.parametrize(
+    ("spec", "layers", "words"),
+    [
+        (QuantSpec(4, 48), None, "group_size 48 does not do"),
+        (QuantSpec(4, 32), {"*.down_proj": QuantSpec(4, 256)}, "group_size 256 does not do"),
+        (QuantSpec(4, 32), {"nothing": None}, "matches no layer"),
+        (4, None, "spec is 4; may be a QuantSpec"),
+    ],
+)
+def test_a_refused_spec_leaves_the_model_as_it_was(make_llama, spec, layers, words):
+    model = make_llama()
+    before = state(model)
+    with pytest.raises(ValueError, match=words) as caught:
+        quantize(model, spec, layers)
+    assert "\n" not in str(caught.value)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
+    assert model.dtype == torch.float32 and not hasattr(model, "quant_spec")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_leave_the_model_as_it_was(make_llama, bad):
+    model = make_llama()
+    model.model.layers[1].mlp.down_proj.weight[3, 5] = bad
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj has weights that are not"):
+        quantize(model, QuantSpec(4, 32))
+    assert not quant_weights(model)
+
+
+def test_what_is_no_whole_16_bit_model_is_refused(make_llama):
+    model = make_llama()
+    with pytest.raises(ValueError, match="dtype is torch.int8; may be torch.bfloat16"):
+        quantize(model, QuantSpec(4, 32), dtype=torch.int8)
+    with pytest.raises(ValueError, match="model is a Linear; may be a transformers"):
+        quantize(nn.Linear(64, 64), QuantSpec(4, 32))
+    with pytest.raises(ValueError, match="q_proj is on the meta device"):
+        quantize(tiny("llama", "meta"), QuantSpec(4, 32))
+    quantize(model, QuantSpec(4, 32))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is quantized already \(hqq-4b-g32\)"):
+        quantize(model, QuantSpec(8, 32))
+    foreign = make_llama()
+    foreign.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(ValueError, match="LlamaForCausalLM is quantized already; load"):
+        quantize(foreign, QuantSpec(4, 32))
+
+
+def test_a_zero_point_beyond_float16_is_an_error_with_the_layers_name(make_llama):
+    model = make_llama()
+    model.model.layers[1].mlp.up_proj.weight[:] = 50.0 + torch.rand(128, 64) * 1e-3
+    words = r"layer model\.layers\.1\.mlp\.up_proj: .*beyond float16.*load the model again$"
+    with pytest.raises(RuntimeError, match=words):
+        quantize(model, QuantSpec(8, 32))

@@ -1,0 +1,1 @@
+"""Models on disk: quantize one, export one, run one."""

@@ -1,0 +1,159 @@
+"""`stillhouse export`: a quantized model in a format that other programs load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.storage import Store, open_store
+from jobs.errors import SpecErrors
+from jobs.models.find import Found
+from jobs.models.load import load_any, load_tokenizer, quiet
+from jobs.models.show import bits, size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quant.export.report import ExportReport
+
+# Of the run's select part, to choose between formats on; several candidates are measured on it.
+CALIBRATION_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run gives to choose on: ids int64 `[n, seq]` and the 16-bit model; notes why not."""
+
+    ids: Tensor | None = None
+    original: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def export_to(found: Found, format: str, kind: str, out: Path) -> Iterator[str]:
+    """Exports to the folder `out`; yields lines for the terminal.
+
+    format: hf or gguf; kind: of gguf's matrices. Raises SpecErrors and ValueError, one line.
+    """
+    if found.kind == "packed":
+        raise SpecErrors([f"{found.name}: is exported already; give the model it was made of"])
+    if format == "hf" and found.kind == "plain":
+        raise SpecErrors(
+            [
+                f"{found.name}: is not quantized, and loads everywhere as it is; make one with "
+                f"stillhouse quantize {found.name} --bits 4 --out DIR"
+            ]
+        )
+    quiet()
+    load_tokenizer(found)
+    if format == "gguf":
+        from quant.export.gguf import export_gguf
+
+        file = out / f"{file_name(found)}.gguf"
+        model = load_any(found, "cpu", "plain")
+        report = export_gguf(model, found.folder, file, kind)  # type: ignore[arg-type]
+        yield from _lines(report, model, file, [])
+        yield f"run it: llama-cli -m {file}"
+        return
+    from quant.export.hf import export_hf
+
+    material = material_of(found)
+    model = load_any(found, "cpu", "plain")
+    found_report = export_hf(model, found.folder, out, material.ids, original=material.original)
+    yield from _lines(found_report, model, out, material.notes)
+    yield f"run it: stillhouse generate {out} --prompt TEXT"
+
+
+def file_name(found: Found) -> str:
+    """What a file of the model is called."""
+    if found.run is not None:
+        return f"{found.run.name}-{found.cell}"
+    return found.folder.resolve().name
+
+
+def material_of(found: Found) -> Material:
+    """The select part of the run's corpus and the model that the cell was made from."""
+    if found.run is None:
+        return Material(
+            notes=["No run, so no text to choose between formats on: KL is not measured."]
+        )
+    notes: list[str] = []
+    return Material(_calibration(found.run, notes), _original(found.run, notes), notes)
+
+
+def _calibration(run: Store, notes: list[str]) -> Tensor | None:
+    import numpy as np
+    import torch
+
+    from jobs.rundir import RunDir
+    from trainer.corpus.corpus import open_corpus
+
+    record = RunDir(run).record("prepare")
+    storage = run.url.rpartition("/")[0]
+    try:
+        if record is None:
+            raise ValueError("its stage prepare is not done")
+        part = open_corpus(open_store(storage).sub("_corpora", record.outputs["corpus"])).part(
+            "select"
+        )
+        length = part.batch([0]).input_ids.shape[1]
+        count = min(len(part), max(1, CALIBRATION_TOKENS // length))
+        return torch.from_numpy(part.batch(np.arange(count)).input_ids)
+    except (ValueError, KeyError, OSError) as error:
+        notes.append(
+            f"The run's corpus cannot be read ({' '.join(str(error).split())}): KL is not measured."
+        )
+        return None
+
+
+def _original(run: Store, notes: list[str]) -> Path | None:
+    """The 16-bit model: the run's student, or the model that it swept as it was."""
+    if run.exists("student/config.json"):
+        return run.fetch_folder("student")
+    from trainer.models import find_model
+    from trainer.yamlfile import parse
+
+    try:
+        spec: Any = parse(run.read_text("spec.yaml"), "spec.yaml")[0]
+        student = spec["student"]
+        return find_model("student.model", student["model"], student.get("revision", "main"))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        notes.append("The 16-bit model is not there any more: KL is that to the quantized one.")
+        return None
+
+
+def _lines(report: ExportReport, model: Any, written: Path, notes: list[str]) -> Iterator[str]:
+    from quant.bytes import parameter_count
+
+    yield f"wrote {written}"
+    yield f"format: {report.format}"
+    for name, count in report.files.items():
+        yield f"file: {name}, {size(count)}"
+    weights = sum(
+        count for name, count in report.files.items() if name.endswith((".safetensors", ".gguf"))
+    )
+    per_weight = 8 * weights / parameter_count(model)
+    yield f"size: {size(report.bytes)}, {bits(per_weight)} bits per weight"
+    yield from _divergences(report)
+    if report.error:
+        worst = max(report.error, key=lambda name: report.error[name])
+        many = f"{len(report.error)} tensor{'s' * (len(report.error) > 1)}"
+        yield f"inexact: {many}, relative error at most {report.error[worst]:.2g} ({worst})"
+    said = f"{report.bytes} bytes for "  # as above
+    yield from (f"note: {note}" for note in [*notes, *report.notes] if not note.startswith(said))
+
+
+def _divergences(report: ExportReport) -> Iterator[str]:
+    """KL in nats per token, where the format was chosen on it."""
+    found: dict[str, float] = getattr(report, "kl", {})
+    if not found:
+        return
+    own = getattr(report, "kl_of_model", None)
+    reference = "the quantized model" if own is None else "the 16-bit model"
+    yield f"KL of {reference}, in nats per token, to"
+    if own is not None:
+        yield f"  {own:<8.3g} the quantized model itself"
+    chosen = getattr(report, "choice", "")
+    for name, value in sorted(found.items(), key=lambda item: item[1]):
+        yield f"  {value:<8.3g} {name}{' (written)' if name == chosen else ''}"

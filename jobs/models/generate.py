@@ -1,0 +1,130 @@
+"""`stillhouse generate`: text on stdout as it comes, then one line on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from jobs.errors import SpecErrors
+from jobs.models.find import Found
+from jobs.models.load import load_any, quiet
+from jobs.models.show import rate, size
+
+if TYPE_CHECKING:
+    from quant.generate import Statistics, Stream
+    from quant.spec import QuantSpec
+
+DONE, INTERRUPTED = 0, 130
+ENDS = {  # by what `quant.generate` calls it
+    "end of text": "up to the end of text",
+    "length": "as many as asked for",
+    "positions": "up to the model's last position",
+    "stopped": "stopped",
+}
+
+
+def read_prompt(given: str | None) -> str:
+    """The prompt: as given, else all of stdin without its last line end.
+
+    Raises SpecErrors, one line: there is none.
+    """
+    if given is not None:
+        text = given
+    elif sys.stdin.isatty():
+        raise SpecErrors(["--prompt: is missing; give a text, or pipe one in"])
+    else:
+        try:
+            text = sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError:
+            raise SpecErrors(["--prompt: what was piped in is no UTF-8 text"]) from None
+    if not text:
+        raise SpecErrors(["--prompt: is empty; may be a text, also piped in"])
+    return text
+
+
+def draw_faults(temperature: float | None, top_p: float | None, seed: int | None) -> list[str]:
+    """A line for each option that is out of range or would do nothing."""
+    faults = []
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        faults.append(f"--temperature: got {temperature:g}; may be 0 (the likeliest) or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        faults.append(f"--top-p: got {top_p:g}; may be above 0, up to 1")
+    idle = [name for name, value in (("--top-p", top_p), ("--seed", seed)) if value is not None]
+    if idle and not temperature:
+        faults.append(
+            f"{' and '.join(idle)}: nothing is drawn at temperature 0; give --temperature, e.g. 1"
+        )
+    return faults
+
+
+def model_of(found: Found, spec: QuantSpec | None, device: str, prefer: str) -> Any:
+    """The model, ready to run; a plain one is quantized in memory where `spec` asks for it.
+
+    Raises SpecErrors, one line, where a quantized model is asked for in other bits.
+    """
+    quiet()
+    if spec is None:
+        return load_any(found, device, prefer)
+    if found.kind != "plain":
+        raise SpecErrors([f"--bits {spec.bits}: {found.name} {_is_quantized(found)}"])
+    from jobs.models.quantize import check_fits, load_and_quantize
+    from quant.kernels import use_kernels
+
+    check_fits(found.folder, spec)
+    model, _ = load_and_quantize(found, spec, {}, device)
+    use_kernels(model, prefer)  # type: ignore[arg-type]
+    return model
+
+
+def _is_quantized(found: Found) -> str:
+    hint = "leave --bits away, or give the 16-bit model"
+    if found.kind == "artifact":
+        from quant.artifact import read_description
+        from quant.spec import QuantSpec
+
+        key = QuantSpec(**read_description(found.folder)["spec"]).key
+        return f"is quantized already ({key}); {hint}"
+    return f"is quantized already; {hint}"
+
+
+def write_text(made: Stream) -> int:
+    """Streams to stdout, then tells on stderr how it went; 130 after Ctrl-C."""
+    code, last = DONE, "\n"
+    try:
+        for piece in made:
+            typer.echo(piece, nl=False)
+            last = piece
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:  # whoever read it has enough
+        _forget_stdout()
+    finally:
+        made.close()
+    if not last.endswith("\n"):
+        typer.echo()
+    typer.echo(line_of(made.statistics), err=True)
+    return code
+
+
+def line_of(found: Statistics) -> str:
+    """The figures of a generation, on one line."""
+    return (
+        f"prompt: {_tokens(found.prompt_tokens)}, {rate(found.prompt_tokens_per_s)}; "
+        f"generated: {_tokens(found.new_tokens)}, {rate(found.new_tokens_per_s)}, "
+        f"{ENDS[found.finish]}; kernel: {found.kernel}; memory: {size(found.memory_bytes)}"
+    )
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'s' * (count != 1)}"
+
+
+def _forget_stdout() -> None:
+    """Have what is still buffered go nowhere: Python writes it at exit, and would complain."""
+    import os
+
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)

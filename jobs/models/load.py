@@ -1,0 +1,113 @@
+"""Models and tokenizers from their folders, with one line for what does not load."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jobs.models.find import Found
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.*",
+    "*.tiktoken",
+)
+ANY_OF = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def quiet() -> None:
+    """No bars and hints of transformers on the terminal; faults are raised all the same."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_tokenizer(found: Found) -> Any:
+    """The tokenizer of a model's folder. Raises ValueError, one line, with the mend."""
+    from transformers import AutoTokenizer
+
+    folder = found.folder
+    if not any((folder / name).is_file() for name in ANY_OF):
+        raise ValueError(
+            f"{folder}/tokenizer.json: is not there; copy tokenizer.json and tokenizer_config.json "
+            "of the model that this one was made from into the folder"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # it raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason})") from None
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies what a tokenizer is read from, with its chat template."""
+    for pattern in TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+
+
+def load_unquantized(folder: Path, device: str) -> Any:
+    """A plain model, in the dtype that it is stored in, on the CPU or a GPU.
+
+    Raises ValueError, one line, if its weights are not those of its config.
+    """
+    from trainer.models import load_model
+
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder}: holds no *.safetensors; give a Hugging Face folder")
+    try:
+        model = load_model(folder, "auto")  # type: ignore[arg-type]
+    except MemoryError:
+        raise
+    except ValueError as error:
+        raise ValueError(_line(folder, error)) from None
+    except Exception as error:  # damaged files raise many kinds
+        raise ValueError(
+            f"{folder}: the weights cannot be loaded ({_line(folder, error)})"
+        ) from None
+    return model.requires_grad_(False).eval().to(device)
+
+
+def load_any(found: Found, device: str, prefer: str) -> Any:
+    """A model of any kind, ready for `generate`. Raises ValueError, one line."""
+    if found.kind == "artifact":
+        from quant.artifact import load_quantized
+
+        return load_quantized(found.folder, device, prefer)  # type: ignore[arg-type]
+    if found.kind == "plain":
+        return load_unquantized(found.folder, device)
+    _check_packed(found)
+    import torch
+
+    with contextlib.redirect_stderr(io.StringIO()):  # bars that nobody can turn off
+        model = load_unquantized(found.folder, device)
+        with torch.inference_mode():  # the first pass may unpack the weights, and shows it
+            model(torch.zeros(1, 1, dtype=torch.int64, device=device))
+    return model
+
+
+def _check_packed(found: Found) -> None:
+    """What transformers needs to load weights that another quantizer packed."""
+    from importlib.util import find_spec
+
+    from jobs.models.find import quantization_of
+
+    method = str(quantization_of(found.folder).get("quant_method"))
+    if method == "compressed-tensors" and find_spec("compressed_tensors") is None:
+        raise ValueError(
+            f"{found.folder}: its weights are in the format compressed-tensors; install the "
+            "package compressed-tensors to load them"
+        )
+
+
+def _line(folder: Path, error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

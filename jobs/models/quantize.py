@@ -1,0 +1,176 @@
+"""`stillhouse quantize --out`: one model, quantized and written, without a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import Interrupted, SpecErrors
+from jobs.models.find import Found, find
+from jobs.models.load import copy_tokenizer, load_unquantized, quiet
+from jobs.models.show import bits, seconds, size
+from quant.spec import QuantSpec
+
+COMMAND = "quantize"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `quantize_to` wrote. bytes: of all files; dense_bytes: with the weights in 16 bits."""
+
+    folder: Path
+    bytes: int
+    dense_bytes: int
+    bits_per_weight: float
+    seconds: float
+    kernels: str
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        return [
+            f"wrote {self.folder}",
+            f"size: {size(self.bytes)}, {self.bytes / self.dense_bytes:.2f} of the "
+            f"{size(self.dense_bytes)} that the folder has in 16 bits",
+            f"bits: {bits(self.bits_per_weight)} true bits per weight",
+            f"quantized in {seconds(self.seconds)}",
+            f"kernel: {self.kernels}",
+            f"run it: stillhouse generate {self.folder} --prompt TEXT",
+        ]
+
+
+def find_unquantized(model: str, storage: str, revision: str) -> Found:
+    """The plain model to quantize. Raises SpecErrors, one line."""
+    found = find(model, storage, COMMAND, revision=revision)
+    refuse_quantized(found)
+    return found
+
+
+def refuse_quantized(found: Found) -> None:
+    """Raises SpecErrors, one line, for a model whose weights are codes already."""
+    if found.kind != "plain":
+        raise SpecErrors([f"{found.name}: is quantized already; give the 16-bit model"])
+
+
+def check_fits(
+    folder: Path, spec: QuantSpec, layers: Mapping[str, QuantSpec | None] | None = None
+) -> None:
+    """Raises SpecErrors, one line, for what the model's layers do not allow; reads no weights."""
+    from quant.targets import find_targets
+    from trainer.models import meta_model, read_config
+
+    quiet()
+    config = read_config(folder)
+    try:
+        model = meta_model(config)
+    except ValueError:  # of a kind that is no causal language model
+        raise SpecErrors(
+            [
+                f"{folder}: a model of type {config.model_type} generates no text; may be a causal "
+                "language model"
+            ]
+        ) from None
+    try:
+        find_targets(model, spec, layers)
+    except ValueError as error:
+        raise SpecErrors([re.sub(r"layers\['([^']*)'\]", r"--layer \1:", str(error))]) from None
+
+
+def quantize_to(
+    found: Found,
+    spec: QuantSpec,
+    layers: Mapping[str, QuantSpec | None],
+    out: Path,
+    device: str,
+) -> Written:
+    """Quantizes a plain model and writes it to `out`, whole or not at all."""
+    from quant.artifact import save_quantized
+    from quant.bytes import dense_bytes, true_bits_per_weight, true_bytes
+    from quant.folder import whole_folder
+    from quant.kernels import kernel_names, use_kernels
+
+    with whole_folder(out, keep=lambda _: False, replace=lambda _: ()) as partial:
+        model, took = load_and_quantize(found, spec, layers, device)
+        meta = {"source": found.name, "quantize_s": round(took, 2)}
+        save_quantized(model, partial, spec, meta)
+        copy_tokenizer(found.folder, partial)
+    total = sum(path.stat().st_size for path in out.iterdir())
+    use_kernels(model, "speed")
+    return Written(
+        folder=out,
+        bytes=total,
+        dense_bytes=total - true_bytes(model) + dense_bytes(model),
+        bits_per_weight=true_bits_per_weight(model),
+        seconds=took,
+        kernels=kernel_names(model),
+    )
+
+
+def load_and_quantize(
+    found: Found, spec: QuantSpec, layers: Mapping[str, QuantSpec | None], device: str
+) -> tuple[Any, float]:
+    """The quantized model and the seconds that quantizing took, with a bar on a terminal."""
+    from quant.quantize import quantize
+
+    model = load_unquantized(found.folder, device)
+    began = time.perf_counter()
+    with progress_bar("quantizing") as advance:
+        try:
+            model = quantize(model, spec, layers=layers or None, progress=advance)
+        except RuntimeError as error:  # of a layer, which it names
+            if not str(error).startswith("layer "):
+                raise
+            raise ValueError(" ".join(str(error).split())) from error
+    return model, time.perf_counter() - began
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Any]:
+    """A function (done, total, ...) that moves a bar on stderr; None where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total, *_: bars.update(task, completed=done, total=total)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within the block SIGTERM is what Ctrl-C is, and both end with `Interrupted`."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before: Any = None
+    with contextlib.suppress(ValueError):  # not the main thread, which alone has signals
+        before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("nothing was written") from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

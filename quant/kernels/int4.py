@@ -1,0 +1,145 @@
+"""torch's int4 kernel on a CPU: 4-bit codes in one plane, 8-bit codes in two.
+
+The kernel computes `x ((q - 8) s + zp)^T` for q in 0..15 with s and zp in bfloat16 (torch, ATen's
+int4mm_kernel.cpp), so with `zp = (8 - z) s` it takes fractional zero points as they are. A code of
+up to 8 bits is `q = 16 hi + lo`, hence `(q - z) s = (hi - 8) 16 s + (lo - 8) s + (136 - z) s`: one
+kernel over twice the columns, with the input repeated; the last term is split over the two.
+Codes of fewer bits leave room: each group's codes, and its z with them, are moved up so that z is
+near the middle of 0..15 or 0..255. zp is then near 0, and what bfloat16 rounds off s and zp is
+small beside the weights (else it is not: most weights of 1-bit groups are 0.02 s).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quant.codes import Codes, row_chunks, scaled
+from quant.kernels.int4_layout import ROWS, find_layout
+from quant.kernels.kernel import (
+    Kernel,
+    Refused,
+    StoredWeight,
+    kernel_group,
+    repeated,
+    room_above,
+)
+
+# Above this many rows the weight is dequantized and multiplied in 16 bits. Milliseconds on one
+# thread (AVX-512), 2048 -> 5632, groups of 64: the kernel takes 0.13 a row (two planes: 0.27), the
+# other way 6.0 (8.0) + a matmul of 2.8 for 40 and 4.0 for 64 rows. They meet at 75 (39) rows; at
+# 50 (30) where AMX makes the matmul nearly free. Between the two:
+FEW = {1: 56, 2: 32}
+
+
+class Int4(Kernel):
+    """The weight in the int4 kernel's layout, `planes` codes of 4 bits for each code.
+
+    Few rows of x go through the kernel; for many the same scales and zero points that are stored
+    give the same weight as the plain path's, in chunks of rows.
+    """
+
+    def __init__(self, weight: StoredWeight) -> None:
+        super().__init__(weight)
+        planes = self.planes = 1 if weight.bits <= 4 else 2
+        self.group = kernel_group(weight.group_size)
+        self.few = FEW[planes]
+        self.middle = 8 if planes == 1 else 136  # of 16 hi + lo
+        self.layout = find_layout()
+        kind = "int4" if planes == 1 else "int8 in two int4 planes"
+        self.name = f"{kind} to {self.few} rows, then dequantize+matmul"
+        padded = self.padded = -(-self.rows // ROWS) * ROWS
+        self.packed = torch.empty(padded, planes * self.columns // 2, dtype=torch.uint8)
+        for part in row_chunks(padded, self.columns, self.packed.device, ROWS):
+            codes = F.pad(weight.unpacked(part).codes, (0, 0, 0, max(0, part.stop - self.rows)))
+            codes = codes + self._moved(part).repeat_interleave(weight.group_size, 1)
+            both = codes if planes == 1 else torch.cat((codes >> 4, codes & 15), 1)
+            self.packed[part] = self.layout.pack(both)
+        centre = self.zero.float() + self._moved(slice(0, self.rows))
+        s, z = repeated(self.scale, centre, weight.group_size, padded)
+        s = s.bfloat16().float()  # as the kernel has it, so that codes near z are near 0 there too
+        rest = (self.middle - z) * s
+        if planes == 1:
+            self.scales_and_zeros = _per_group(s, rest)
+        else:
+            high = rest.bfloat16().float()
+            self.scales_and_zeros = torch.cat(
+                (_per_group(16 * s, high), _per_group(s, rest - high))
+            )
+        if not bool(self.scales_and_zeros.isfinite().all()):
+            raise Refused("a scale or zero point is not finite")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.columns)
+        if rows.shape[0] <= self.few:
+            y = self._few(rows)
+        elif torch.compiler.is_compiling():  # one fused expression instead of a loop of many ops
+            y = F.linear(rows, self._whole(x.dtype))
+        else:
+            y = self._many(rows)
+        return y.view(*x.shape[:-1], self.rows)
+
+    def _few(self, x: Tensor) -> Tensor:
+        # The kernel's own bfloat16 path is 50 times as fast as its float32 and float16 ones.
+        narrow = x if x.dtype is torch.bfloat16 else x.to(torch.bfloat16)
+        twice = narrow.contiguous() if self.planes == 1 else torch.cat((narrow, narrow), 1)
+        y = torch._weight_int4pack_mm_for_cpu(twice, self.packed, self.group, self.scales_and_zeros)
+        if self.padded != self.rows:
+            y = y[:, : self.rows].contiguous()
+        return y if x.dtype is torch.bfloat16 else y.to(x.dtype)
+
+    def _many(self, x: Tensor) -> Tensor:
+        y = x.new_empty(x.shape[0], self.rows)
+        for part in row_chunks(self.rows, self.columns, x.device, ROWS):
+            y[:, part] = torch.mm(x, self._transposed(part, x.dtype))
+        return y
+
+    def _transposed(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """`W[part]^T` `[columns, rows]` in `dtype`; the part starts at a whole block."""
+        block, count = self.layout.block, part.stop - part.start
+        whole = -(-count // block) * block
+        codes = self._codes(slice(part.start, part.start + whole))
+        groups, blocks = self.scale.shape[1], whole // block
+        wide = torch.promote_types(dtype, torch.float32)
+        value = codes.view(blocks, groups, -1, block).to(wide)
+        for source, change in ((self.zero, value.sub_), (self.scale, value.mul_)):
+            rows = F.pad(source[part], (0, 0, 0, whole - count)).view(blocks, block, groups, 1)
+            change(rows.permute(0, 2, 3, 1).to(wide).contiguous())
+        weight = torch.empty(self.columns, whole, dtype=dtype)
+        weight.view(-1, blocks, block).transpose(0, 1).copy_(value.view(blocks, -1, block))
+        return weight[:, :count]
+
+    def _codes(self, rows: slice) -> Tensor:
+        """Codes `[blocks, columns, block]` of these rows (whole blocks)."""
+        found = self.layout.nibbles(self.packed[rows])
+        if self.planes == 2:
+            found = found[:, : self.columns] << 4 | found[:, self.columns :]
+        if self.bits in (4, 8):
+            return found
+        # Contiguous: an inner loop with a stride is not vectorized and takes 10 times as long.
+        moved = self._moved(rows).view(len(found), self.layout.block, -1, 1)
+        moved = moved.permute(0, 2, 3, 1).contiguous()
+        groups = found.unflatten(1, (moved.shape[1], -1))
+        return (groups - moved).flatten(1, 2)
+
+    def _moved(self, rows: slice) -> Tensor:
+        """uint8 `[rows, groups]`: how far the codes of each group are moved up; 0 for padding."""
+        top = 15 if self.planes == 1 else 255
+        moved = room_above(self.zero[rows], self.bits, top, self.middle)
+        return F.pad(moved, (0, 0, 0, max(0, rows.stop - self.rows)))
+
+    def _whole(self, dtype: torch.dtype) -> Tensor:
+        codes = self._codes(slice(0, self.padded)).transpose(1, 2).flatten(0, 1)[: self.rows]
+        return scaled(codes, self.scale, self.zero, dtype)
+
+    def unpacked(self) -> Codes:
+        codes = torch.empty(self.padded, self.columns, dtype=torch.uint8)
+        for part in row_chunks(self.padded, self.columns, codes.device, ROWS):
+            codes[part] = self._codes(part).transpose(1, 2).flatten(0, 1)
+        return Codes(codes[: self.rows], self.scale, self.zero, self.bits)
+
+
+def _per_group(scale: Tensor, zero: Tensor) -> Tensor:
+    """bfloat16 `[groups, rows, 2]` of two `[rows, groups]`."""
+    return torch.stack((scale, zero), -1).transpose(0, 1).contiguous().to(torch.bfloat16)

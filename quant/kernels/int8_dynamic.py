@@ -1,0 +1,62 @@
+"""Weights and activations in int8: the product of whole numbers, then the scales.
+
+Each token's values are divided by its largest magnitude / 127 and rounded ("dynamic" quantization:
+the scale is found at run time, per token). `torch._int_mm` sums the products exactly in int32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quant.codes import Codes
+from quant.kernels.kernel import Kernel, Refused, StoredWeight
+
+CUDA_ROWS = 32  # torch._int_mm wants more than 16 rows on a GPU
+
+
+class Int8Dynamic(Kernel):
+    """`q - z` of every weight as one int8, with one scale per row."""
+
+    name = "int8 x int8"
+
+    def __init__(self, weight: StoredWeight) -> None:
+        super().__init__(weight)
+        if weight.groups != 1:
+            raise Refused(f"groups of {weight.group_size} do not fit the int8 kernel")
+        if not torch.equal(self.zero, self.zero.round()):
+            raise Refused("zero points that are not whole do not fit the int8 kernel")
+        if weight.scale.is_cuda and (self.columns % 8 or self.rows % 8):
+            raise Refused("a GPU's int8 kernel wants widths that are multiples of 8")
+        codes = weight.unpacked().codes
+        whole = codes.to(torch.int16) - self.zero.to(torch.int16)
+        if int(whole.min()) < -128 or int(whole.max()) > 127:
+            raise Refused("codes further than 8 bits from their zero point do not fit int8")
+        self.transposed = whole.to(torch.int8).t()  # [columns, rows], a view
+        self.row_scale = self.scale.float().t().contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.columns)
+        codes, scale = quantize_tokens(rows)
+        if x.is_cuda and len(codes) < CUDA_ROWS:
+            more = F.pad(codes, (0, 0, 0, CUDA_ROWS - len(codes))).to(torch.int8)
+            total = torch._int_mm(more, self.transposed)[: len(codes)]
+        else:
+            total = torch._int_mm(codes.to(torch.int8), self.transposed)
+        return (total * scale).mul_(self.row_scale).to(x.dtype).view(*x.shape[:-1], self.rows)
+
+    def unpacked(self) -> Codes:
+        codes = (self.transposed.t().to(torch.int16) + self.zero.to(torch.int16)).to(torch.uint8)
+        return Codes(codes, self.scale, self.zero, self.bits)
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x `[tokens, width]` as whole numbers -127..127 in float32 (or wider), and the scales.
+
+    The scales are `[tokens, 1]`; a token of zeros has one too, so that nothing is divided by 0.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True, dtype=wide)
+    scale = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (x / scale).round_(), scale

@@ -1,0 +1,141 @@
+"""torch's int4 kernel on CUDA ("tinygemm"): 4-bit codes, bfloat16 input.
+
+`torch.ops.aten._convert_weight_to_int4pack` takes two codes per byte, the even column in the high
+nibble, and orders them by tiles of 8 rows x 128 columns for the tensor cores (ATen's int4mm.cu);
+`_weight_int4pack_mm` computes `x ((q - 8) s + zp)^T`, as the CPU kernel does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quant.codes import Codes, row_chunks, scaled
+from quant.kernels.kernel import (
+    Kernel,
+    Refused,
+    StoredWeight,
+    kernel_group,
+    repeated,
+    room_above,
+)
+
+INNER_TILES = 8  # tiles of 16 columns that a thread reads at once; 8 is torch's own choice
+TILE = (8, 16 * INNER_TILES)  # rows, columns
+CAPABILITY = 8  # compute capability: bfloat16 tensor cores
+# Rows of x from which dequantizing and a bfloat16 matmul is faster: torchao's table for this
+# kernel (A6000, 4096 x 4096) has it level with a 16-bit matmul between 64 and 256 rows.
+FEW = 128
+
+
+class TinyGemm(Kernel):
+    """The weight in tinygemm's layout for few rows of x; for many it is dequantized."""
+
+    name = f"tinygemm int4 to {FEW} rows, then dequantize+matmul"
+
+    def __init__(self, weight: StoredWeight) -> None:
+        super().__init__(weight)
+        if weight.bits > 4:
+            raise Refused(f"{weight.bits}-bit codes do not fit tinygemm's int4 kernel")
+        self.group = kernel_group(weight.group_size)
+        if self.columns % TILE[1]:
+            raise Refused(f"an input width of {self.columns} is no multiple of {TILE[1]}")
+        device = weight.codes.device
+        if device.type != "cuda":
+            raise Refused(f"tinygemm runs on CUDA, not on device {device.type}")
+        if torch.cuda.get_device_capability(device)[0] < CAPABILITY:
+            raise Refused("tinygemm needs a GPU of compute capability 8.0 or more")
+        padded = self.padded = -(-self.rows // TILE[0]) * TILE[0]
+        self.order = _tile_order(device)
+        tiles = (padded // TILE[0], self.columns // TILE[1], 32, INNER_TILES // 2)
+        self.packed = torch.empty(tiles, dtype=torch.int32, device=device)
+        for part in row_chunks(padded, self.columns, device, TILE[0]):
+            codes = weight.unpacked(part).codes
+            codes = F.pad(codes, (0, 0, 0, part.stop - part.start - len(codes)))
+            self.packed[_tiles(part)] = _pack(codes + self._moved(part))
+            if not torch.equal(self._codes(part), codes):
+                raise Refused("this GPU's int4 layout is not understood")
+        # Scales as the kernel has them and zero points near the middle: see the CPU's kernel.
+        centre = self.zero.float() + room_above(self.zero, self.bits, 15, 8)
+        s, z = repeated(self.scale, centre, weight.group_size, padded)
+        s = s.bfloat16().float()
+        both = torch.stack((s, (8 - z) * s), -1).transpose(0, 1)
+        self.scales_and_zeros = both.contiguous().to(torch.bfloat16)
+        check_product(self, weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.columns)
+        if 0 < rows.shape[0] <= FEW:
+            narrow = rows.to(torch.bfloat16).contiguous()
+            y = torch.ops.aten._weight_int4pack_mm.default(
+                narrow, self.packed, self.group, self.scales_and_zeros
+            )
+            y = y[:, : self.rows].to(x.dtype)
+        else:
+            codes = self._codes(slice(0, self.padded))[: self.rows]
+            y = F.linear(rows, scaled(codes, self.scale, self.zero, x.dtype))
+        return y.reshape(*x.shape[:-1], self.rows)
+
+    def _codes(self, rows: slice) -> Tensor:
+        return _unpack(self.packed[_tiles(rows)], self.order) - self._moved(rows)
+
+    def _moved(self, rows: slice) -> Tensor:
+        """uint8 `[rows, columns]`: how far the codes are moved up; 0 for padding."""
+        moved = room_above(self.zero[rows], self.bits, 15, 8)
+        moved = F.pad(moved, (0, 0, 0, max(0, rows.stop - self.rows)))
+        return moved.repeat_interleave(self.columns // moved.shape[1], 1)
+
+    def unpacked(self) -> Codes:
+        codes = self._codes(slice(0, self.padded))[: self.rows]
+        return Codes(codes, self.scale, self.zero, self.bits)
+
+
+def check_product(kernel: Kernel, weight: StoredWeight) -> None:
+    """Compare the kernel with dequantize + matmul on some rows.
+
+    Raises Refused when they differ by more than 1 % of the outputs' root mean square.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, kernel.columns, generator=generator).to(weight.codes.device)
+    part = slice(0, min(256, kernel.rows))
+    expected = x.bfloat16().float() @ weight.unpacked(part).dequantize().t()
+    error = kernel(x.bfloat16())[:, part].float() - expected
+    if not bool(error.square().mean() <= 1e-4 * expected.square().mean()):
+        raise Refused(f"{type(kernel).__name__} gives other results than the plain path here")
+
+
+def _tiles(rows: slice) -> slice:
+    return slice(rows.start // TILE[0], rows.stop // TILE[0])
+
+
+def _pack(codes: Tensor) -> Tensor:
+    pairs = codes[:, ::2] << 4 | codes[:, 1::2]
+    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), INNER_TILES)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """All nibbles of `[row tiles, column tiles, 32, 4]` words: uint8 `[rows, columns, tile]`."""
+    bytes_ = packed.flatten(2).view(torch.uint8)
+    return torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(2)
+
+
+def _tile_order(device: torch.device) -> Tensor:
+    """int64 `[tile]`: which nibble of a packed tile holds each of its codes, row by row.
+
+    Found by packing each place's own number, four bits at a time.
+    """
+    count = TILE[0] * TILE[1]
+    number = torch.arange(count, device=device)
+    held = torch.zeros_like(number)
+    for shift in (0, 4, 8):
+        part = (number >> shift & 15).to(torch.uint8).view(TILE)
+        held |= _nibbles(_pack(part)).flatten().long() << shift
+    if not torch.equal(held.sort().values, number):
+        raise Refused("this GPU's int4 layout is not known")
+    return held.argsort()
+
+
+def _unpack(packed: Tensor, order: Tensor) -> Tensor:
+    found = _nibbles(packed)[..., order]
+    return found.unflatten(-1, TILE).transpose(1, 2).flatten(2).flatten(0, 1)

@@ -1,0 +1,225 @@
+"""Which weights of a model are quantized, each how. What does not fit is refused here, before a
+weight is touched."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from quant.ends import Ends
+from quant.leftover import check_leftovers, inside, is_matrix, leftovers, matches, untouched
+from quant.pack import BLOCK
+from quant.spec import CHANNEL, GroupSize, QuantSpec
+
+Layers = Mapping[str, QuantSpec | None]
+Kind = Literal["linear", "conv1d", "embedding", "tied"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight `[rows, columns]` that becomes codes by `spec`.
+
+    kind: of its module; "conv1d" holds it transposed, "tied" is a table that is the head too.
+    names: all names of the module, or of several that hold the same weight; the first counts.
+    head_names: of a tied weight, those of the head.
+    """
+
+    kind: Kind
+    names: tuple[str, ...]
+    rows: int
+    columns: int
+    spec: QuantSpec
+    head_names: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Targets:
+    """layers: what is quantized, by its first name. kept: modules that stay in 16 bits, and why."""
+
+    layers: dict[str, Target]
+    kept: dict[str, str]
+
+
+def find_targets(model: PreTrainedModel, spec: QuantSpec, layers: Layers | None = None) -> Targets:
+    """What `spec` quantizes of the model: every linear layer (GPT-2's Conv1D too) but the head.
+
+    `spec.head` and `spec.embeddings` add those. `layers`: module names or globs (they hold for all
+    inside a module), each with a spec of its own or None to stay in 16 bits; the first that
+    matches counts. Routers of experts and towers of other modalities stay in 16 bits. The model
+    may be on the meta device.
+
+    Raises ValueError (one line) for fused and unknown kinds of weights that are not listed in
+    `layers`, for one of two tied weights asked for without the other, embeddings with a forward of
+    their own, group sizes that do not divide a row, names of no layer, and for no layer at all.
+    """
+    listed: Layers = layers or {}
+    _check_layers(listed)
+    ends = Ends.of(model)
+    ends.check(model, spec)
+    kept = untouched(model) | ends.kept(spec)
+    candidates = _linears(model, ends, kept, spec) + _asked_ends(ends, spec)
+    left = leftovers(model, kept)
+    _check_names(
+        listed,
+        [name for target in candidates for name in (*target.names, *target.head_names)],
+        [item.name for item in left],
+        kept,
+    )
+    found: dict[str, Target] = {}
+    for target in candidates:
+        own = _first(listed, (*target.names, *target.head_names), spec)
+        if own is None:
+            kept.update(dict.fromkeys((*target.names, *target.head_names), "listed as None"))
+        else:
+            found[target.names[0]] = replace(target, spec=own)
+    refused = [item for item in left if _first(listed, (item.name,), spec) is not None]
+    check_leftovers(model, refused)
+    names = {item.name for item in refused}
+    for item in left:
+        kept[item.name] = "few" if item.name in names else "listed as None"
+    if not found:
+        what = "no layer besides what `layers` lists as None" if listed else "no linear layer"
+        raise ValueError(f"{type(model).__name__} has {what}: nothing to quantize")
+    _check_widths(found)
+    for size in dict.fromkeys(target.spec.group_size for target in found.values()):
+        _check_size(size, [target for target in found.values() if target.spec.group_size == size])
+    return Targets(found, kept)
+
+
+def check_group_size(
+    config_or_model: PreTrainedConfig | PreTrainedModel,
+    sizes: Iterable[GroupSize],
+    embeddings: bool = False,
+    head: bool = False,
+) -> None:
+    """Raise ValueError (one line) unless each size divides the rows of all that is quantized.
+
+    A transformers config is enough: the model is then built without weights. Refuses too what
+    `find_targets` refuses.
+    """
+    model = meta_model(config_or_model)
+    targets = find_targets(model, QuantSpec(8, CHANNEL, "hqq", embeddings, head))
+    for size in sizes:
+        _check_size(size, list(targets.layers.values()))
+
+
+def meta_model(config_or_model: PreTrainedConfig | PreTrainedModel) -> PreTrainedModel:
+    """The model of a transformers config without weights, on the meta device; a model as it is."""
+    if isinstance(config_or_model, nn.Module):
+        return config_or_model
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config_or_model)
+
+
+def _linears(
+    model: PreTrainedModel, ends: Ends, kept: Mapping[str, str], spec: QuantSpec
+) -> list[Target]:
+    """The linear layers besides the head. Those that hold the same weight and bias are one."""
+    names: dict[tuple[int, int], list[str]] = {}
+    modules: dict[tuple[int, int], nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_matrix(module) and module is not ends.head and not inside(name, kept):
+            key = (id(module.weight), id(module.bias))
+            names.setdefault(key, []).append(name)
+            modules[key] = module
+    targets = []
+    for key, module in modules.items():
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        rows, columns = weight.shape
+        if isinstance(module, nn.Linear):
+            targets.append(Target("linear", tuple(names[key]), rows, columns, spec))
+        else:
+            targets.append(Target("conv1d", tuple(names[key]), columns, rows, spec))
+    return targets
+
+
+def _asked_ends(ends: Ends, spec: QuantSpec) -> list[Target]:
+    """Embeddings and head as far as `spec` asks for them; tied, they are one weight."""
+    targets = []
+    if spec.embeddings:
+        assert isinstance(ends.table, nn.Embedding)
+        rows, columns = ends.table.weight.shape
+        kind: Kind = "tied" if ends.tied else "embedding"
+        heads = ends.head_names if ends.tied else ()
+        targets.append(Target(kind, ends.table_names, rows, columns, spec, heads))
+    if spec.head and not ends.tied:
+        assert isinstance(ends.head, nn.Linear)
+        rows, columns = ends.head.weight.shape
+        targets.append(Target("linear", ends.head_names, rows, columns, spec))
+    return targets
+
+
+def _first(layers: Layers, names: Iterable[str], spec: QuantSpec) -> QuantSpec | None:
+    """What the first entry of `layers` that matches one of `names` says; else `spec`."""
+    names = tuple(names)
+    for pattern, own in layers.items():
+        if any(matches(pattern, name) for name in names):
+            return own
+    return spec
+
+
+def _check_layers(layers: Layers) -> None:
+    for pattern, own in layers.items():
+        if not isinstance(pattern, str) or not (own is None or isinstance(own, QuantSpec)):
+            raise ValueError(
+                f"layers[{pattern!r}] is {own!r}; may be a QuantSpec, or None to stay in 16 bits, "
+                "by the name of a module or a glob"
+            )
+
+
+def _check_names(
+    layers: Layers, targets: list[str], left: list[str], kept: Mapping[str, str]
+) -> None:
+    """Every entry of `layers` must match something, and something quantizable unless None."""
+    for pattern, own in layers.items():
+        if any(matches(pattern, name) for name in targets):
+            continue
+        other = next((name for name in (*left, *kept) if matches(pattern, name)), None)
+        if other is None:
+            names = list(dict.fromkeys([*targets, *left, *kept]))
+            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5) or names[:3]
+            raise ValueError(
+                f"layers[{pattern!r}] matches no layer; there are for example {', '.join(close)}"
+            )
+        if own is not None:
+            why = kept.get(other, "cannot be quantized")
+            raise ValueError(f"layers[{pattern!r}]: {other} is not quantized ({why}); may be None")
+
+
+def _check_widths(found: Mapping[str, Target]) -> None:
+    """Codes of every width are packed in blocks of `BLOCK`."""
+    for name, target in found.items():
+        if target.columns % BLOCK:
+            glob = "*." + name.rpartition(".")[2]
+            raise ValueError(
+                f"layer {name} is {target.columns} weights wide, which is no multiple of {BLOCK}: "
+                f"no group size does; it can only stay in 16 bits, layers={{{glob!r}: None}}"
+            )
+
+
+def _check_size(size: GroupSize, targets: list[Target]) -> None:
+    """`size` must divide the rows of all `targets`."""
+    if size == CHANNEL:
+        return
+    common = math.gcd(*(target.columns for target in targets))
+    choices = [each for each in range(BLOCK, common + 1, BLOCK) if common % each == 0]
+    for target in targets:
+        if size < BLOCK or size % BLOCK or target.columns % size:
+            raise ValueError(
+                f"group_size {size} does not do for layer {target.names[0]}, which is "
+                f"{target.columns} weights wide; for this model it may be "
+                f"{', '.join(map(str, choices))} or {CHANNEL}"
+            )

@@ -1,0 +1,469 @@
+"""quantize, export and generate as a user calls them, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from jobs.cli import main
+from quant.artifact import load_quantized, read_description, save_quantized
+from quant.bytes import true_bits_per_weight
+from quant.quantize import quantize
+from quant.spec import QuantSpec
+from tests.material import chat_tokenizer, save_model
+from trainer.corpus.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a plain model in `model`, each byte of a text a token; untied."""
+    place = tmp_path_factory.mktemp("models")
+    train_tokenizer(["a"], 258, place / "tokenizer")
+    save_model(place / "model", place / "tokenizer", tied=False)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands run in a directory of their own, with `model` in it, on one thread."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def artifact(here: Path) -> Path:
+    """The model in 4 bits, with its tokenizer, in `q4`."""
+    assert run("quantize model --bits 4 --group-size 32 --out q4") == 0
+    return here / "q4"
+
+
+def run(command: str) -> int:
+    """The exit code of a command of words."""
+    return main(command.split())
+
+
+def told(capsys: pytest.CaptureFixture[str], command: str) -> list[str]:
+    """The lines on stderr of a command that must end with exit code 2."""
+    capsys.readouterr()
+    assert run(command) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and all(line.startswith("error: ") for line in err.splitlines())
+    return [line.removeprefix("error: ") for line in err.splitlines()]
+
+
+def sizes(place: Path) -> int:
+    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+
+
+# -- quantize ----------------------------------------------------------------------------------
+
+
+def test_what_quantize_prints_is_what_it_wrote(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "quantize model --bits 4 --group-size 32 --embeddings --head --out deep/q4"
+    assert run(command) == 0
+    out = capsys.readouterr().out.splitlines()
+    total, weights = sizes(here / "deep/q4"), (here / "deep/q4/quantized.safetensors")
+    tensors = load_file(weights).values()
+    count = read_description("deep/q4")["parameters"]
+    held = sum(tensor.nbytes for tensor in tensors)
+    dense = total - held + 2 * count
+    assert out[0] == "wrote deep/q4"
+    assert out[1] == (
+        f"size: {total / 1000:.3g} kB, {total / dense:.2f} of the {dense / 1000:.3g} kB that the "
+        "folder has in 16 bits"
+    )
+    assert out[2] == f"bits: {8 * held / count:.2f} true bits per weight"
+    assert out[3].startswith("quantized in ") and out[4].startswith("kernel: ")
+    assert out[5] == "run it: stillhouse generate deep/q4 --prompt TEXT"
+    assert {path.name for path in (here / "deep/q4").iterdir()} >= {
+        "quant.json",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert list((here / "deep").iterdir()) == [here / "deep/q4"]
+
+
+def test_quantize_is_the_python_way_in_a_command(here: Path, artifact: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained("model", dtype="auto")
+    save_quantized(quantize(model, QuantSpec(4, 32)), here / "own", QuantSpec(4, 32))
+    name = "quantized.safetensors"
+    assert (artifact / name).read_bytes() == (here / "own" / name).read_bytes()
+    assert read_description(artifact)["spec"] == QuantSpec(4, 32).to_dict()
+
+
+def test_layers_have_bits_of_their_own(here: Path) -> None:
+    command = "quantize model --bits 4 --group-size 32 --out mixed --layer model.layers.0.*=16"
+    assert main([*command.split(), "--layer", "*.down_proj=8:64", "--layer", "*=5"]) == 0
+    layers = read_description("mixed")["layers"]
+    assert not any(name.startswith("model.layers.0.") for name in layers)
+    assert {(name.split(".")[-1], e["bits"], e["group_size"]) for name, e in layers.items()} == {
+        ("down_proj", 8, 64),
+        *((f"{n}_proj", 5, 32) for n in ("q", "k", "v", "o", "up", "gate")),
+    }
+
+
+def test_int8_dynamic_needs_no_bits(here: Path) -> None:
+    assert run("quantize model --method int8-dynamic --out d") == 0
+    assert read_description("d")["spec"]["method"] == "int8-dynamic"
+    assert run("generate d --prompt ab --max-new-tokens 2") == 0
+
+
+WIDTHS = "8, 6, 5, 4, 3, 2, 1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (
+            "--bits 8,4 --group-size 32,64 --method hqq,rtn",
+            [
+                f"{option}: got {values}; may be one value: --out writes one model; leave it away "
+                "to compare several"
+                for option, values in (
+                    ("--bits", "8, 4"),
+                    ("--group-size", "32, 64"),
+                    ("--method", "hqq, rtn"),
+                )
+            ],
+        ),
+        (
+            "--bits 7,x --group-size 12 --method awq",
+            [
+                f"--bits: got 7, x; may be {WIDTHS}",
+                "--group-size: got 12; may be a multiple of 8, from 8 on, or channel",
+                "--method: got awq; may be hqq, rtn, int8-dynamic",
+            ],
+        ),
+        ("", [f"--bits: is missing; may be one of {WIDTHS}"]),
+        ("--bits ,", [f"--bits: got nothing, nothing; may be {WIDTHS}"]),
+        (
+            "--bits 4 --method int8-dynamic",
+            ["--method int8-dynamic: has --bits 8 and --group-size channel, no others"],
+        ),
+        (
+            "--bits 4 --layer x --layer *.up=9 --layer a=4:",
+            [
+                "--layer x: may be GLOB=BITS, GLOB=BITS:GROUP or GLOB=16, e.g. "
+                '"*.mlp.down_proj=8:64"',
+                "--layer *.up=9: 9 bits are not offered by hqq; may be [8, 6, 5, 4, 3, 2, 1]",
+                "--layer a=4:: may be GLOB=BITS, GLOB=BITS:GROUP or GLOB=16, e.g. "
+                '"*.mlp.down_proj=8:64"',
+            ],
+        ),
+        (
+            "--bits 4 --data x --name y sweep.bits=[4]",
+            [
+                f"{what}: has no meaning with --out, which measures nothing; leave one of them away"
+                for what in ("--data", "--name", "override sweep.bits=[4]")
+            ],
+        ),
+    ],
+)
+def test_wrong_options_of_quantize(
+    arguments: str, lines: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told(capsys, f"quantize model {arguments} --out new") == lines
+    assert not Path("new").exists()
+
+
+@pytest.fixture
+def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading weights is a failure of the test."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("jobs.models.quantize.load_unquantized", fail)
+
+
+@pytest.mark.usefixtures("weightless")
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--bits 4 --out model", "--out: model is not empty; may be a new folder"),
+        ("--bits 4 --out model/config.json", "--out: model/config.json is a file; may be"),
+        ("--bits 4 --out s3://b/x", "--out: got s3://b/x; may be a local folder"),
+        ("--bits 4 --out new", "group_size 64 does not do for layer model.layers.0.self_attn"),
+        ("--bits 4 --group-size 8 --layer *.nix=4 --out new", "--layer *.nix: matches no layer"),
+        ("--bits 4 --device cuda --out new", "--device: got cuda, but torch sees no GPU here"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_weights_are_read(
+    arguments: str, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (found,) = told(capsys, f"quantize model {arguments}")
+    assert found.startswith(line), found
+    assert not Path("new").exists()
+
+
+@pytest.mark.usefixtures("weightless")
+def test_tied_embeddings_and_head_go_together(
+    here: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(here / "tied", folder / "tokenizer", tied=True)
+    (line,) = told(capsys, "quantize tied --bits 4 --group-size 8 --head --out new")
+    assert line.startswith("head without embeddings: LlamaForCausalLM ties its head")
+
+
+def test_models_that_are_none(
+    here: Path, artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    may_be = "may be a model's folder or URL, a run with --cell, or a hub id such as"
+    (here / "empty").mkdir()
+    for name, start in (
+        ("q4", "q4: is quantized already; give the 16-bit model"),
+        ("nowhere", f"nowhere: no such folder; {may_be}"),
+        ("empty", f"empty: holds no config.json; {may_be}"),
+        ("model/config.json", f"model/config.json: is a file; {may_be}"),
+    ):
+        (line,) = told(capsys, f"quantize {name} --bits 4 --out new")
+        assert line.startswith(start)
+    (here / "model/model.safetensors").write_bytes(b"\x10" + b"\0" * 30)
+    (line,) = told(capsys, "quantize model --bits 4 --group-size 32 --out new")
+    assert "the weights cannot be loaded" in line and not Path("new").exists()
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "sigterm"])
+def test_an_interrupt_leaves_nothing(
+    here: Path, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the midst of quantizing, and in the midst of writing."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop(*_: Any, **__: Any) -> None:
+        if how == "ctrl-c":
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGTERM)
+
+    for place in ("quant.quantize.cast_stored", "jobs.models.quantize.copy_tokenizer"):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, stop)
+            assert run("quantize model --bits 4 --group-size 32 --out sub/new") == 130
+        assert capsys.readouterr().err.strip() == ("error: interrupted: nothing was written")
+        assert not (here / "sub/new").exists() and not list((here / "sub").iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# -- the sweep ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stands in for the pipeline, which is tested with a cluster: keeps the specs."""
+    calls: list[Any] = []
+    module = ModuleType("jobs.pipeline")
+    module.run_pipeline = lambda spec: calls.append(spec) or 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "jobs.pipeline", module)
+    return calls
+
+
+def test_without_out_it_is_a_sweep(here: Path, pipeline: list[Any]) -> None:
+    command = "quantize model data.report_sequences=5 --bits 8,4 --group-size 16,channel"
+    assert main([*command.split(), "--methods", "hqq,rtn", "--data", "texts/*.txt"]) == 0
+    (spec,) = pipeline
+    assert (spec.name, spec.teacher, spec.distill) == ("model-quantized", None, None)
+    assert (spec.student.model, spec.student.init) == ("model", "pretrained")
+    assert [source.source for source in spec.data.train] == ["texts/*.txt"]
+    assert (spec.data.sequence_length, spec.data.report_sequences) == (32, 5)
+    assert [cell.key for cell in spec.sweep.cells()] == [
+        f"{method}-{bits}b-{size}"
+        for method in ("hqq", "rtn")
+        for bits in (8, 4)
+        for size in ("g16", "channel")
+    ]
+    # the speed is measured within the model's 32 positions
+    assert spec.sweep.speed_prompt_tokens + spec.sweep.speed_decode_tokens <= 32
+
+
+def test_a_sweep_has_defaults(pipeline: list[Any]) -> None:
+    assert run("quantize ./model --storage s --name mine --embeddings --head") == 0
+    (spec,) = pipeline
+    assert (spec.name, spec.storage) == ("mine", "s")
+    assert spec.data.train[0].source == "builtin:python-docs"
+    assert [cell.key for cell in spec.sweep.cells()] == [
+        f"hqq-{bits}b-g64-embeddings-head" for bits in (8, 4, 3, 2)
+    ]
+
+
+def test_wrong_options_of_a_sweep(pipeline: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(capsys, "quantize model --bits 4 --layer *=8 --device cpu") == [
+        "--layer: needs --out; the cells of a sweep have the same bits everywhere",
+        "--device: needs --out; a sweep takes what its Ray cluster has",
+    ]
+    assert told(capsys, "quantize model --bits 4 steps=3 x") == [
+        'override "x": may be key=value, e.g. distill.steps=100',
+        "steps: unknown key; did you mean distill.steps?",
+    ]
+    assert told(capsys, "quantize model --bits 4,4") == ["--bits: got 4, 4; give each value once"]
+    assert pipeline == []
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("Qwen/Qwen3-0.6B", "qwen3-0.6b-quantized"),
+        ("s3://bucket/runs/demo/student", "demo-quantized"),
+        ("./", "model-quantized"),
+        ("x" * 99, "x" * 50 + "-quantized"),
+    ],
+)
+def test_the_run_is_named_after_the_model(model: str, name: str) -> None:
+    from jobs.models.sweep import run_name
+
+    if model == "./":
+        import os
+
+        os.chdir("model")
+    assert run_name(model) == name
+
+
+# -- generate ----------------------------------------------------------------------------------
+
+
+def reference(model: Any, prompt: str, tokens: int) -> str:
+    """What transformers' own generate gives, decoded at once."""
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=1)
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+    )
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def run_generate(capsys: pytest.CaptureFixture[str], command: str) -> tuple[str, str]:
+    capsys.readouterr()
+    assert run(f"generate {command}") == 0
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 1
+    return out, err.strip()
+
+
+def test_generate_runs_every_kind_of_model(
+    artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained("model", dtype="auto")
+    cells = {
+        "model": plain,
+        "q4": load_quantized(artifact),
+        "model --bits 4 --group-size 32": load_quantized(artifact),
+        "q4 --prefer plain --threads 1 --device cpu": load_quantized(artifact, prefer="plain"),
+    }
+    for arguments, model in cells.items():
+        out, err = run_generate(capsys, f"{arguments} --prompt word --max-new-tokens 12")
+        assert out.removesuffix("\n") == reference(model, "word", 12).removesuffix("\n")
+        assert err.startswith("prompt: 4 tokens, ") and "; generated: 12 tokens, " in err
+        assert "as many as asked for; kernel: " in err and err.endswith("B")
+    assert "kernel: float32 matmul" in run_generate(capsys, "model --prompt a")[1]
+
+
+def test_the_prompt_may_be_piped_in(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", StringIO("näx\n"))
+    piped, err = run_generate(capsys, "model --max-new-tokens 5")
+    assert err.startswith("prompt: 4 tokens")  # bytes; the line's end is not part of it
+    assert piped == run_generate(capsys, "model --max-new-tokens 5 --prompt näx")[0]
+    monkeypatch.setattr(sys, "stdin", StringIO("\n"))
+    assert told(capsys, "generate model") == ["--prompt: is empty; may be a text, also piped in"]
+
+
+def test_drawing_is_repeated_by_its_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    def drawn(more: str) -> str:
+        return run_generate(capsys, f"model --prompt ab --temperature 3 {more}")[0]
+
+    assert drawn("--seed 1 --top-p 0.9") == drawn("--seed 1 --top-p 0.9") != drawn("--seed 2")
+
+
+def test_a_message_goes_through_the_chat_template(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told(capsys, "generate model --prompt a --chat") == [
+        "--chat: model has no chat template; leave --chat away"
+    ]
+    tokenizer = chat_tokenizer(here / "chat-tokenizer")
+    save_model(here / "chat", here / "chat-tokenizer")
+    text = "<|im_start|>user\nba<|im_end|>\n<|im_start|>assistant\n"
+    _, err = run_generate(capsys, "chat --prompt ba --chat --max-new-tokens 2")
+    assert err.startswith(f"prompt: {len(tokenizer(text)['input_ids'])} tokens")
+
+
+def test_wrong_inputs_of_generate(
+    here: Path, artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hint = "leave --bits away, or give the 16-bit model"
+    for command, lines in {
+        "q4 --bits 3 --prompt a": [f"--bits 3: q4 is quantized already (hqq-4b-g32); {hint}"],
+        "model --group-size 8 --prompt a": ["--group-size 8: needs --bits"],
+        "model --bits 3,4 --prompt a": ["--bits: got 3, 4; may be one value: one model is run"],
+        "model --seed 1 --top-p 2 --bits 9 --prompt a": [
+            "--top-p: got 2; may be above 0, up to 1",
+            "--top-p and --seed: nothing is drawn at temperature 0; give --temperature, e.g. 1",
+            f"--bits: got 9; may be {WIDTHS}",
+        ],
+        "model --temperature -1 --prompt a": [
+            "--temperature: got -1; may be 0 (the likeliest) or more"
+        ],
+        f"model --prompt {'a' * 40}": [
+            "prompt: has 40 tokens, but the model has 32 positions, for prompt and new tokens "
+            "together; give one of at most 31 tokens"
+        ],
+    }.items():
+        assert told(capsys, f"generate {command}") == lines
+    (artifact / "tokenizer.json").unlink()
+    (line,) = told(capsys, "generate q4 --prompt a")
+    assert line == (
+        "q4/tokenizer.json: is not there; copy tokenizer.json and tokenizer_config.json of the "
+        "model that this one was made from into the folder"
+    )
+    description = json.loads((artifact / "quant.json").read_text())
+    (artifact / "quant.json").write_text(json.dumps({**description, "format": 1}))
+    shutil.copy("model/tokenizer.json", artifact)
+    (line,) = told(capsys, "generate q4 --prompt a")
+    assert "format 1" in line and "quantize the model again" in line
+
+
+def test_ctrl_c_stops_with_the_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import typer
+
+    seen: list[str] = []
+    echo: Callable[..., None] = typer.echo
+
+    def interrupted(message: str = "", **how: Any) -> None:
+        echo(message, **how)
+        if not how.get("err") and not seen:
+            seen.append(message)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.models.generate.typer.echo", interrupted)
+    assert run("generate model --prompt ab --max-new-tokens 25") == 130
+    out, err = capsys.readouterr()
+    assert out.rstrip("\n") == seen[0].rstrip("\n")
+    assert "stopped; kernel" in err and len(err.splitlines()) == 1
+
+
+def test_true_bits_are_those_of_the_loaded_model(artifact: Path) -> None:
+    held = read_description(artifact)
+    assert true_bits_per_weight(load_quantized(artifact)) == 8 * held["bytes"] / held["parameters"]

@@ -1,0 +1,112 @@
+"""What the CUDA kernels refuse, and their layouts' ways back, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+import quant.kernels.tinygemm as tinygemm
+from quant.kernels.choice import candidates, choose
+from quant.kernels.gemlite import Gemlite
+from quant.kernels.int4 import Int4
+from quant.kernels.int8_dynamic import Int8Dynamic
+from quant.kernels.kernel import Refused, StoredWeight
+from quant.kernels.tinygemm import TinyGemm, check_product
+from quant.pack import pack
+from tests.unit.quant.kernel_layers import random_codes
+
+
+def stored(bits=4, group=64, columns=256, **more) -> StoredWeight:
+    codes = random_codes(bits, group, columns=columns)
+    return StoredWeight(pack(codes.codes, bits), codes.scale, codes.zero, bits, columns, **more)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "weight", "reason"),
+    [
+        (TinyGemm, {"bits": 8}, "^8-bit codes do not fit"),
+        (TinyGemm, {"group": 8}, "^groups of 8 do not fit the int4 kernel$"),
+        (TinyGemm, {"columns": 192}, "^an input width of 192 is no multiple of 128$"),
+        (TinyGemm, {}, "^tinygemm runs on CUDA, not on device cpu$"),
+        (Gemlite, {"bits": 3}, "^gemlite has no kernel for 3-bit codes$"),
+        (Gemlite, {"group": 16}, "^groups of 16 do not fit gemlite$"),
+        (Gemlite, {}, "^gemlite runs on CUDA, not on device cpu$"),
+    ],
+)
+def test_refuses_by_name(kernel, weight, reason):
+    with pytest.raises(Refused, match=reason):
+        kernel(stored(**weight))
+
+
+def test_order_of_candidates():
+    assert candidates(stored(4), "cuda") == [TinyGemm, Gemlite]
+    assert candidates(stored(3), "cuda") == [TinyGemm, Gemlite]
+    for bits in (1, 2, 8):
+        assert candidates(stored(bits), "cuda") == [Gemlite, TinyGemm]
+    assert candidates(stored(8, 256, activations="int8"), "cuda") == [Int8Dynamic]
+    assert candidates(stored(4), "cpu") == [Int4]
+
+
+def test_a_tied_head_stays_with_the_embeddings_codes_for_memory():
+    kernel, reason = choose(stored(shared=True), "memory")
+    assert kernel is None and reason.startswith("the embedding holds these codes")
+    assert isinstance(choose(stored(shared=True), "speed")[0], Int4)
+
+
+def test_tiles_come_back_whatever_their_order(monkeypatch):
+    """A made-up order of nibbles within each tile takes the place of the GPU's."""
+    count = tinygemm.TILE[0] * tinygemm.TILE[1]
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+
+    def convert(codes):
+        rows, columns = codes.shape
+        tiles = codes.view(rows // 8, 8, columns // 128, 128).transpose(1, 2).flatten(2)
+        nibbles = tiles[..., shuffled]
+        packed = nibbles[..., ::2] | nibbles[..., 1::2] << 4
+        return packed.contiguous().view(torch.int32).view(rows // 8, columns // 128, 32, 4)
+
+    monkeypatch.setattr(tinygemm, "_pack", convert)
+    order = tinygemm._tile_order(torch.device("cpu"))
+    codes = torch.randint(16, (24, 384), dtype=torch.uint8)
+    assert torch.equal(tinygemm._unpack(convert(codes), order), codes)
+
+
+def test_tinygemm_is_given_the_even_column_in_the_high_nibble(monkeypatch):
+    given = {}
+
+    def convert(pairs, tiles):
+        given.update(pairs=pairs, tiles=tiles)
+
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", convert)
+    tinygemm._pack(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8))
+    assert given["pairs"].tolist() == [[0x12, 0xF0]] and given["tiles"] == 8
+
+
+def test_a_kernel_with_other_results_is_refused():
+    weight = stored()
+    kernel = Int4(weight)
+    check_product(kernel, weight)
+    kernel.scales_and_zeros[:, :, 0] *= 1.05
+    with pytest.raises(Refused, match="Int4 gives other results than the plain path here"):
+        check_product(kernel, weight)
+
+
+def test_gemlites_words_are_the_packed_bytes(monkeypatch):
+    """Its documented packing: code j of a 32-bit word at bit `j * bits`, words transposed."""
+    for bits in (1, 2, 4, 8):
+        weight = stored(bits)
+        codes = weight.unpacked().codes
+        per_word = 32 // bits
+        parts = codes.to(torch.int64).unflatten(1, (-1, per_word))
+        words = (parts << torch.arange(per_word) * bits).sum(-1)
+        words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+        kernel = Gemlite.__new__(Gemlite)
+        kernel.layer = types.SimpleNamespace(W_q=words.t().contiguous())
+        assert torch.equal(kernel.codes(), weight.codes)
+
+
+def test_gemlite_is_optional():
+    assert "gemlite" not in sys.modules
