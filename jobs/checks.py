@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -31,16 +32,27 @@ def _sweep_faults(sweep: SweepSpec, config: Any) -> list[str]:
     from quant.quantize import check_group_size
     from quant.targets import find_targets, meta_model
 
-    model = meta_model(config)
-    faults = faults_in(lambda: find_targets(model, QuantSpec(8, CHANNEL)), "sweep")
+    model, kept = meta_model(config), dict.fromkeys(sweep.keep_16bit)
+    faults = faults_in(lambda: find_targets(model, QuantSpec(8, CHANNEL), kept), "sweep")
     if not faults and (sweep.embeddings or sweep.head):
         ends = QuantSpec(8, CHANNEL, "hqq", sweep.embeddings, sweep.head)
         key = "sweep.embeddings" if sweep.embeddings else "sweep.head"
-        faults = faults_in(lambda: find_targets(model, ends), key)
+        faults = faults_in(lambda: find_targets(model, ends, kept), key)
     if faults:
-        return faults  # what follows would only repeat them
+        return [_in_keys(fault) for fault in faults]  # what follows would only repeat them
     sizes = dict.fromkeys(cell.group_size for cell in sweep.cells())
-    check = partial(check_group_size, model, embeddings=sweep.embeddings, head=sweep.head)
+    check = partial(
+        check_group_size, model, embeddings=sweep.embeddings, head=sweep.head, layers=kept
+    )
     return [
         fault for size in sizes for fault in faults_in(partial(check, [size]), "sweep.group_size")
     ]
+
+
+def _in_keys(fault: str) -> str:
+    """A fault that names the argument `layers` of `quantize`, with the spec's key instead."""
+    listed = r"(?:quantize\(model, spec, )?layers=\{(?P<globs>[^{}]*)\}\)?"
+    key = "sweep.keep_16bit"
+    fault = re.sub(listed, lambda found: f"{key}: [{found['globs'].replace(': None', '')}]", fault)
+    fault = re.sub(r"^sweep(?:\.\w+)?: layers\[('.*'|\".*\")\] ", rf"{key}: \1 ", fault)
+    return fault.replace("`layers` lists as None", f"{key} lists")

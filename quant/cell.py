@@ -4,7 +4,7 @@ over model folders, which a scheduler may run anywhere. Errors are the caller's 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +77,7 @@ def run_cell(
     threads: int = 1,
     device: torch.device | str = "cpu",
     vocab: int | None = None,
+    keep_16bit: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Quantize the model in `model_folder`, save it to `out_folder`, evaluate it against itself
     unquantized and against the teacher's records.
@@ -85,11 +86,12 @@ def run_cell(
     to rounding; `evaluated_with` says so. Returns the cell's result with every key of
     `result.json`; speeds and the kernel they were had with are None until `measure_cell`.
     `student_accuracy` is what retention refers to: by default the unquantized
-    model's accuracy on the same batches. Without `out_folder` nothing is saved.
+    model's accuracy on the same batches. Without `out_folder` nothing is saved. `keep_16bit`:
+    names or globs of modules that are not quantized.
     """
     torch.set_num_threads(threads)
     start = time.perf_counter()
-    model = quantize(load_model(model_folder, device), spec)
+    model = quantize(load_model(model_folder, device), spec, layers=dict.fromkeys(keep_16bit))
     quantize_s = time.perf_counter() - start
     if out_folder is not None:
         save_quantized(model, out_folder, spec, {"versions": versions()})

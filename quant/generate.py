@@ -141,8 +141,7 @@ class Stream(Iterator[str]):
             with torch.random.fork_rng(devices, enabled=self._seed is not None):
                 if self._seed is not None:
                     torch.manual_seed(self._seed)
-                model: Any = self._model
-                model.generate(
+                _with_config(self._model, self._config).generate(
                     input_ids=self._prompt,
                     attention_mask=torch.ones_like(self._prompt),
                     generation_config=self._config,
@@ -171,7 +170,8 @@ def stream(
     temperature 0 takes the likeliest token each time; above, tokens are drawn from the
     distribution at that temperature, from its likeliest ids that hold `top_p` of the probability,
     the same again for the same seed. Other settings of the model's generation_config (penalties,
-    top_k) are not applied, only its end-of-text ids. Returns a `Stream` of pieces of text.
+    top_k, suppressed tokens) are not applied, only its end-of-text ids. Returns a `Stream` of
+    pieces of text.
 
     Raises ValueError, one line: an empty prompt, one longer than the model's positions, no chat
     template, values out of range.
@@ -201,21 +201,27 @@ def stream(
     padding = None if own is None else own.pad_token_id
     if padding is None:
         padding = ends[0] if isinstance(ends, list) else ends
-    # What is left open here, `generate` fills from the model's own settings.
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": 0}
     config = GenerationConfig(
         max_new_tokens=min(max_new_tokens, room),
         do_sample=drawn,
-        temperature=temperature if drawn else 1.0,
-        top_p=top_p if drawn else 1.0,
-        top_k=0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        num_beams=1,
+        bos_token_id=None if own is None else own.bos_token_id,
         eos_token_id=ends,
         pad_token_id=padding,
+        **(drawing if drawn else {}),
     )
     prompt_ids = torch.tensor([ids], device=model.device)
     return Stream(model, tokenizer, prompt_ids, config, room, seed if drawn else None)
+
+
+def _with_config(model: PreTrainedModel, config: GenerationConfig) -> Any:
+    """The same model, all of it shared, with another generation_config.
+
+    `generate` fills what it is not given from the model's own one, which is not to change.
+    """
+    twin = object.__new__(type(model))
+    vars(twin).update({**vars(model), "generation_config": config})
+    return twin
 
 
 def memory_bytes(device: torch.device | str = "cpu") -> int:

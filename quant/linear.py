@@ -96,10 +96,17 @@ class QuantLinear(QuantWeight):
         return layer
 
     @classmethod
-    def share(cls, embedding: QuantEmbedding) -> QuantLinear:
+    def share(
+        cls, embedding: QuantEmbedding, activations: Literal["int8"] | None = None
+    ) -> QuantLinear:
         """A head tied to an embedding: it works on the embedding's codes and has none itself."""
         head = cls(
-            embedding.columns, embedding.rows, embedding.bits, embedding.group_size, device="meta"
+            embedding.columns,
+            embedding.rows,
+            embedding.bits,
+            embedding.group_size,
+            device="meta",
+            activations=activations,
         )
         for name in ("codes", "scale", "zero"):
             head._buffers[name] = None
@@ -140,7 +147,8 @@ class QuantLinear(QuantWeight):
             return F.linear(x, weight, bias)
         codes, token_scale = quantize_tokens(x.reshape(-1, self.columns))
         total = F.linear(codes.to(weight.dtype), weight) * token_scale
-        y = (total * self.stored()["scale"].t()).to(x.dtype).view(*x.shape[:-1], self.rows)
+        scale = (self.shared or self).scale  # not stored(), which may have to pack the codes
+        y = (total * scale.t()).to(x.dtype).view(*x.shape[:-1], self.rows)
         return y if bias is None else y + bias
 
     def _factor(self, dtype: torch.dtype) -> Tensor:

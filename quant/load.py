@@ -128,8 +128,7 @@ class _Loader:
 
     def _linear(self, name: str, entry: LayerEntry, table: QuantWeight | None) -> QuantLinear:
         if isinstance(table, QuantEmbedding):
-            layer = QuantLinear.share(table)
-            layer.activations = entry.activations
+            layer = QuantLinear.share(table, entry.activations)
         else:
             widths = (entry.columns, entry.rows, entry.bits, entry.group_size)
             layer = QuantLinear(*widths, device="meta", activations=entry.activations)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant.codes import row_chunks
+
 BLOCK = 8  # codes per block: the smallest count that fills whole bytes for every width
 HALVES = (32, 16, 8)  # width in bits of the fields of a word after each step of spreading
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # of a block's bytes
@@ -30,22 +32,44 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Raises ValueError when bits is not 1..8, n is no multiple of 8, or a code is too large.
     """
     width = packed_width(codes.shape[-1], bits)
+    packed = codes.new_empty(*codes.shape[:-1], width, dtype=torch.uint8)
+    pack_into(packed, codes, bits)
+    return packed
+
+
+def pack_into(packed: Tensor, codes: Tensor, bits: int) -> None:
+    """`pack` into a contiguous tensor that is there already, rows at a time: on the way each step
+    takes as many bytes again as there are codes. Nothing is written when it raises, as `pack` does.
+    """
+    count = codes.shape[-1]
+    width = packed_width(count, bits)
     if codes.dtype != torch.uint8:
         raise ValueError(f"codes are {codes.dtype}; must be torch.uint8")
+    if packed.shape != (*codes.shape[:-1], width):
+        raise ValueError(
+            f"codes {list(codes.shape)} do not fit into packed ones {list(packed.shape)}"
+        )
     if bits == 8:
-        return codes.clone(memory_format=torch.contiguous_format)
+        packed.copy_(codes)
+        return
     if codes.numel() and int(codes.max()) >= 1 << bits:
         raise ValueError(f"code {int(codes.max())} does not fit into {bits} bits")
+    rows = codes.shape[:-1].numel()
+    source, target = codes.reshape(rows, count), packed.view(rows, width)
+    for part in row_chunks(rows, count, codes.device):
+        target[part] = _packed(source[part], bits).reshape(-1, width)
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """The bytes of the codes' blocks, `[blocks, bits]`."""
     words = codes.contiguous().view(-1, BLOCK).view(torch.int64)
     for half in reversed(HALVES):
         used = bits * half // 8
         low = _fields(used, 2 * half)
         words = (words & low) | (words >> (half - used) & low << used)
     if bits in WORDS:  # the low bytes of each word, all at once
-        packed = words.to(WORDS[bits]).view(torch.uint8)
-    else:
-        packed = words.view(torch.uint8)[:, :bits]
-    return packed.reshape(*codes.shape[:-1], width)
+        return words.to(WORDS[bits]).view(torch.uint8)
+    return words.view(torch.uint8)[:, :bits]
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
@@ -61,6 +85,20 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         raise ValueError(f"rows of {packed.shape[-1]} bytes do not hold codes of {bits} bits")
     if bits == 8:
         return packed.clone(memory_format=torch.contiguous_format)
+    count = packed.shape[-1] * BLOCK // bits
+    rows = packed.shape[:-1].numel()
+    parts = [] if torch.compiler.is_compiling() else [*row_chunks(rows, count, packed.device)]
+    if len(parts) < 2:
+        return _unpacked(packed, bits).view(*packed.shape[:-1], count)
+    codes = packed.new_empty(*packed.shape[:-1], count)
+    source, target = packed.reshape(rows, packed.shape[-1]), codes.view(rows, count)
+    for part in parts:
+        target[part] = _unpacked(source[part], bits).view(-1, count)
+    return codes
+
+
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """The codes of whole blocks, `[blocks, 8]`."""
     blocks = packed.reshape(-1, bits)
     aligned = torch.compiler.is_compiling() or not blocks.storage_offset() % bits
     if bits in WORDS and aligned:
@@ -74,7 +112,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         used = bits * half // 8
         low = _fields(used, 2 * half)
         words = (words & low) | (words << (half - used) & low << half)
-    return words.view(torch.uint8).view(*packed.shape[:-1], packed.shape[-1] * BLOCK // bits)
+    return words.view(torch.uint8)
 
 
 def _fields(used: int, width: int) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quant.codes import Codes
 from quant.linear import QuantEmbedding, QuantLinear, QuantWeight, quant_weights
 from quant.methods import quantize_weight
 from quant.model import mark_quantized
@@ -96,14 +96,14 @@ def _replace(
         target.spec.method,
     )
     if target.kind in ("linear", "conv1d"):
-        layer: QuantWeight = _linear(codes, bias, target.spec)
+        layer: QuantWeight = QuantLinear.from_codes(codes, bias, _activations(target.spec))
     else:
         layer = QuantEmbedding.from_codes(codes, dtype)
     layer.to(weight.device)
     layer.method = target.spec.method  # what the codes were made by, for the artifact
     if target.head_names:
         assert isinstance(layer, QuantEmbedding)
-        head = QuantLinear.share(layer)
+        head = QuantLinear.share(layer, _activations(target.spec))
         head.method = layer.method
         head.bias = _frozen(getattr(model.get_submodule(target.head_names[0]), "bias", None))
         for name in target.head_names:
@@ -112,10 +112,8 @@ def _replace(
         model.set_submodule(name, layer)
 
 
-def _linear(codes: Codes, bias: Tensor | None, spec: QuantSpec) -> QuantLinear:
-    if spec.method == DYNAMIC:
-        return QuantLinear.from_codes(codes, bias, activations="int8")
-    return QuantLinear.from_codes(codes, bias)
+def _activations(spec: QuantSpec) -> Literal["int8"] | None:
+    return "int8" if spec.method == DYNAMIC else None
 
 
 def _frozen(bias: Tensor | None) -> nn.Parameter | None:

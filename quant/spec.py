@@ -13,6 +13,7 @@ METHODS: tuple[Method, ...] = ("hqq", "rtn", "int8-dynamic")
 CHANNEL: Literal["channel"] = "channel"  # one scale per row (output channel)
 GroupSize = int | Literal["channel"]
 DYNAMIC = "int8-dynamic"
+WholeNumber = Annotated[int, Field(strict=True)]  # else pydantic takes true for 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class QuantSpec:
         if self.method == DYNAMIC and (self.bits, size) != (8, CHANNEL):
             raise ValueError(
                 f"{DYNAMIC} has 8 bits and one scale per channel, not {self.bits} bits and "
-                f"groups of {size}; say bits 8 and group_size {CHANNEL}"
+                f"group_size {size}; say bits 8 and group_size {CHANNEL}"
             )
         for name in ("embeddings", "head"):
             if type(getattr(self, name)) is not bool:
@@ -77,12 +78,12 @@ class SweepSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bits: list[int] = Field(
+    bits: list[WholeNumber] = Field(
         default=[8, 4, 3, 2],
         min_length=1,
         description=f"Code widths in bits, each one of {', '.join(map(str, BITS))}.",
     )
-    group_size: list[Annotated[int, Field(strict=True)] | Literal["channel"]] = Field(
+    group_size: list[WholeNumber | Literal["channel"]] = Field(
         default=[64, 128],
         min_length=1,
         description="Weights that share one scale and zero point: multiples of 8 that divide the "
@@ -105,16 +106,21 @@ class SweepSpec(BaseModel):
         description="Quantize the output head too. Where it is tied to the embeddings: together "
         "with embeddings only.",
     )
-    batch_sequences: int = Field(
+    keep_16bit: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[],
+        description="Modules that stay in 16 bits in every cell: names or globs, which hold for "
+        "all inside a module, e.g. '*.experts*'. What cannot be quantized must be listed.",
+    )
+    batch_sequences: WholeNumber = Field(
         8,
         ge=1,
         description="Sequences per evaluation batch. Fixed and recorded: results may change "
         "in the last digits with it.",
     )
-    speed_prompt_tokens: int = Field(
+    speed_prompt_tokens: WholeNumber = Field(
         128, ge=1, description="Prompt length in tokens of the speed measurement."
     )
-    speed_decode_tokens: int = Field(
+    speed_decode_tokens: WholeNumber = Field(
         32, ge=2, description="Tokens generated in the speed measurement."
     )
 

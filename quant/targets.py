@@ -103,14 +103,15 @@ def check_group_size(
     sizes: Iterable[GroupSize],
     embeddings: bool = False,
     head: bool = False,
+    layers: Layers | None = None,
 ) -> None:
     """Raise ValueError (one line) unless each size divides the rows of all that is quantized.
 
-    A transformers config is enough: the model is then built without weights. Refuses too what
-    `find_targets` refuses.
+    A transformers config is enough: the model is then built without weights. `layers` as in
+    `find_targets`. Refuses too what that refuses.
     """
     model = meta_model(config_or_model)
-    targets = find_targets(model, QuantSpec(8, CHANNEL, "hqq", embeddings, head))
+    targets = find_targets(model, QuantSpec(8, CHANNEL, "hqq", embeddings, head), layers)
     for size in sizes:
         _check_size(size, list(targets.layers.values()))
 

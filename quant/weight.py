@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.codes import Codes
-from quant.pack import pack, packed_width, unpack
+from quant.pack import pack_into, packed_width, unpack
 
 
 class QuantWeight(nn.Module):
@@ -58,7 +58,7 @@ class QuantWeight(nn.Module):
     def set_codes(self, weight: Codes) -> None:
         """Take the codes of `weight`, of this layer's shape."""
         self._let_go()
-        self.codes.copy_(pack(weight.codes, weight.bits))
+        pack_into(self.codes, weight.codes, weight.bits)
         self.scale.copy_(weight.scale)
         self.zero.copy_(weight.zero)
         self._renew()
@@ -156,6 +156,13 @@ class QuantEmbedding(QuantWeight):
 
     def extra_repr(self) -> str:
         return f"{self.rows}, {self.columns}, bits={self.bits}, group_size={self.group_size}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantWeight:
+        """As every layer's, and `.to(dtype)` changes what a lookup returns."""
+        kind = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
+        if kind.is_floating_point:
+            self.dtype = kind
+        return super()._apply(fn, recurse)
 
     def _renew(self) -> None:
         for head in self.heads:

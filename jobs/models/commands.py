@@ -23,9 +23,13 @@ class Format(StrEnum):
 
 
 class Kind(StrEnum):
-    """How a gguf file keeps its matrices."""
+    """How a model is exported, by format: see `KINDS` in `jobs.models.export`."""
 
     auto = "auto"
+    exact = "exact"
+    bf16 = "bf16"
+    symmetric = "symmetric"
+    asymmetric = "asymmetric"
     f32 = "f32"
     f16 = "f16"
     q8_0 = "q8_0"
@@ -52,7 +56,9 @@ DeviceOption = Annotated[Device, typer.Option(help="auto: a GPU if there is one.
 CellOption = Annotated[
     str | None, typer.Option(metavar="KEY", help="With RUN: which cell, e.g. hqq-4b-g64.")
 ]
-RevisionOption = Annotated[str, typer.Option(metavar="REV", help="Of a hub id.")]
+RevisionOption = Annotated[
+    str | None, typer.Option(metavar="REV", help="Of a hub id. Default: main.")
+]
 
 
 def quantize(
@@ -117,7 +123,7 @@ def quantize(
     storage: Annotated[
         str, typer.Option(metavar="URL", help="Without --out: where the run goes.")
     ] = "./runs",
-    revision: RevisionOption = "main",
+    revision: RevisionOption = None,
     device: DeviceOption = Device.auto,
 ) -> int:
     """Quantize a model: one with --out, or a grid, compared.
@@ -146,12 +152,13 @@ def quantize(
     spec = grid.single()
     layers = read_layers(layer or [], spec)
     folder = check_out(out, "the quantized model")
-    from jobs.models.quantize import check_fits, find_unquantized, quantize_to, terminable
+    from jobs.models.load import enough_memory
+    from jobs.models.quantize import check_fits, find_unquantized, quantize_to
 
     place = check_device(device.value)
     found = find_unquantized(model, storage, revision)
     check_fits(found.folder, spec, layers)
-    with terminable():
+    with enough_memory(found.name):
         written = quantize_to(found, spec, layers, folder, place)
     for line in written.lines():
         typer.echo(line)
@@ -165,7 +172,7 @@ def _sweep(
     data: str | None,
     name: str | None,
     storage: str,
-    revision: str,
+    revision: str | None,
     device: Device,
     overrides: list[str],
 ) -> int:
@@ -211,8 +218,9 @@ def export(
     kind: Annotated[
         Kind,
         typer.Option(
-            help="With gguf: how matrices are kept. auto: codes of up to 5 bits as they are, "
-            "8-bit ones as Q8_0, the rest as F16."
+            help="How weights are kept. hf: auto (symmetric or asymmetric, the lower KL), "
+            "symmetric, asymmetric, exact (loads in transformers alone), bf16. gguf: auto (codes "
+            "of up to 5 bits as they are, 8-bit ones as Q8_0, the rest as F16), f32, f16, q8_0."
         ),
     ] = Kind.auto,
     storage: StorageOption = "./runs",
@@ -221,13 +229,12 @@ def export(
 
     What the format cannot hold exactly is requantized, and what that costs is printed.
     """
-    from jobs.models.export import export_to
+    from jobs.models.export import check_kind, export_to
     from jobs.models.find import find
     from jobs.models.options import check_out
     from jobs.models.quantize import terminable
 
-    if format is Format.hf and kind is not Kind.auto:
-        raise SpecErrors([f"--kind {kind.value}: is of gguf; leave it away with --format hf"])
+    check_kind(format.value, kind.value)
     folder = check_out(out, "the exported model")
     found = find(model, storage, "export", cell)
     with terminable():
@@ -277,26 +284,26 @@ def generate(
         bool, typer.Option("--chat", help="The prompt is a user's message, for the chat template.")
     ] = False,
     prefer: Annotated[
-        Prefer,
+        Prefer | None,
         typer.Option(
-            help="Kernels: the fastest, those that need no more memory than the file, or plain "
-            "dequantization."
+            help="Kernels of quantized layers: the fastest, those that need no more memory than "
+            "the file, or plain dequantization. Default: speed."
         ),
-    ] = Prefer.speed,
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
     device: DeviceOption = Device.auto,
     cell: CellOption = None,
     storage: StorageOption = "./runs",
-    revision: RevisionOption = "main",
+    revision: RevisionOption = None,
 ) -> int:
     """Run a model: text as it comes, then tokens per second.
 
     The text goes to stdout, one line of figures to stderr. Ctrl-C stops with the figures.
     """
     from jobs.models.find import find
-    from jobs.models.generate import draw_faults, read_prompt
+    from jobs.models.generate import draw_faults, preference, read_prompt
     from jobs.models.options import read_single
 
     faults = draw_faults(temperature, top_p, seed)
@@ -309,11 +316,12 @@ def generate(
         raise SpecErrors(faults)
 
     found = find(model, storage, "generate", cell, revision)
+    kernels = preference(found, spec, prefer.value if prefer else None)
     text = read_prompt(prompt)
     import torch
 
     from jobs.models.generate import model_of, write_text
-    from jobs.models.load import load_tokenizer
+    from jobs.models.load import enough_memory, load_tokenizer
     from jobs.models.options import check_device
     from quant.generate import stream
 
@@ -323,13 +331,14 @@ def generate(
     tokenizer = load_tokenizer(found)
     if chat and not tokenizer.chat_template:
         raise SpecErrors([f"--chat: {found.name} has no chat template; leave --chat away"])
-    made = stream(
-        model_of(found, spec, place, prefer.value),
-        tokenizer,
-        [{"role": "user", "content": text}] if chat else text,
-        max_new_tokens,
-        temperature=temperature or 0.0,
-        top_p=1.0 if top_p is None else top_p,
-        seed=seed,
-    )
-    return write_text(made)
+    with enough_memory(found.name):
+        made = stream(
+            model_of(found, spec, place, kernels),
+            tokenizer,
+            [{"role": "user", "content": text}] if chat else text,
+            max_new_tokens,
+            temperature=temperature or 0.0,
+            top_p=1.0 if top_p is None else top_p,
+            seed=seed,
+        )
+        return write_text(made)

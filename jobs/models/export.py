@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,22 +21,36 @@ if TYPE_CHECKING:
     from quant.export.report import ExportReport
 
 # Of the run's select part, to choose between formats on; several candidates are measured on it.
-CALIBRATION_TOKENS = 16_384
+CALIBRATION_TOKENS = 8_192
+PROSE_SEQUENCES, PROSE_TOKENS = 16, 256  # each of at most so many, where there is no run
+CHARACTERS = 12  # enough for a token of most texts
+KINDS = {
+    "hf": ("auto", "exact", "bf16", "symmetric", "asymmetric"),
+    "gguf": ("auto", "f32", "f16", "q8_0"),
+}
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a run gives to choose on: ids int64 `[n, seq]` and the 16-bit model; notes why not."""
+    """What there is to choose on: ids int64 `[n, seq]`, the 16-bit model; notes: of the two."""
 
     ids: Tensor | None = None
     original: Path | None = None
     notes: list[str] = field(default_factory=list)
 
 
+def check_kind(format: str, kind: str) -> None:
+    """Raises SpecErrors, one line, unless `kind` is one of the format."""
+    if kind not in KINDS[format]:
+        (other,) = (name for name in KINDS if name != format)
+        own = ", ".join(KINDS[format])
+        raise SpecErrors([f"--kind {kind}: is of {other}; with --format {format} may be {own}"])
+
+
 def export_to(found: Found, format: str, kind: str, out: Path) -> Iterator[str]:
     """Exports to the folder `out`; yields lines for the terminal.
 
-    format: hf or gguf; kind: of gguf's matrices. Raises SpecErrors and ValueError, one line.
+    format: hf or gguf; kind: one of `KINDS`. Raises SpecErrors and ValueError, one line.
     """
     if found.kind == "packed":
         raise SpecErrors([f"{found.name}: is exported already; give the model it was made of"])
@@ -46,40 +62,103 @@ def export_to(found: Found, format: str, kind: str, out: Path) -> Iterator[str]:
             ]
         )
     quiet()
-    load_tokenizer(found)
+    tokenizer = load_tokenizer(found)
     if format == "gguf":
         from quant.export.gguf import export_gguf
 
-        file = out / f"{file_name(found)}.gguf"
+        name = file_name(found)
+        file = out / f"{name}.gguf"
         model = load_any(found, "cpu", "plain")
-        report = export_gguf(model, found.folder, file, kind)  # type: ignore[arg-type]
+        report = export_gguf(model, found.folder, file, kind, name)  # type: ignore[arg-type]
         yield from _lines(report, model, file, [])
         yield f"run it: llama-cli -m {file}"
         return
     from quant.export.hf import export_hf
 
-    material = material_of(found)
     model = load_any(found, "cpu", "plain")
-    found_report = export_hf(model, found.folder, out, material.ids, original=material.original)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    material = Material() if kind == "bf16" else material_of(found, tokenizer, longest)
+    try:
+        with _choosing() as progress:
+            found_report = export_hf(
+                model,
+                found.folder,
+                out,
+                material.ids,
+                formats=None if kind == "auto" else [kind],
+                original=material.original,
+                progress=progress,
+            )
+    except ValueError as error:
+        raise ValueError(re.sub(r'formats=\["(\w+)"\]', r"--kind \1", str(error))) from error
     yield from _lines(found_report, model, out, material.notes)
     yield f"run it: stillhouse generate {out} --prompt TEXT"
 
 
 def file_name(found: Found) -> str:
     """What a file of the model is called."""
+    from quant.export.gguf import model_name
+
     if found.run is not None:
         return f"{found.run.name}-{found.cell}"
-    return found.folder.resolve().name
+    if "://" in found.name:  # its local copy has a name of its own
+        return model_name(Path("/", found.name.partition("://")[2]))
+    return model_name(found.folder)
 
 
-def material_of(found: Found) -> Material:
-    """The select part of the run's corpus and the model that the cell was made from."""
+def material_of(found: Found, tokenizer: Any, longest: int | None) -> Material:
+    """The select part of the run's corpus and the model that the cell was made from.
+
+    Without a run, prose that ships with Python, in sequences of at most `longest` tokens.
+    """
     if found.run is None:
-        return Material(
-            notes=["No run, so no text to choose between formats on: KL is not measured."]
-        )
+        return _prose(tokenizer, min(longest or PROSE_TOKENS, PROSE_TOKENS))
     notes: list[str] = []
     return Material(_calibration(found.run, notes), _original(found.run, notes), notes)
+
+
+def _prose(tokenizer: Any, length: int) -> Material:
+    """Excerpts from all over the text, of the same number of tokens."""
+    import torch
+
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave it out
+        return Material(
+            notes=["No run, and this Python ships without pydoc_data: KL is not measured."]
+        )
+    text = "\n".join(topics[name] for name in sorted(topics))
+    apart = len(text) // PROSE_SEQUENCES
+    excerpts = [
+        text[start : start + length * CHARACTERS]
+        for start in range(0, apart * PROSE_SEQUENCES, apart)
+    ]
+    found = tokenizer(excerpts, add_special_tokens=False, verbose=False).input_ids
+    length = min(length, *map(len, found))
+    if not length:
+        return Material(notes=["The tokenizer makes no tokens of prose: KL is not measured."])
+    ids = torch.tensor([row[:length] for row in found], dtype=torch.int64)
+    note = (
+        f"No run, so KL is measured on {ids.numel():,} tokens of the prose that ships with Python "
+        f"(pydoc_data.topics, {len(ids)} sequences of {length}), to the quantized model itself."
+    )
+    return Material(ids, notes=[note])
+
+
+@contextmanager
+def _choosing() -> Iterator[Callable[[int, int, str], None] | None]:
+    """A function that names the candidate being tried on stderr; None where no terminal is."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with console.status("preparing") as status:
+        yield lambda done, total, name: status.update(
+            f"trying {done + 1} of {total}: {escape(name)}"
+        )
 
 
 def _calibration(run: Store, notes: list[str]) -> Tensor | None:

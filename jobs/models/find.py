@@ -31,14 +31,20 @@ class Found:
 
 
 def find(
-    name: str, storage: str, command: str, cell: str | None = None, revision: str = "main"
+    name: str,
+    storage: str,
+    command: str,
+    cell: str | None = None,
+    revision: str | None = None,
 ) -> Found:
-    """The model `name`: a folder, a URL, a hub id, or a run with `cell`.
+    """The model `name`: a folder, a URL, a hub id (at `revision`, or main), or a run with `cell`.
 
     Raises:
-        SpecErrors: one line; there is none, or it is a run and `cell` names none of its cells.
+        SpecErrors: one line; there is none, or it is a run and `cell` names none of its cells, or
+            it is no hub id and has a revision.
     """
     if cell is not None:
+        _refuse_revision(f"the cell {cell} of {name}", revision)
         return _cell(name, find_run(name, storage, command), cell)
     try:
         return _found(name, storage, command, revision)
@@ -48,7 +54,14 @@ def find(
         raise SpecErrors([" ".join(str(error).split())]) from None
 
 
-def _found(name: str, storage: str, command: str, revision: str) -> Found:
+def _refuse_revision(what: str, revision: str | None) -> None:
+    if revision is not None:
+        raise SpecErrors(
+            [f"--revision {revision}: {what} has none, only hub ids do; leave it away"]
+        )
+
+
+def _found(name: str, storage: str, command: str, revision: str | None) -> Found:
     path = Path(name).expanduser()
     if not name.strip():
         raise SpecErrors([f"MODEL: is empty; may be {_MAY_BE}"])
@@ -58,8 +71,10 @@ def _found(name: str, storage: str, command: str, revision: str) -> Found:
     if "://" in name:
         place = open_store(name)
         if place.exists(CONFIG):
+            _refuse_revision(name, revision)
             return _of_folder(name, place.fetch_folder(""))
     elif (path / CONFIG).is_file() or (path / DESCRIPTION).is_file():
+        _refuse_revision(name, revision)
         return _of_folder(name, path)
     root = open_store(storage)
     run = known_run(name, root)
@@ -74,7 +89,7 @@ def _found(name: str, storage: str, command: str, revision: str) -> Found:
         raise SpecErrors([f"{name}: no such folder; may be {_MAY_BE}; {there}"])
     from trainer.models import find_model
 
-    return _of_folder(name, find_model("MODEL", name, revision))
+    return _of_folder(name, find_model("MODEL", name, revision or "main"))
 
 
 _MAY_BE = "a model's folder or URL, a run with --cell, or a hub id such as Qwen/Qwen3-0.6B"

@@ -59,6 +59,19 @@ def draw_faults(temperature: float | None, top_p: float | None, seed: int | None
     return faults
 
 
+def preference(found: Found, spec: QuantSpec | None, asked: str | None) -> str:
+    """What kernels are chosen for. Raises SpecErrors, one line, where there are none to choose."""
+    if asked is not None and spec is None and found.kind != "artifact":
+        mend = ", or give --bits" if found.kind == "plain" else ""
+        raise SpecErrors(
+            [
+                f"--prefer {asked}: {found.name} has no layers of stillhouse quantize, which alone "
+                f"have a choice of kernels; leave it away{mend}"
+            ]
+        )
+    return asked or "speed"
+
+
 def model_of(found: Found, spec: QuantSpec | None, device: str, prefer: str) -> Any:
     """The model, ready to run; a plain one is quantized in memory where `spec` asks for it.
 
@@ -74,6 +87,7 @@ def model_of(found: Found, spec: QuantSpec | None, device: str, prefer: str) -> 
 
     check_fits(found.folder, spec)
     model, _ = load_and_quantize(found, spec, {}, device)
+    model.to(device)
     use_kernels(model, prefer)  # type: ignore[arg-type]
     return model
 
@@ -102,8 +116,8 @@ def write_text(made: Stream) -> int:
         _forget_stdout()
     finally:
         made.close()
-    if not last.endswith("\n"):
-        typer.echo()
+        if not last.endswith("\n"):  # before an error's line too
+            typer.echo()
     typer.echo(line_of(made.statistics), err=True)
     return code
 

@@ -5,21 +5,52 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jobs.models.find import Found
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "*.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.*",
-    "*.tiktoken",
+ANY_OF = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
 )
-ANY_OF = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+class OutOfMemory(OSError):
+    """The GPU or the machine has too little memory (exit code 3): one line."""
+
+
+@contextlib.contextmanager
+def enough_memory(name: str) -> Iterator[None]:
+    """Raises OutOfMemory, one line, where the block finds no memory for the model `name`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        short = short_of_memory(error)
+        if short is None:
+            raise
+        mend = "give --device cpu, or " if short == "the GPU" else ""
+        raise OutOfMemory(
+            f"{name}: {short} has too little memory for it; {mend}end what else it runs"
+        ) from None
+
+
+def short_of_memory(error: BaseException | None) -> str | None:
+    """Whose memory an error or its cause says is too little, None where it says nothing so."""
+    import torch
+
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return "the GPU"
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            return "this machine"
+        error = error.__cause__
+    return None
 
 
 def quiet() -> None:
@@ -35,7 +66,7 @@ def load_tokenizer(found: Found) -> Any:
     from transformers import AutoTokenizer
 
     folder = found.folder
-    if not any((folder / name).is_file() for name in ANY_OF):
+    if not has_tokenizer(folder):
         raise ValueError(
             f"{folder}/tokenizer.json: is not there; copy tokenizer.json and tokenizer_config.json "
             "of the model that this one was made from into the folder"
@@ -47,12 +78,23 @@ def load_tokenizer(found: Found) -> Any:
         raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason})") from None
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer's vocabulary is there."""
+    return any((folder / name).is_file() for name in ANY_OF)
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies what a tokenizer is read from, with its chat template."""
-    for pattern in TOKENIZER_FILES:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)
+    """Copies what a tokenizer is read from, with its chat templates."""
+    from transformers.utils.hub import CHAT_TEMPLATE_DIR
+
+    from quant.artifact import TOKENIZER_FILES
+
+    for path in source.iterdir():
+        wanted = path.name in TOKENIZER_FILES or path.suffix == ".tiktoken"
+        if wanted and path.is_file():
+            shutil.copyfile(path, target / path.name)
+        elif path.name == CHAT_TEMPLATE_DIR and path.is_dir():
+            shutil.copytree(path, target / path.name)
 
 
 def load_unquantized(folder: Path, device: str) -> Any:
@@ -71,6 +113,8 @@ def load_unquantized(folder: Path, device: str) -> Any:
     except ValueError as error:
         raise ValueError(_line(folder, error)) from None
     except Exception as error:  # damaged files raise many kinds
+        if short_of_memory(error):
+            raise
         raise ValueError(
             f"{folder}: the weights cannot be loaded ({_line(folder, error)})"
         ) from None

@@ -11,6 +11,7 @@ from jobs.errors import SpecErrors
 from quant.spec import BITS, CHANNEL, METHODS, GroupSize, QuantSpec, is_group_size
 
 DYNAMIC = "int8-dynamic"
+DYNAMIC_ONLY = f"--method {DYNAMIC}: has --bits 8 and --group-size {CHANNEL}, no others"
 ONE_OUT = "--out writes one model; leave it away to compare several"
 SIXTEEN = 16  # bits of a layer that stays as it is
 
@@ -46,8 +47,8 @@ class Grid:
             faults.append(f"--bits: is missing; may be one of {', '.join(map(str, BITS))}")
         dynamic = method == DYNAMIC
         size: GroupSize = CHANNEL if dynamic else 64
-        if dynamic and (set(self.bits) - {8} or set(self.group_sizes) - {CHANNEL}):
-            faults.append(f"--method {DYNAMIC}: has --bits 8 and --group-size {CHANNEL}, no others")
+        if dynamic and self._beside_dynamic():
+            faults.append(DYNAMIC_ONLY)
         if faults:
             raise SpecErrors(faults)
         try:
@@ -61,8 +62,14 @@ class Grid:
         except ValueError as error:
             raise SpecErrors([f"--method {method}: {error}"]) from None
 
+    def _beside_dynamic(self) -> bool:
+        """Whether bits or group sizes are given that int8-dynamic has not."""
+        return bool(set(self.bits) - {8} or set(self.group_sizes) - {CHANNEL})
+
     def section(self) -> dict[str, Any]:
-        """The section `sweep` of a spec."""
+        """The section `sweep` of a spec. Raises SpecErrors for what no cell would have."""
+        if self.methods == [DYNAMIC] and self._beside_dynamic():
+            raise SpecErrors([DYNAMIC_ONLY])
         section: dict[str, Any] = {"group_size": self.group_sizes or [64]}
         if self.bits:
             section["bits"] = self.bits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import signal
 import time
@@ -14,7 +15,13 @@ from typing import Any
 
 from jobs.errors import Interrupted, SpecErrors
 from jobs.models.find import Found, find
-from jobs.models.load import copy_tokenizer, load_unquantized, quiet
+from jobs.models.load import (
+    copy_tokenizer,
+    has_tokenizer,
+    load_unquantized,
+    quiet,
+    short_of_memory,
+)
 from jobs.models.show import bits, seconds, size
 from quant.spec import QuantSpec
 
@@ -23,7 +30,10 @@ COMMAND = "quantize"
 
 @dataclass(frozen=True)
 class Written:
-    """What `quantize_to` wrote. bytes: of all files; dense_bytes: with the weights in 16 bits."""
+    """What `quantize_to` wrote.
+
+    bytes: of all files; dense_bytes: with the weights in 16 bits; tokenizer: is there one.
+    """
 
     folder: Path
     bytes: int
@@ -31,6 +41,7 @@ class Written:
     bits_per_weight: float
     seconds: float
     kernels: str
+    tokenizer: bool
 
     def lines(self) -> list[str]:
         """For the terminal."""
@@ -41,11 +52,14 @@ class Written:
             f"bits: {bits(self.bits_per_weight)} true bits per weight",
             f"quantized in {seconds(self.seconds)}",
             f"kernel: {self.kernels}",
-            f"run it: stillhouse generate {self.folder} --prompt TEXT",
+            f"run it: stillhouse generate {self.folder} --prompt TEXT"
+            if self.tokenizer
+            else "tokenizer: the model has none, so none was copied; copy one into the folder to "
+            "run it",
         ]
 
 
-def find_unquantized(model: str, storage: str, revision: str) -> Found:
+def find_unquantized(model: str, storage: str, revision: str | None = None) -> Found:
     """The plain model to quantize. Raises SpecErrors, one line."""
     found = find(model, storage, COMMAND, revision=revision)
     refuse_quantized(found)
@@ -89,42 +103,73 @@ def quantize_to(
     out: Path,
     device: str,
 ) -> Written:
-    """Quantizes a plain model and writes it to `out`, whole or not at all."""
+    """Quantizes a plain model and writes it to `out`, whole or not at all.
+
+    An interrupt before it is written ends with `Interrupted`.
+    """
     from quant.artifact import save_quantized
     from quant.bytes import dense_bytes, true_bits_per_weight, true_bytes
     from quant.folder import whole_folder
-    from quant.kernels import kernel_names, use_kernels
 
-    with whole_folder(out, keep=lambda _: False, replace=lambda _: ()) as partial:
+    with (
+        terminable(),
+        whole_folder(out, keep=lambda _: False, replace=lambda _: ()) as partial,
+    ):
         model, took = load_and_quantize(found, spec, layers, device)
         meta = {"source": found.name, "quantize_s": round(took, 2)}
         save_quantized(model, partial, spec, meta)
         copy_tokenizer(found.folder, partial)
-    total = sum(path.stat().st_size for path in out.iterdir())
-    use_kernels(model, "speed")
+    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Written(
         folder=out,
         bytes=total,
         dense_bytes=total - true_bytes(model) + dense_bytes(model),
         bits_per_weight=true_bits_per_weight(model),
         seconds=took,
-        kernels=kernel_names(model),
+        kernels=fastest_kernels(model, device),
+        tokenizer=has_tokenizer(out),
     )
+
+
+def fastest_kernels(model: Any, device: str) -> str:
+    """The kernels that the model would run on `device`, as `quant.kernels.kernel_names` has them.
+
+    Told by copies of its smallest layers, one of each layout: the model stays as it is.
+    """
+    from torch import nn
+
+    from quant.kernels import kernel_names, use_kernels
+    from quant.linear import QuantLinear, quant_linears
+
+    smallest: dict[Any, QuantLinear] = {}
+    # A head that shares the embedding's codes is copied with them: only if no other layer will do.
+    for layer in sorted(
+        quant_linears(model).values(), key=lambda layer: (layer.shared is not None, layer.rows)
+    ):
+        kind = (layer.bits, layer.group_size, layer.columns, layer.activations)
+        smallest.setdefault(kind, layer)
+    copies = nn.ModuleList(copy.deepcopy(layer).to(device) for layer in smallest.values())
+    use_kernels(copies, "speed")
+    return kernel_names(copies)
 
 
 def load_and_quantize(
     found: Found, spec: QuantSpec, layers: Mapping[str, QuantSpec | None], device: str
 ) -> tuple[Any, float]:
-    """The quantized model and the seconds that quantizing took, with a bar on a terminal."""
+    """The quantized model, on the CPU, and the seconds that quantizing took.
+
+    device: where the arithmetic runs; a GPU is given one weight at a time, so that a model may be
+    larger than it. A terminal shows a bar.
+    """
     from quant.quantize import quantize
 
-    model = load_unquantized(found.folder, device)
+    model = load_unquantized(found.folder, "cpu")
     began = time.perf_counter()
     with progress_bar("quantizing") as advance:
         try:
-            model = quantize(model, spec, layers=layers or None, progress=advance)
+            model = quantize(model, spec, layers=layers or None, device=device, progress=advance)
         except RuntimeError as error:  # of a layer, which it names
-            if not str(error).startswith("layer "):
+            if not str(error).startswith("layer ") or short_of_memory(error):
                 raise
             raise ValueError(" ".join(str(error).split())) from error
     return model, time.perf_counter() - began

@@ -25,7 +25,7 @@ def sweep_spec(
     data: str | None,
     name: str | None,
     storage: str,
-    revision: str,
+    revision: str | None,
     overrides: Sequence[str] = (),
 ) -> JobSpec:
     """The job that quantizes the model over the grid and measures every cell; no training.
@@ -47,7 +47,7 @@ def sweep_spec(
         "name": name or run_name(found.name),
         "storage": storage,
         "teacher": None,
-        "student": {"model": found.name, "revision": revision},
+        "student": {"model": found.name, "revision": revision or "main"},
         "data": {
             "train": [{"source": data or DATA}],
             "sequence_length": min(positions, TOKENS),

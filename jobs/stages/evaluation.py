@@ -142,6 +142,7 @@ def cell_task(
             threads=material.threads,
             device=material.device,
             vocab=material.vocab,
+            keep_16bit=material.sweep.keep_16bit,
         )
         for path in sorted(source.iterdir()):
             if path.name in TOKENIZER_FILES:

@@ -10,10 +10,10 @@ from cluster.session import Cluster
 from cluster.spec import CellResources
 from cluster.storage import Store
 from jobs.errors import Interrupted, SpecErrors
-from jobs.inputs import EVALUATION
+from jobs.inputs import EVALUATION, Outputs
 from jobs.stages.base import Context
 from jobs.stages.evaluation import Material, cell_task, model_task, speed_task, teacher_task
-from quant.spec import QuantSpec
+from quant.spec import QuantSpec, SweepSpec
 from trainer.fingerprint import fingerprint
 
 
@@ -56,6 +56,24 @@ def cell_resources(asked: CellResources, cluster: Cluster) -> tuple[int, float]:
     return cpus, gpus
 
 
+def cell_fingerprint(
+    cell: QuantSpec, sweep: SweepSpec, student: dict[str, Any], outputs: Outputs
+) -> str:
+    """What a cell's result depends on; `student`: the identity of one that is not trained here."""
+    kept = sorted(set(sweep.keep_16bit))
+    return fingerprint(
+        {
+            "evaluation": EVALUATION,
+            "cell": cell.to_dict(),
+            "model": outputs.get("distill", {}).get("student") or student,
+            "corpus": outputs["prepare"]["corpus"],
+            "cache": outputs.get("capture", {}).get("cache"),
+            "batch_sequences": sweep.batch_sequences,
+            **({"keep_16bit": kept} if kept else {}),  # cells from before the key stand
+        }
+    )
+
+
 class _Sweep:
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -82,22 +100,6 @@ class _Sweep:
         self.results: dict[str, dict[str, Any]] = {}
         self.busy_s = 0.0  # seconds of the tasks of this attempt
 
-    def fingerprint(self, cell: QuantSpec) -> str:
-        """What the cell's result depends on."""
-        outputs, spec = self.context.outputs, self.context.spec
-        assert spec.sweep is not None
-        return fingerprint(
-            {
-                "evaluation": EVALUATION,
-                "cell": cell.to_dict(),
-                "model": outputs.get("distill", {}).get("student")
-                or self.context.inputs.identities.student,
-                "corpus": outputs["prepare"]["corpus"],
-                "cache": outputs.get("capture", {}).get("cache"),
-                "batch_sequences": spec.sweep.batch_sequences,
-            }
-        )
-
     def finished(self, key: str, print_: str) -> dict[str, Any] | None:
         """The cell's published result, if it is done and of this fingerprint."""
         store, path = self.context.run.store, f"cells/{key}/result.json"
@@ -110,7 +112,12 @@ class _Sweep:
     def evaluate(self) -> None:
         """All cells that have no result yet, and the unquantized models, as tasks."""
         context, spec = self.context, self.context.spec
-        prints = {key: self.fingerprint(cell) for key, cell in self.cells.items()}
+        assert spec.sweep is not None
+        student = context.inputs.identities.student
+        prints = {
+            key: cell_fingerprint(cell, spec.sweep, student, context.outputs)
+            for key, cell in self.cells.items()
+        }
         for key in self.cells:
             found = None if context.forced else self.finished(key, prints[key])
             if found is not None:

@@ -75,7 +75,13 @@ def exact_plan(model: PreTrainedModel) -> Plan:
     if len(set(wanted.values())) == 1 and next(iter(wanted.values())).kind == "exact":
         return Plan(wanted, [note], dequantize=True)
     tables = [name for name in wanted if isinstance(layers[name], QuantEmbedding)]
-    return Plan({name: wanted[name] for name in wanted if name not in tables}, [note])
+    notes = [note]
+    if model.dtype == torch.bfloat16:  # that of the codes is float16
+        notes.append(
+            "Scales and zero points are rounded to bf16, since layers that differ are not unpacked "
+            "on loading: the codes are kept, the weights move a little."
+        )
+    return Plan({name: wanted[name] for name in wanted if name not in tables}, notes)
 
 
 def candidates(
@@ -88,6 +94,7 @@ def candidates(
     """What can be tried for a plan, the first being the default.
 
     original: 16-bit weights `[out, in]` by layer name; importance: float `[in]` by layer name.
+    Raises ValueError (one line) when none of the formats holds all layers of the plan.
     """
     sources = Sources(model, original, importance)
     kinds = {scheme.kind for scheme in plan.schemes.values()}
@@ -112,6 +119,12 @@ def candidates(
             for name, rule in rules
             if rule is not _absmax
         ]
+    if not made:
+        stored = "; ".join(sorted({str(scheme) for scheme in whole}))
+        raise ValueError(
+            'formats=["asymmetric"] holds models whose layers are all 4-bit in groups of one size; '
+            f'this one is stored as {stored}: ask for formats=["symmetric"]'
+        )
     return made
 
 
@@ -225,7 +238,7 @@ def _portable(name: str, layer: QuantWeight, rows: bool) -> Scheme:
     raise ValueError(
         f"layer {name} has groups of {layer.group_size}; the formats that vLLM and transformers "
         f"share have groups of {', '.join(map(str, GROUP_SIZES))} or whole rows: quantize again "
-        "with a multiple of 32, or ask for format exact, which transformers alone loads"
+        'with a multiple of 32, or ask for formats=["exact"], which transformers alone loads'
     )
 
 

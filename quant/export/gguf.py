@@ -33,11 +33,16 @@ UNTOLD_ERROR = 1e-6  # below float32's own rounding in a matrix product, so not 
 
 @torch.no_grad()
 def export_gguf(
-    model: PreTrainedModel, folder: Path, out: Path, kind: Kind = "auto"
+    model: PreTrainedModel,
+    folder: Path,
+    out: Path,
+    kind: Kind = "auto",
+    name: str | None = None,
 ) -> ExportReport:
     """Write `model`, quantized or plain, with the tokenizer in `folder` as one GGUF file.
 
-    out: a path that ends in .gguf, or a folder, which then gets `<name of folder>.gguf`. kind:
+    out: a path that ends in .gguf, or a folder, which then gets `<name>.gguf`. name: what the file
+    says that the model is called (`general.name`), by default `model_name(folder)`. kind:
     "auto" keeps codes of up to 4 bits as Q4_1 and of 5 bits as Q5_1, exactly but for the float16
     rounding of offsets, codes of more bits as Q8_0, and what is not quantized as F16; "f32",
     "f16" and "q8_0" store every matrix that way. The file appears whole or not at all, and one
@@ -47,6 +52,7 @@ def export_gguf(
     if kind not in MATRICES:
         raise ValueError(f"kind {kind!r} is unknown; may be {', '.join(MATRICES)}")
     folder, out = Path(folder).resolve(), Path(out)
+    name = name or model_name(folder)
     offered = architecture_of(model)
     rows = embedding_rows(model)
     vocabulary = read_vocabulary(folder, rows)
@@ -58,13 +64,13 @@ def export_gguf(
 
     writer = GGUFWriter(None, offered.name)
     writer.add_type("model")
-    writer.add_name(folder.name)
+    writer.add_name(name)
     writer.add_file_type(FILE_TYPES[types[0]])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     add_parameters(writer, model.config, offered, rows)
     vocabulary.write(writer)
 
-    path = out if out.suffix == ".gguf" else out / f"{folder.name}.gguf"
+    path = out if out.suffix == ".gguf" else out / f"{name}.gguf"
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder; may be a file, or a folder whose name does not end so"
@@ -80,6 +86,23 @@ def export_gguf(
         notes=[_size(size, planned), *_remarks(planned, costs), *vocabulary.notes],
         error={name: error for name, (error, _) in costs.items() if error},
     )
+
+
+def model_name(folder: Path) -> str:
+    """What the model in `folder` is called, which the folder's own name may not say.
+
+    Of `models--org--name/snapshots/<hash>`, as the hub's cache has it, the name; of
+    `run/cells/key/model`, run and key; of any other folder `model`, the name of the one around it.
+    """
+    folder = Path(folder).resolve()
+    parents = [parent.name for parent in folder.parents] + [""] * 3
+    if parents[0] == "snapshots" and parents[1].startswith("models--"):
+        return parents[1].rpartition("--")[2]
+    if folder.name != "model":
+        return folder.name
+    if parents[1] == "cells":
+        return f"{parents[2]}-{parents[0]}"
+    return parents[0] or folder.name
 
 
 def _write(

@@ -173,6 +173,8 @@ def _ends(folder: Path) -> list[int]:
         ends = json.loads(path.read_text()).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if isinstance(ends, int):
+        return [ends]
     return [int(end) for end in ends] if isinstance(ends, list) else []
 
 

@@ -22,7 +22,7 @@ Asymmetric weights load in transformers only while it dequantizes: config.json a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,6 @@ from quant.artifact import load_quantized
 from quant.export.candidates import (
     ALONE,
     PORTABLE,
-    Candidate,
     Plan,
     candidates,
     exact_plan,
@@ -76,6 +75,7 @@ def export_hf(
     formats: Sequence[str] | None = None,
     original: PreTrainedModel | str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> HfReport:
     """Write a quantized model into `out`, a folder that appears whole or not at all.
 
@@ -83,8 +83,10 @@ def export_hf(
     calibration: int64 `[n, seq]`, token ids that nothing is reported on. formats: some of
     "symmetric" and "asymmetric" (default: both; the lowest KL wins), or "exact" or "bf16" alone.
     original: the unquantized model or its folder: weights to quantize from, and the reference of
-    the choice. shard_bytes: largest safetensors file. Raises ValueError (one line) for folders,
-    ids or models that will not do: experts, group sizes, layers that are no `torch.nn.Linear`.
+    the choice. shard_bytes: largest safetensors file. progress: called with the number of
+    candidates that were measured, of all, and the name of the next. Raises ValueError (one line)
+    for folders, ids or models that will not do: experts, group sizes, layers that are no
+    `torch.nn.Linear`, formats that do not hold the model.
     """
     source, out = Path(source), Path(out)
     wanted = _formats(formats)
@@ -100,7 +102,7 @@ def export_hf(
         plan = exact_plan(model)
     elif wanted != ("bf16",):
         plan = portable_plan(model, linear)
-    chosen = _choose(model, stock, plan, wanted, calibration, original)
+    chosen = _choose(model, stock, plan, wanted, calibration, original, progress)
     put(stock, chosen.packed)
     notes = [*plan.notes, *chosen.notes, *_sixteen_bits(model, stock, plan)]
     files, tensors = write_folder(
@@ -140,6 +142,7 @@ def _choose(
     formats: Sequence[str],
     calibration: Tensor | None,
     original: PreTrainedModel | str | Path | None,
+    progress: Callable[[int, int, str], None] | None,
 ) -> _Chosen:
     """The candidate of lowest KL; without calibration the default one. Leaves `stock` changed."""
     if not plan.schemes:
@@ -160,18 +163,22 @@ def _choose(
     tries = candidates(model, plan, formats, weights, inputs)
     codes = Reference(model, calibration)
     reference = codes if first is None else Reference(first, calibration)
-    best: tuple[float, Candidate, dict[str, Packed]] | None = None
     kl = {}
-    for candidate in tries:
+    for number, candidate in enumerate(tries):
+        if progress is not None:
+            progress(number, len(tries), candidate.name)
         packed = candidate.pack()
         put(stock, packed)
         with quantized_inputs(stock, packed):
             kl[candidate.name] = reference.compare(stock)[0]
-        if best is None or kl[candidate.name] < best[0]:
-            best = kl[candidate.name], candidate, packed
-    assert best is not None
-    _, candidate, packed = best
-    put(stock, packed)
+        if number < len(tries) - 1:
+            del packed  # before the next is made: each has the size of the model's codes
+    best = min(tries, key=lambda tried: kl[tried.name])
+    if best is not candidate:
+        del packed
+        packed = best.pack()
+        put(stock, packed)
+    candidate = best
     with quantized_inputs(stock, packed):
         divergence, agreed = codes.compare(stock)
     notes = [

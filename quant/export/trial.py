@@ -19,6 +19,7 @@ from quant.divergence import full_kl
 from quant.export.compressed import Packed
 from quant.linear import quant_weights
 from quant.logits import CountedLogits
+from quant.skeleton import EmptyOnMeta
 
 CHUNK = 256  # positions whose logits are at hand at once
 INT8 = 127.5  # compressed-tensors' range of int8 inputs: half of 255 steps
@@ -27,13 +28,14 @@ INT8 = 127.5  # compressed-tensors' range of int8 inputs: half of 255 steps
 def stock_model(model: PreTrainedModel) -> PreTrainedModel:
     """An unquantized transformers model of the same config, dtype, device and weights.
 
+    Weights that are not quantized are `model`'s own, in the same memory.
     Raises ValueError when a quantized layer is none that a stock model has as `nn.Linear` or
     `nn.Embedding` of the same shape.
     """
     config = copy.deepcopy(model.config)
-    dense = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    with EmptyOnMeta():
+        dense = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     layers = quant_weights(model)
-    own = {name: kept for name, kept in model.state_dict().items() if _owner(name, layers) is None}
     for name, layer in layers.items():
         stock = dense.get_submodule(name)
         if type(stock) not in (nn.Linear, nn.Embedding):
@@ -46,20 +48,41 @@ def stock_model(model: PreTrainedModel) -> PreTrainedModel:
                 f"layer {name} is [{layer.rows}, {layer.columns}], in a stock "
                 f"{type(dense).__name__} of this config it is {list(stock.weight.shape)}"
             )
-        own[f"{name}.weight"] = layer.dequantize(model.dtype)
-        bias = getattr(layer, "bias", None)
-        if bias is not None:
-            own[f"{name}.bias"] = bias
-    missing, unexpected = dense.load_state_dict(own, strict=False)
+    own = {name: kept for name, kept in model.state_dict().items() if _owner(name, layers) is None}
+    held = {*own, *(f"{name}.weight" for name in layers)}
+    held |= {f"{name}.bias" for name, layer in layers.items() if _bias(layer) is not None}
+    there = dense.state_dict(keep_vars=True)
     tied = getattr(dense, "all_tied_weights_keys", None) or {}
-    odd = [*(name for name in missing if name not in tied), *unexpected]
+    odd = [name for name in there if name not in held and name not in tied]
+    odd += [name for name in held if name not in there]
     if odd:
         raise ValueError(
             f"a stock {type(dense).__name__} has not the tensors of this model: {len(odd)} differ, "
             f"the first is {odd[0]}"
         )
+    made: dict[Tensor, Tensor] = {}  # one for all names of a tied weight
+    for name, empty in there.items():
+        if name in held and empty not in made:
+            parent, _, last = name.rpartition(".")
+            if parent not in layers:
+                filled = own[name]
+            elif last == "bias":
+                filled = _bias(layers[parent])
+            else:
+                filled = layers[parent].dequantize(model.dtype)
+            filled = filled.detach().to(empty.dtype)
+            if isinstance(empty, nn.Parameter):
+                filled = nn.Parameter(filled, requires_grad=False)
+            made[empty] = filled
+    for name, empty in there.items():
+        parent, _, last = name.rpartition(".")
+        setattr(dense.get_submodule(parent), last, made[empty])
     nn.Module.to(dense, model.device)
     return dense.eval().requires_grad_(False)
+
+
+def _bias(layer: nn.Module) -> Any:
+    return getattr(layer, "bias", None)
 
 
 def put(dense: PreTrainedModel, packed: Mapping[str, Packed]) -> None:

@@ -13,11 +13,11 @@ def use_kernels(model: nn.Module, prefer: Preference = "speed") -> dict[str, str
     """Choose the kernel of every quantized linear layer; returns what each runs, by layer name.
 
     "speed": the fastest one, where codes of 1 to 3 bits take 4 bits of memory and those of 5 and 6
-    take 8. "memory": only layouts that hold the codes in as many bytes as they are stored in (the
-    kernel's own copy of scales and zero points, 32 bits per group, comes on top). "plain":
-    dequantize + matmul, as stored. Stored codes are let go while a kernel holds them, and come
-    back exactly. Where no kernel fits, the description says why. Raises ValueError for another
-    preference.
+    take 8. "memory": only layouts that hold the codes in as many bytes as they are stored in. The
+    kernel's own copy of scales and zero points comes on top with both: 32 bits per group, or 64
+    where the int4 kernel of a CPU has two planes (codes of 5 to 8 bits). "plain": dequantize +
+    matmul, as stored. Stored codes are let go while a kernel holds them, and come back exactly.
+    Where no kernel fits, the description says why. Raises ValueError for another preference.
     """
     if prefer not in PREFERENCES:
         raise ValueError(f"prefer {prefer!r} is unknown; may be {', '.join(PREFERENCES)}")

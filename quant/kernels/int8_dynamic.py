@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quant.codes import Codes
+from quant.codes import Codes, row_chunks
 from quant.kernels.kernel import Kernel, Refused, StoredWeight
 
 CUDA_ROWS = 32  # torch._int_mm wants more than 16 rows on a GPU
@@ -29,11 +29,14 @@ class Int8Dynamic(Kernel):
             raise Refused("zero points that are not whole do not fit the int8 kernel")
         if weight.scale.is_cuda and (self.columns % 8 or self.rows % 8):
             raise Refused("a GPU's int8 kernel wants widths that are multiples of 8")
-        codes = weight.unpacked().codes
-        whole = codes.to(torch.int16) - self.zero.to(torch.int16)
-        if int(whole.min()) < -128 or int(whole.max()) > 127:
-            raise Refused("codes further than 8 bits from their zero point do not fit int8")
-        self.transposed = whole.to(torch.int8).t()  # [columns, rows], a view
+        held = torch.empty(self.rows, self.columns, dtype=torch.int8, device=weight.codes.device)
+        for part in row_chunks(self.rows, self.columns, held.device):
+            # float16 zero points go further than int16.
+            whole = weight.unpacked(part).codes.to(torch.int32) - self.zero[part].to(torch.int32)
+            if int(whole.min()) < -128 or int(whole.max()) > 127:
+                raise Refused("codes further than 8 bits from their zero point do not fit int8")
+            held[part] = whole
+        self.transposed = held.t()  # [columns, rows], a view
         self.row_scale = self.scale.float().t().contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -47,7 +50,10 @@ class Int8Dynamic(Kernel):
         return (total * scale).mul_(self.row_scale).to(x.dtype).view(*x.shape[:-1], self.rows)
 
     def unpacked(self) -> Codes:
-        codes = (self.transposed.t().to(torch.int16) + self.zero.to(torch.int16)).to(torch.uint8)
+        held = self.transposed.t()
+        codes = torch.empty_like(held, dtype=torch.uint8)
+        for part in row_chunks(self.rows, self.columns, codes.device):
+            codes[part] = held[part].to(torch.int16) + self.zero[part].to(torch.int16)
         return Codes(codes, self.scale, self.zero, self.bits)
 
 

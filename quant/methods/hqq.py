@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quant.codes import Codes
 from quant.methods.search import Search
-from quant.methods.slices import Numbers, Room, Slices, runs
+from quant.methods.slices import Slices, runs
 
 ON_DEVICE = 1 << 28  # weights at once on an accelerator: hqq has about 16 bytes of each in use
 
@@ -42,30 +42,27 @@ def _fast(groups: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Tensor, Ten
     low, high, inverse, zero = (torch.empty(count) for _ in range(4))
     scale16, zero16 = (torch.empty(count, dtype=torch.float16) for _ in range(2))
     codes = torch.empty(groups.shape, dtype=torch.uint8)
-    with Slices(groups) as slices:
-
-        def extremes(room: Room, some: Numbers) -> None:
-            rows, part = room.rows(some), slice(some[0], some[-1] + 1)
-            torch.amin(rows, 1, out=low[part])
-            torch.amax(rows, 1, out=high[part])
-
-        slices.map(extremes, np.arange(count))
-        finite = True
+    slices = Slices(groups)
+    for numbers, rows in slices.split(np.arange(count)):
+        part = slice(int(numbers[0]), int(numbers[-1]) + 1)
+        torch.amin(rows, 1, out=low[part])
+        torch.amax(rows, 1, out=high[part])
+    finite = True
+    for part in runs(count):
+        # As in Quantizer.quantize, operation for operation; its scale is the inverse one.
+        spread = high[part] - low[part]
+        first = top / spread
+        first = torch.where(spread.abs() <= 1e-4, torch.full_like(first, 1.0), first)
+        inverse[part] = first.clamp(max=2e4)
+        start = -low[part] * inverse[part]
+        zero[part] = torch.round(start) if settings["round_zero"] else start
+        finite &= bool(spread.isfinite().all())
+    if finite:  # else it is refused in the end: codes mean nothing
+        search = Search(slices, inverse.numpy(), zero.numpy(), top)
+        search.run()
         for part in runs(count):
-            # As in Quantizer.quantize, operation for operation; its scale is the inverse one.
-            spread = high[part] - low[part]
-            first = top / spread
-            first = torch.where(spread.abs() <= 1e-4, torch.full_like(first, 1.0), first)
-            inverse[part] = first.clamp(max=2e4)
-            start = -low[part] * inverse[part]
-            zero[part] = torch.round(start) if settings["round_zero"] else start
-            finite &= bool(spread.isfinite().all())
-        if finite:  # else it is refused in the end: codes mean nothing
-            search = Search(slices, inverse.numpy(), zero.numpy(), top)
-            search.run()
-            for part in runs(count):
-                zero[part] = torch.where(low[part] == high[part], -low[part], zero[part])
-            search.encode(codes)
+            zero[part] = torch.where(low[part] == high[part], -low[part], zero[part])
+        search.encode(codes)
     for part in runs(count):
         scale16[part] = 1.0 / inverse[part]
         zero16[part] = zero[part]

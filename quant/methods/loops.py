@@ -1,7 +1,7 @@
 """Fused loops over groups of weights: what torch would do in a dozen passes over memory, in one.
 
 Each rounds as the torch operations it names do, element by element: float32 throughout, one
-operation at a time, a true division. They let go of the GIL, so threads run beside each other.
+operation at a time, a true division. They let go of the GIL.
 Arrays: weight, space, out `[n, size]`; picked int64 `[n]`, the groups that these rows are; scale
 and zero float32 `[groups]`, hqq's (the scale is the inverse one); large and new float32 `[n]`,
 errors float64 `[n]`.
@@ -60,6 +60,18 @@ def step(weight, picked, scale, zero, top, limit, space, errors, large):  # type
         large[g] = many
         found |= many > _0
     return found
+
+
+@_jit()
+def miss(weight, picked, scale, zero, top, codes, missing):  # type: ignore[no-untyped-def]
+    """`codes` as in `step`, in float32, and `missing = weight - (codes - zero) / scale`."""
+    for g in range(weight.shape[0]):
+        s, z = scale[picked[g]], zero[picked[g]]
+        for j in range(weight.shape[1]):
+            w = weight[g, j]
+            q = min(max(np.rint(w * s + z), _0), top)
+            codes[g, j] = q
+            missing[g, j] = w - (q - z) / s
 
 
 @_jit()

@@ -22,14 +22,11 @@ import math
 
 import numpy as np
 import torch
-from hqq.core.optimize import (
-    optimize_weights_proximal_legacy,
-    optimize_weights_proximal_legacy_step,
-)
+from hqq.core.optimize import optimize_weights_proximal_legacy, shrink_lp_op
 from torch import Tensor
 
 from quant.methods import loops
-from quant.methods.slices import Floats, Numbers, Room, Slices
+from quant.methods.slices import Floats, Numbers, Slices
 
 # Two mean errors closer than this, relatively, are compared as torch's float32 means. These are
 # within 1e-7 of the true means of random numbers, within 1.1e-6 of that of 65 million equal ones.
@@ -64,7 +61,7 @@ class Search:
         exact: _ExactError | None = None
         for _ in range(_OPTIONS["iters"]):
             steps = [*steps[-1:], (active, self.zero[active])]
-            results = self.slices.map(self._step, active)
+            results = [self._step(part, rows) for part, rows in self.slices.split(active)]
             error = settled + sum(moving + still for _, moving, still in results)
             if exact is None and abs(best - error) <= TIE * error:
                 before = self.zero.copy()
@@ -86,18 +83,14 @@ class Search:
 
     def encode(self, out: Tensor) -> None:
         """Put the codes with the present zero points into `out`, uint8 `[groups, size]`."""
-        values = out.numpy()
+        codes, top = out.numpy(), np.float32(self.top)
+        for part, rows in self.slices.split(self.all):
+            loops.encode(rows.numpy(), part, self.scale, self.zero, top, codes)
 
-        def encode(room: Room, groups: Numbers) -> None:
-            rows = room.rows(groups).numpy()
-            loops.encode(rows, groups, self.scale, self.zero, np.float32(self.top), values)
-
-        self.slices.map(encode, self.all)
-
-    def _step(self, room: Room, groups: Numbers) -> tuple[Numbers, float, float]:
+    def _step(self, groups: Numbers, rows: Tensor) -> tuple[Numbers, float, float]:
         """One step of these groups: which moved, the errors before it of those and of the rest."""
-        count = len(groups)
-        rows, space, mean = room.rows(groups), room.space[:count], room.mean[:count]
+        count, buffers = len(groups), self.slices
+        space, mean = buffers.space[:count], buffers.mean[:count]
         found = loops.step(
             rows.numpy(),
             groups,
@@ -106,17 +99,17 @@ class Search:
             np.float32(self.top),
             LIMIT,
             space.numpy(),
-            room.errors,
-            room.large,
+            buffers.errors,
+            buffers.large,
         )
         torch.mean(space, dim=1, out=mean)
         new = mean.numpy()
         if found:
-            self._shrink(room, groups, room.large[:count] > 0, new)
-        moved, moving, still = loops.settle(groups, new, room.errors, self.zero, room.moved)
-        return room.moved[:moved].copy(), moving, still
+            self._shrink(groups, buffers.large[:count] > 0, new)
+        moved, moving, still = loops.settle(groups, new, buffers.errors, self.zero, buffers.moved)
+        return buffers.moved[:moved].copy(), moving, still
 
-    def _shrink(self, room: Room, groups: Numbers, large: np.ndarray, new: Floats) -> None:
+    def _shrink(self, groups: Numbers, large: np.ndarray, new: Floats) -> None:
         """Put hqq's own step of the groups with `large` errors into `new`.
 
         torch's pow of an element is another one, in the last bit, within a vector and behind the
@@ -126,23 +119,22 @@ class Search:
         if body.any():
             picked = groups[body]
             padded = -len(picked) % self.period
-            step = self._hqq_step(room, np.concatenate([picked, np.repeat(picked[:1], padded)]))
+            step = self._hqq_step(np.concatenate([picked, np.repeat(picked[:1], padded)]))
             new[body] = step[: len(picked)]
         end = large & (groups >= self.tail)
         if end.any():
-            new[end] = self._hqq_step(room, self.all[self.tail :])[groups[end] - self.tail]
+            new[end] = self._hqq_step(self.all[self.tail :])[groups[end] - self.tail]
 
-    def _hqq_step(self, room: Room, groups: Numbers) -> Floats:
-        _, _, zero, _ = optimize_weights_proximal_legacy_step(
-            room.rows(groups),
-            torch.from_numpy(self.scale[groups, None]),
-            torch.from_numpy(self.zero[groups, None]),
-            [0, self.top],
-            _BETA,
-            _NORM,
-            1,
-        )
-        return zero.flatten().numpy()
+    def _hqq_step(self, groups: Numbers) -> Floats:
+        """The zero points of `optimize_weights_proximal_legacy_step`, of at most a slice."""
+        rows = self.slices.rows(groups)
+        codes, missing = torch.empty_like(rows), torch.empty_like(rows)
+        # Not torch.round: torch wakes its threads for it from 2,048 elements on.
+        top = np.float32(self.top)
+        loops.miss(rows.numpy(), groups, self.scale, self.zero, top, codes.numpy(), missing.numpy())
+        shrunk = shrink_lp_op(missing, _BETA, _NORM)
+        scale = torch.from_numpy(self.scale[groups, None])
+        return torch.mean(codes - (rows - shrunk) * scale, dim=1).numpy()
 
 
 class _ExactError:
@@ -157,12 +149,9 @@ class _ExactError:
         """Let these groups have these zero points."""
         self.zero[groups] = zero
         search, out = self.search, self.deviations.numpy()
-
-        def deviate(room: Room, some: Numbers) -> None:
-            rows = room.rows(some).numpy()
-            loops.deviate(rows, some, search.scale, self.zero, np.float32(search.top), out)
-
-        search.slices.map(deviate, groups)
+        for part, rows in search.slices.split(groups):
+            top = np.float32(search.top)
+            loops.deviate(rows.numpy(), part, search.scale, self.zero, top, out)
 
     def mean(self) -> float:
         return float(self.deviations.mean())

@@ -81,15 +81,42 @@ def test_one_of_two_tied_ends_of_the_student(faults: Run) -> None:
     assert line.startswith("sweep.group_size: group_size 48 does not do")
 
 
-def test_a_student_with_fused_experts_cannot_be_quantized(faults: Run, teacher: Path) -> None:
+def test_a_student_with_fused_experts(faults: Run, teacher: Path) -> None:
     from tests.unit.quant.families import tiny as tiny_model
 
     folder = teacher / "experts"
     tiny_model("mixtral", vocab_size=400, max_position_embeddings=64).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(teacher / "tokenizer" / file, folder)
-    line = only(faults(distill=None, student={"model": str(folder)}))
+    job = {"distill": None, "student": {"model": str(folder)}}
+    line = only(faults(**job))
     assert line.startswith("sweep: MixtralForCausalLM has weights that cannot be quantized")
+    assert line.endswith("to leave them so knowingly, say sweep.keep_16bit: ['*.experts']")
+
+    experts = "sweep.keep_16bit=['*.experts*']"
+    assert only(faults(experts, "data.report_sequences=5000", **job)).startswith("corpus too small")
+    line = only(faults(experts, "sweep.group_size=[48]", **job))
+    assert line.startswith("sweep.group_size: group_size 48 does not do for layer model.layers.0")
+    line = only(faults("sweep.keep_16bit=['*.expert']", **job))
+    assert line.startswith("sweep.keep_16bit: '*.expert' matches no layer; there are for example")
+    line = only(faults("sweep.keep_16bit=['*.layers.*']", **job))
+    assert line == (
+        "sweep: MixtralForCausalLM has no layer besides what sweep.keep_16bit lists: "
+        "nothing to quantize"
+    )
+
+
+def test_a_student_of_odd_width(faults: Run, teacher: Path) -> None:
+    from tests.unit.quant.families import tiny as tiny_model
+
+    folder = teacher / "odd"
+    model = tiny_model("llama", vocab_size=400, max_position_embeddings=64, intermediate_size=100)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(teacher / "tokenizer" / file, folder)
+    line = only(faults(distill=None, student={"model": str(folder)}))
+    assert line.startswith("sweep: layer model.layers.0.mlp.down_proj is 100 weights wide")
+    assert line.endswith("it can only stay in 16 bits, sweep.keep_16bit: ['*.down_proj']")
 
 
 def test_a_source_that_matches_no_file(faults: Run) -> None:

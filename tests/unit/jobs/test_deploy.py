@@ -243,6 +243,110 @@ def test_models_that_are_none(
     assert "the weights cannot be loaded" in line and not Path("new").exists()
 
 
+def test_once_written_an_interrupt_says_nothing_else(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quant.kernels.use_kernels", stop)
+    assert run("quantize model --bits 4 --group-size 32 --out new") == 130
+    assert "nothing was written" not in capsys.readouterr().err
+    assert read_description(here / "new")
+
+
+def test_the_kernels_are_those_of_the_whole_model(folder: Path) -> None:
+    """Told by a few small layers, which leaves the model as it was."""
+    from jobs.models.quantize import fastest_kernels
+    from quant.kernels import kernel_names, use_kernels
+    from quant.linear import quant_linears
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
+    spec = QuantSpec(4, 32, embeddings=True, head=True)
+    model = quantize(model, spec, {"*.up_proj": QuantSpec(8, 32), "*.q_proj": QuantSpec(4, 8)})
+    use_kernels(model, "plain")
+    told = fastest_kernels(model, "cpu")
+    assert {layer.kernel for layer in quant_linears(model).values()} == {"plain"}
+    use_kernels(model, "speed")
+    assert told == kernel_names(model)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+            "the GPU has too little memory for it; give --device cpu, or end what else it runs",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "this machine has too little memory for it; end what else it runs",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    ("place", "command"),
+    [
+        ("quant.quantize.quantize_weight", "quantize model --bits 4 --group-size 32 --out new"),
+        ("trainer.models.load_model", "quantize model --bits 4 --group-size 32 --out new"),
+        ("quant.quantize.quantize_weight", "generate model --bits 4 --group-size 32 --prompt a"),
+        ("transformers.LlamaForCausalLM.forward", "generate model --prompt a"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    place: str,
+    command: str,
+    error: Exception,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(place, fail)
+    assert run(command) == 3
+    assert capsys.readouterr().err == f"error: model: {line}\n"
+    assert not Path("new").exists()
+
+
+def test_the_16_bit_model_stays_off_the_gpu(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    """Its weights go there one by one, the whole of it never (the device here is `meta`)."""
+    from jobs.models.find import find
+    from jobs.models.quantize import load_and_quantize
+
+    asked: list[Any] = []
+
+    def quantized(model: Any, *_: Any, device: Any, **__: Any) -> Any:
+        asked.append((device, {parameter.device.type for parameter in model.parameters()}))
+        return model
+
+    monkeypatch.setattr("quant.quantize.quantize", quantized)
+    load_and_quantize(find("model", "runs", "quantize"), QuantSpec(4, 32), {}, "meta")
+    assert asked == [("meta", {"cpu"})]
+
+
+def test_a_model_without_a_tokenizer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (here / "model").glob("tokenizer*"):
+        path.unlink()
+    assert run("quantize model --bits 4 --group-size 32 --out q4") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "tokenizer: the model has none, so none was copied; copy one into the folder to run it"
+    )
+
+
+def test_all_of_a_tokenizer_is_copied(here: Path) -> None:
+    names = ["sentencepiece.bpe.model", "qwen.tiktoken", "chat_template.jinja", "notes.jinja"]
+    for name in names:
+        (here / "model" / name).write_text("x")
+    (here / "model/additional_chat_templates").mkdir()
+    (here / "model/additional_chat_templates/rag.jinja").write_text("y")
+    assert run("quantize model --bits 4 --group-size 32 --out q4") == 0
+    assert all((here / "q4" / name).read_text() == "x" for name in names[:3])
+    assert not (here / "q4/notes.jinja").exists()
+    assert (here / "q4/additional_chat_templates/rag.jinja").read_text() == "y"
+
+
 @pytest.mark.parametrize("how", ["ctrl-c", "sigterm"])
 def test_an_interrupt_leaves_nothing(
     here: Path, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -315,7 +419,16 @@ def test_wrong_options_of_a_sweep(pipeline: list[Any], capsys: pytest.CaptureFix
         "steps: unknown key; did you mean distill.steps?",
     ]
     assert told(capsys, "quantize model --bits 4,4") == ["--bits: got 4, 4; give each value once"]
+    assert told(capsys, "quantize model --bits 4,3 --group-size 128 --method int8-dynamic") == [
+        "--method int8-dynamic: has --bits 8 and --group-size channel, no others"
+    ]
     assert pipeline == []
+    assert run("quantize model --bits 8,4 --method int8-dynamic,rtn --group-size 16") == 0
+    assert run("quantize model --method int8-dynamic") == 0
+    assert [[cell.key for cell in spec.sweep.cells()] for spec in pipeline] == [
+        ["int8-dynamic-8b-channel", "rtn-8b-g16", "rtn-4b-g16"],
+        ["int8-dynamic-8b-channel"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -412,10 +525,22 @@ def test_wrong_inputs_of_generate(
     here: Path, artifact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hint = "leave --bits away, or give the 16-bit model"
+    idle = "has none, only hub ids do; leave it away"
+    assert told(capsys, "quantize model --bits 4 --revision v1 --out new") == [
+        f"--revision v1: model {idle}"
+    ]
+    assert told(capsys, "generate run --cell x --revision v1 --prompt a") == [
+        f"--revision v1: the cell x of run {idle}"
+    ]
     for command, lines in {
         "q4 --bits 3 --prompt a": [f"--bits 3: q4 is quantized already (hqq-4b-g32); {hint}"],
         "model --group-size 8 --prompt a": ["--group-size 8: needs --bits"],
         "model --bits 3,4 --prompt a": ["--bits: got 3, 4; may be one value: one model is run"],
+        "model --revision main --prompt a": [f"--revision main: model {idle}"],
+        "model --prefer plain --prompt a": [
+            "--prefer plain: model has no layers of stillhouse quantize, which alone have a choice "
+            "of kernels; leave it away, or give --bits"
+        ],
         "model --seed 1 --top-p 2 --bits 9 --prompt a": [
             "--top-p: got 2; may be above 0, up to 1",
             "--top-p and --seed: nothing is drawn at temperature 0; give --temperature, e.g. 1",

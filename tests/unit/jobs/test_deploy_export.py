@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import gguf
@@ -105,6 +106,9 @@ def test_a_cell_becomes_a_gguf_file(here: Path, capsys: pytest.CaptureFixture[st
     weights = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
     (line,) = (line for line in lines if line.startswith("size: "))
     assert line.endswith(f", {8 * file.stat().st_size / weights:.2f} bits per weight")
+    assert sum("bits per weight" in line for line in lines) == 1
+    fields = gguf.GGUFReader(file).fields
+    assert fields["general.name"].contents() == f"demo-{KEY}"
 
 
 def test_a_cell_becomes_a_folder_chosen_on_the_runs_select_part(
@@ -115,9 +119,9 @@ def test_a_cell_becomes_a_folder_chosen_on_the_runs_select_part(
     seen: dict[str, Any] = {}
     whole = hf.export_hf
 
-    def keep(model: Any, source: Any, out: Any, calibration: Any, original: Any) -> Any:
-        seen.update(calibration=calibration, original=original)
-        return whole(model, source, out, calibration, original=original)
+    def keep(model: Any, source: Any, out: Any, calibration: Any, **settings: Any) -> Any:
+        seen.update(calibration=calibration, **settings)
+        return whole(model, source, out, calibration, **settings)
 
     monkeypatch.setattr(hf, "export_hf", keep)
     lines = exported(capsys, f"runs/demo --cell {KEY} --format hf --out new")
@@ -154,12 +158,70 @@ def test_a_cell_runs_by_its_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "generated: 3 tokens" in capsys.readouterr().err
 
 
-def test_a_lone_artifact_has_no_text_to_choose_on(
-    here: Path, capsys: pytest.CaptureFixture[str]
+def test_a_lone_artifact_is_measured_on_prose(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import quant.export.hf as hf
+
+    seen: list[torch.Tensor] = []
+    whole = hf.export_hf
+
+    def keep(model: Any, source: Any, out: Any, calibration: Any, **settings: Any) -> Any:
+        seen.append(calibration)
+        return whole(model, source, out, calibration, **settings)
+
+    monkeypatch.setattr(hf, "export_hf", keep)
     lines = exported(capsys, f"runs/demo/cells/{KEY}/model --format hf --out new")
-    assert "note: No run, so no text to choose between formats on: KL is not measured." in lines
-    assert not any(line.startswith("KL of") for line in lines)
+    (ids,) = seen
+    folder = here / "runs/demo/cells" / KEY / "model"
+    longest = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    assert ids.shape[0] == 16 and 8 <= ids.shape[1] <= min(longest, 256)
+    assert (
+        f"note: No run, so KL is measured on {ids.numel():,} tokens of the prose that ships with "
+        f"Python (pydoc_data.topics, 16 sequences of {ids.shape[1]}), to the quantized model "
+        "itself." in lines
+    )
+    text = "\n".join(topics[name] for name in sorted(topics))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    starts = tokenizer(text[:4000], add_special_tokens=False).input_ids[: ids.shape[1]]
+    assert ids[0].tolist() == starts
+    assert len({tuple(row) for row in ids.tolist()}) == 16
+    assert "KL of the quantized model, in nats per token, to" in lines
+    assert sum(line.endswith("(written)") for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [
+        ("exact", "int4 exact, groups of 32"),
+        ("symmetric", "int4 symmetric, groups of 32"),
+        ("asymmetric", "int4 asymmetric, groups of 32"),
+        ("bf16", "bf16"),
+    ],
+)
+def test_kinds_of_a_folder(kind: str, format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = exported(capsys, f"demo --cell {KEY} --format hf --kind {kind} --out new")
+    assert lines[1].endswith(f": {format}")
+    assert any(line.startswith("KL of") for line in lines) == (kind != "bf16")
+
+
+def test_groups_that_only_one_kind_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "quantize runs/demo/student --bits 4 --group-size 16 --out small"
+    assert main(command.split()) == 0
+    line = told(capsys, "export small --format hf --out new")
+    assert line.endswith("or ask for --kind exact, which transformers alone loads")
+    lines = exported(capsys, "small --format hf --kind exact --out new")
+    assert lines[1].endswith("int4 exact, groups of 16")
+
+
+def test_a_terminal_sees_what_is_tried(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(f"export demo --cell {KEY} --format hf --kind symmetric --out new".split()) == 0
+    assert "trying 1 of " in capsys.readouterr().err
 
 
 def test_what_is_gone_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,7 +278,11 @@ CELLS = f"{KEY}; hqq-1b-g8 failed (not finite); hqq-8b-g32 has no model any more
         ),
         (
             f"export demo --cell {KEY} --format hf --kind f16 --out new",
-            "--kind f16: is of gguf; leave it away with --format hf",
+            "--kind f16: is of gguf; with --format hf may be auto, exact, bf16, symmetric, asymm",
+        ),
+        (
+            f"export demo --cell {KEY} --format gguf --kind exact --out new",
+            "--kind exact: is of hf; with --format gguf may be auto, f32, f16, q8_0",
         ),
         (
             f"export demo --cell {KEY} --format hf --out runs/demo",
@@ -236,7 +302,7 @@ def test_what_is_exported_is_not_exported_again(
         "first: is exported already; give the model it was made of"
     )
     exported(capsys, f"runs/demo/cells/{KEY}/model --format gguf --out file")
-    assert told(capsys, "generate file/model.gguf --prompt x").endswith(
+    assert told(capsys, f"generate file/demo-{KEY}.gguf --prompt x").endswith(
         "llama.cpp and what is built on it run gguf files"
     )
 

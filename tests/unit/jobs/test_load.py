@@ -217,6 +217,14 @@ def faults_of(file: Path, text: str) -> list[str]:
             "tokenizer.train: got 256; may be a whole number from 257 to 1048576",
         ),
         ("sweep.bits=8", "sweep.bits: got 8; may be a list, not empty, each a whole number"),
+        (
+            "sweep.keep_16bit=lm_head",
+            'sweep.keep_16bit: got "lm_head"; may be a list, each text, not empty',
+        ),
+        (
+            "sweep.keep_16bit=[8]",
+            "sweep.keep_16bit.0: got 8; may be text, not empty (put it in quotes)",
+        ),
         ("sweep.bits=[yes]", 'sweep.bits.0: got "yes"; may be a whole number'),
         (
             "sweep.bits=[7]",
@@ -308,7 +316,7 @@ sweep: {bits: [8], tasks: []}
         "distill.zero_stage: got true; may be 1, 2 or 3",
         "distill.micro_batch: got 0; may be auto or a whole number from 1",
         "sweep.tasks: unknown key; may be bits, group_size, methods, embeddings, head, "
-        "batch_sequences, speed_prompt_tokens or speed_decode_tokens",
+        "keep_16bit, batch_sequences, speed_prompt_tokens or speed_decode_tokens",
         "steps: unknown key; did you mean distill.steps?",
         "distill.tokens_per_step: got 1001; may be a multiple of data.sequence_length (100), "
         "e.g. 1000",

@@ -141,7 +141,7 @@ def test_transposed_layers_of_gpt2(tmp_path):
 
 
 def test_a_layer_used_under_two_names_is_one_again(make_llama, tmp_path):
-    model = make_llama()
+    model = make_llama(mlp_bias=True)
     first, second = model.model.layers
     second.mlp.up_proj = first.mlp.up_proj
     quantize(model, QuantSpec(4, 32))
@@ -166,6 +166,15 @@ def test_buffers_that_are_not_stored_are_computed(config, tmp_path):
         model.named_buffers(), loaded.named_buffers(), strict=True
     ):
         assert name == other and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+def test_computed_buffers_in_another_dtype_than_the_architecture_gives(make_llama, tmp_path):
+    model = quantize(make_llama(), QuantSpec(4, 32)).to(torch.bfloat16)
+    folder = save_quantized(model, tmp_path / "a", QuantSpec(4, 32))
+    assert read_description(folder)["computed"]["model.rotary_emb.inv_freq"] == "bfloat16"
+    loaded = load_quantized(folder, prefer="plain")
+    assert loaded.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    assert_same_model(model, loaded)
 
 
 def test_tied_16_bit_weights_are_stored_once_and_tied_again(make_llama, tmp_path):
@@ -294,6 +303,8 @@ def test_what_cannot_be_saved_is_refused(make_llama, tmp_path):
 def test_the_description_says_what_the_folder_holds(make_llama, tmp_path):
     model = quantize(make_llama(tied=True), QuantSpec(3, 32))
     folder = save_quantized(model, tmp_path / "a", QuantSpec(3, 32), {"run": ["x", 1, None]})
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert model.config.architectures is None  # saving does not touch the model
     found = read_description(folder)
     assert found == json.loads((folder / "quant.json").read_text())
     assert found["format"] == FORMAT == 2 and found["dtype"] == "bfloat16"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from quant.pack import pack, packed_width, unpack
+from quant.codes import CHUNK
+from quant.pack import pack, pack_into, packed_width, unpack
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -25,6 +27,44 @@ def test_layout_is_numpys_little_endian_bit_stream(bits):
     stream = np.unpackbits(codes[:, None], axis=1, bitorder="little")[:, :bits].ravel()
     expected = np.packbits(stream, bitorder="little")
     assert np.array_equal(pack(torch.from_numpy(codes), bits).numpy(), expected)
+
+
+class Steps(TorchDispatchMode):
+    """The most bytes that one step of the arithmetic with words made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.int64 and made.dim() == 2:
+            self.most = max(self.most, made.nbytes)
+        return made
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("turned", [False, True])
+def test_large_matrices_are_done_in_pieces(bits, turned):
+    codes = torch.randint(1 << bits, (2048, 1032), dtype=torch.uint8)
+    codes = codes.t()[:1001] if turned else codes
+    with Steps() as steps:
+        packed = pack(codes, bits)
+        assert torch.equal(unpack(packed, bits), codes)
+    assert 0 < steps.most <= CHUNK
+    for row in (0, 500, 1000):
+        assert torch.equal(packed[row], pack(codes[row], bits))
+
+
+def test_packs_into_what_is_there_or_leaves_it():
+    codes = torch.randint(8, (5, 16), dtype=torch.uint8)
+    there = torch.zeros(5, 6, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="code 8 does not fit into 3 bits"):
+        pack_into(there, torch.cat((codes[:4], torch.full((1, 16), 8, dtype=torch.uint8))), 3)
+    assert not there.any()
+    pack_into(there, codes, 3)
+    assert torch.equal(there, pack(codes, 3))
+    for bits in (3, 8):
+        with pytest.raises(ValueError, match=r"codes \[1, 16\] do not fit into packed ones"):
+            pack_into(torch.zeros(5, 2 * bits, dtype=torch.uint8), codes[:1], bits)
 
 
 def test_non_contiguous_and_empty():

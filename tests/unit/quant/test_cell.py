@@ -10,8 +10,10 @@ from quant.bytes import parameter_count, true_bytes
 from quant.cell import evaluate_model, failed_cell, load_model, measure_cell, run_cell
 from quant.evaluate import evaluate, teacher_metrics
 from quant.kernels import kernel_names
+from quant.linear import quant_linears
 from quant.spec import QuantSpec
 from quant.speed import resident_bytes
+from tests.unit.quant.families import tiny
 
 RESULT_KEYS = {
     "spec",
@@ -138,6 +140,24 @@ def test_every_kind_of_cell_is_evaluated_and_measured(spec, student, tmp_path, b
     assert result["bytes"] <= weights <= result["bytes"] + 16384  # the file's header
     # Half of this student's weights are in its tied embeddings.
     assert (result["bits_per_weight"] < 5) == spec.embeddings
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_stay_in_16_bits_where_they_are_listed(family, tmp_path, batches):
+    source, out = str(tmp_path / "moe"), str(tmp_path / "cell")
+    model = tiny(family)
+    model.save_pretrained(source)
+    with pytest.raises(ValueError, match="cannot be quantized"):
+        run_cell(SPEC, source, batches)
+    result = run_cell(SPEC, source, batches, out_folder=out, keep_16bit=["*.experts*"])
+    result |= measure_cell(out, source, prompt_tokens=8, decode_tokens=2, repeats=1)
+    assert result["status"] == "done" and result["decode_tokens_per_s"] > 0
+    saved = load_quantized(out, prefer="plain")
+    attention = [f"{name}_proj" for name in "qkvo"]
+    assert {name.rpartition(".")[2] for name in quant_linears(saved)} == set(attention)
+    experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
+    assert result["bytes"] == true_bytes(saved) > 2 * experts
+    assert result["bits_per_weight"] < 16
 
 
 def test_what_is_evaluated_is_what_the_kernels_run(student, tmp_path, batches):

@@ -40,6 +40,29 @@ def test_looks_rows_up(bits):
     assert embedding(torch.zeros(0, dtype=torch.int64)).shape == (0, 256)
 
 
+def test_casts_change_what_a_lookup_returns_and_moves_do_not():
+    codes = random_codes(4, 64)
+    model, ids = torch.nn.Sequential(QuantEmbedding.from_codes(codes)), torch.arange(96)
+    for dtype in (torch.float16, torch.float64, torch.float32):
+        assert torch.equal(model.to(dtype)(ids), codes.dequantize(dtype))
+        assert model[0].scale.dtype == torch.float16
+    model.half().to("meta")
+    assert model[0].dtype == torch.float16
+
+
+def test_int8_activations_of_a_tied_head():
+    embedding = QuantEmbedding.from_codes(random_codes(8, 256, whole=True))
+    head = QuantLinear.share(embedding, "int8")
+    x = random_input(3, 256, torch.float32)  # which holds the sums of products exactly
+    expected = QuantLinear.from_codes(embedding.unpacked(), activations="int8")(x)
+    for prefer in ("plain", "speed"):
+        use_kernels(head, prefer)
+        assert torch.equal(head(x), expected)
+    assert head.kernel == "int8 x int8"
+    with pytest.raises(ValueError, match="one scale per row, not with groups of 64"):
+        QuantLinear.share(QuantEmbedding.from_codes(random_codes(8, 64)), "int8")
+
+
 def test_an_embedding_is_never_laid_out_anew():
     embedding = QuantEmbedding.from_codes(random_codes(4, 64))
     held = embedding.codes

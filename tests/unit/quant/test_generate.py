@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -133,6 +134,39 @@ def test_greedy_is_greedy_whatever_the_model_would_like(model, bytes_tokenizer) 
         assert drawn != expected
     finally:
         model.generation_config = before
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_no_setting_of_the_model_changes_the_text(
+    model, bytes_tokenizer, temperature: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some take ids away, some `generate` refuses without more arguments; none is warned of."""
+
+    def made() -> list[int]:
+        stream_ = stream(model, bytes_tokenizer, "Once", 12, temperature=temperature, seed=1)
+        list(stream_)
+        return stream_.ids
+
+    expected, before = made(), model.generation_config
+    own = GenerationConfig(
+        suppress_tokens=expected,
+        bad_words_ids=[[id_] for id_ in expected],
+        min_new_tokens=3,
+        num_return_sequences=2,
+        num_beams=2,
+        stop_strings=["a"],
+    )
+    held = own.to_dict()
+    model.generation_config = own
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    try:
+        assert made() == expected
+        assert model.generation_config is own and own.to_dict() == held
+    finally:
+        model.generation_config = before
+        library.removeHandler(caplog.handler)
+    assert caplog.messages == []
 
 
 def test_draws_depend_on_the_seed_alone(model, bytes_tokenizer) -> None:

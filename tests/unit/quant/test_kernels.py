@@ -8,13 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from quant.codes import Codes
+from quant.codes import CHUNK, Codes
 from quant.kernels import kernel_names, use_kernels
 from quant.kernels.int4 import FEW
 from quant.kernels.int4_layout import Int4Layout, find_layout
+from quant.kernels.int8_dynamic import Int8Dynamic
 from quant.kernels.kernel import Refused
-from quant.linear import QuantLinear, dense_weights
+from quant.linear import QuantEmbedding, QuantLinear, dense_weights
 from tests.unit.quant.kernel_layers import (
     random_codes,
     random_input,
@@ -291,3 +293,45 @@ def test_whole_numbers_are_needed_for_int8():
     layer = QuantLinear.from_codes(wide, activations="int8")
     assert "further than 8 bits" in use_kernels(layer)[""]
     assert relative_error(layer, random_input(3, 256), weight_in_float64(wide)) < 0.02
+
+
+def test_zero_points_beyond_16_bit_integers_are_refused_for_int8():
+    codes = random_codes(8, 256)
+    far = torch.full_like(codes.zero, 65504.0)
+    layer = QuantLinear.from_codes(Codes(codes.codes // 4, codes.scale, far, 8), activations="int8")
+    assert "further than 8 bits" in use_kernels(layer)[""]
+
+
+def test_int8_of_a_large_matrix_is_made_in_pieces():
+    layer, codes = made(8, 1032, "int8", rows=1025, columns=1032)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype in (torch.int16, torch.int32):
+                largest = max(largest, result.numel())
+            return result
+
+    with Watch():
+        assert use_kernels(layer)[""] == "int8 x int8"
+        assert torch.equal(layer.unpacked().codes, codes.codes)
+    assert 0 < largest <= CHUNK
+    assert relative_error(layer, random_input(3, 1032), weight_in_float64(codes)) < 0.02
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_with_int8_activations_need_no_packed_codes(monkeypatch, shared):
+    layer, codes = made(8, 256, "int8")
+    if shared:
+        layer = QuantLinear.share(QuantEmbedding.from_codes(codes), "int8")
+    x = random_input(3, 256, torch.float32).requires_grad_()
+    expected = layer(x)
+    use_kernels(layer)
+    monkeypatch.setattr(Int8Dynamic, "codes", None)
+    assert torch.equal(layer(x), expected)
+    with dense_weights(layer, torch.float32):
+        assert torch.equal(layer(x), expected)
+    monkeypatch.undo()
+    assert torch.equal(layer.stored()["codes"], codes.codes)

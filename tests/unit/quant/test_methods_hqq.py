@@ -138,9 +138,8 @@ def test_large_errors_are_shrunk_as_in_vectors_of_the_whole_matrix(size):
         scale = 3 / (high - low)
         start = -low * scale
         _, _, zero = optimize_weights_proximal_legacy(groups, scale, start.clone(), [0, 3], axis=1)
-        with Slices(groups) as slices:
-            ours = start.flatten().numpy()
-            search.Search(slices, scale.flatten().numpy(), ours, 3).run()
+        ours = start.flatten().numpy()
+        search.Search(Slices(groups), scale.flatten().numpy(), ours, 3).run()
         assert torch.equal(torch.from_numpy(ours), zero.flatten())
 
 

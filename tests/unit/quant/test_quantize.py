@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quant.linear import QuantEmbedding, QuantLinear, quant_linears, quant_weights
+from quant.load import load_quantized
 from quant.methods import quantize_weight
 from quant.quantize import quantize
 from quant.spec import CHANNEL, QuantSpec
@@ -83,6 +84,14 @@ def test_a_bfloat16_model_keeps_codes_and_scales_as_they_were_made(family):
             assert torch.equal(tensor, wide.get_submodule(name).stored()[part])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_quantized_model_can_be_cast(dtype):
+    model, made = quantize(tiny("qwen3"), BOTH), quantize(tiny("qwen3"), BOTH, dtype=dtype)
+    model.to(dtype)
+    assert model.model.embed_tokens(IDS).dtype == logits(model).dtype == dtype
+    assert torch.equal(model.model.embed_tokens(IDS), made.model.embed_tokens(IDS))
+
+
 def test_a_tied_head_with_a_bias_keeps_it():
     model = tiny("qwen3")
     model.lm_head.bias = nn.Parameter(torch.randn(256), requires_grad=False)
@@ -140,6 +149,23 @@ def test_int8_dynamic_layers_quantize_their_inputs_too():
     weight = quantize_weight(plain.get_submodule(name).weight, 8, CHANNEL, "int8-dynamic")
     truth = (torch.round(x / step) * step) @ weight.dequantize().T
     torch.testing.assert_close(layer(x), truth, rtol=1e-3, atol=1e-3)
+
+
+def test_a_tied_head_quantizes_its_inputs_before_and_after_saving(tmp_path):
+    model, plain = tiny("qwen3"), tiny("qwen3")
+    spec = QuantSpec(8, CHANNEL, "int8-dynamic", embeddings=True, head=True)
+    quantize(model, spec, dtype=torch.float32)
+    assert model.lm_head.shared is model.model.embed_tokens
+    model.save_pretrained(tmp_path)
+    again = load_quantized(tmp_path, prefer="plain")
+    assert again.lm_head.shared is again.model.embed_tokens
+    assert model.lm_head.activations == again.lm_head.activations == "int8"
+    x = torch.randn(5, 64)
+    step = x.abs().amax(1, keepdim=True) / 127
+    weight = quantize_weight(plain.lm_head.weight, 8, CHANNEL, "int8-dynamic").dequantize()
+    truth = (torch.round(x / step) * step) @ weight.T
+    torch.testing.assert_close(model.lm_head(x), truth, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])

@@ -23,7 +23,7 @@ from transformers import (
 
 from quant.codes import Codes
 from quant.export import gguf as exporting
-from quant.export.gguf import export_gguf
+from quant.export.gguf import export_gguf, model_name
 from quant.linear import QuantEmbedding, QuantLinear, QuantWeight
 from tests.unit.quant.export import gguf_world
 
@@ -330,6 +330,18 @@ def test_a_folder_gets_a_file_of_the_name(place, tmp_path):
     report = export_gguf(llama(), place, tmp_path / "new" / "folder", "q8_0")
     assert list(report.files) == ["student.gguf"]
     assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["student.gguf"]
+
+
+def test_the_name_of_a_model(place, tmp_path):
+    hub = tmp_path / "models--Qwen--Qwen3-0.6B" / "snapshots" / "c1899de"
+    assert model_name(hub) == "Qwen3-0.6B"
+    assert model_name(tmp_path / "demo" / "cells" / "hqq-4b-g64" / "model") == "demo-hqq-4b-g64"
+    assert model_name(tmp_path / "mine" / "model") == "mine"
+    assert model_name(tmp_path / "mine") == "mine"
+    for name, expected in ((None, "student"), ("demo-4b", "demo-4b")):
+        export_gguf(llama(), place, tmp_path / "out", "q8_0", name)
+        fields = read(tmp_path / "out" / f"{expected}.gguf")[2]
+        assert fields["general.name"] == expected
 
 
 def test_a_file_appears_whole_or_not_at_all(place, tmp_path, monkeypatch):

@@ -185,6 +185,9 @@ def test_chat_template_and_more_ends(byte_folder, tmp_path):
     vocabulary = read_vocabulary(tmp_path, 401)
     assert (vocabulary.special["eot"], vocabulary.special["eom"]) == (400, 7)
     assert "[400, 7, 8]" in vocabulary.notes[0]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 400}))
+    vocabulary = read_vocabulary(tmp_path, 401)
+    assert (vocabulary.special["eos"], vocabulary.special["eot"]) == (0, 400)
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match="generation_config.json cannot be read"):
         read_vocabulary(tmp_path, 401)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -18,7 +19,9 @@ from transformers import (
 
 from quant.codes import Codes
 from quant.export import hf_folder
+from quant.export.candidates import candidates, portable_plan
 from quant.export.hf import export_hf
+from quant.export.trial import Reference, importance, put, stock_model
 from quant.linear import QuantLinear
 from quant.quantize import quantize
 from quant.spec import QuantSpec
@@ -129,7 +132,7 @@ def test_a_source_without_tokenizer_is_noted(source: Path, tmp_path: Path) -> No
 def test_groups_that_vllm_does_not_run(source: Path, tmp_path: Path) -> None:
     text = refused(lambda: export_hf(llama(group=16), source, tmp_path / "out"))
     assert text.startswith("layer model.layers.0.self_attn.q_proj has groups of 16")
-    assert "128, 64, 32 or whole rows" in text and "format exact" in text
+    assert "128, 64, 32 or whole rows" in text and 'formats=["exact"]' in text
     assert not (tmp_path / "out").exists()
 
 
@@ -174,6 +177,87 @@ def test_arguments_that_are_wrong(source: Path, tmp_path: Path) -> None:
     text = refused(lambda: export_hf(model, source, out, calibration=IDS, original=other))
     assert "is not what the model was quantized from: model.embed_tokens.weight" in text
     assert not out.exists()
+
+
+@pytest.mark.parametrize("calibration", [None, IDS])
+@pytest.mark.parametrize("kind", ["8-bit", "mixed"])
+def test_zero_points_that_nothing_loads(
+    kind: str, calibration: torch.Tensor | None, source: Path, tmp_path: Path
+) -> None:
+    config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **SMALL)
+    bits, layers = (8, None) if kind == "8-bit" else (4, {"*v_proj": QuantSpec(8, 32)})
+    model = quantize(AutoModelForCausalLM.from_config(config), QuantSpec(bits, 32), layers)
+    out = tmp_path / "out"
+    text = refused(lambda: export_hf(model, source, out, calibration, ["asymmetric"]))
+    assert text.startswith('formats=["asymmetric"] holds models whose layers are all 4-bit')
+    assert "int8 symmetric, groups of 32" in text and 'ask for formats=["symmetric"]' in text
+    assert not out.exists()
+
+
+def test_every_candidate_is_told_before_it_is_measured(source: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int, str]] = []
+    report = export_hf(
+        llama(), source, tmp_path / "out", IDS, progress=lambda *seen: told.append(seen)
+    )
+    assert [name for *_, name in told] == list(report.kl)
+    assert [number for number, *_ in told] == list(range(len(report.kl)))
+    assert {total for _, total, _ in told} == {len(report.kl)}
+
+
+def test_rounded_scales_of_unlike_layers_are_noted(source: Path, tmp_path: Path) -> None:
+    for dtype, noted in ((torch.bfloat16, True), (torch.float16, False)):
+        config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **SMALL)
+        model = AutoModelForCausalLM.from_config(config)
+        model = quantize(model, QuantSpec(4, 32), {"*v_proj": QuantSpec(8, 32)}, dtype=dtype)
+        report = export_hf(model, source, tmp_path / str(dtype), formats="exact")
+        assert any("rounded to bf16" in note for note in report.notes) == noted
+        assert (max(report.error.values()) > 1e-3) == noted  # float16 arithmetic costs 2e-4
+
+
+def test_the_stock_model_is_not_initialised_and_shares_what_is_not_quantized() -> None:
+    model = llama()
+    state = torch.random.get_rng_state()
+    stock = stock_model(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    own = dict(model.named_parameters())
+    shared = [name for name, weight in stock.named_parameters() if name in own]
+    assert len(shared) == 5  # embeddings, head and three norms
+    for name in shared:
+        assert stock.get_parameter(name).data_ptr() == own[name].data_ptr(), name
+    layer = model.get_submodule("model.layers.0.mlp.up_proj").dequantize(torch.float32)
+    assert torch.equal(stock.get_submodule("model.layers.0.mlp.up_proj").weight, layer)
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(stock(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    put(stock, {})
+    assert not any(weight.requires_grad for weight in stock.parameters())
+
+
+def test_a_tied_head_stays_one_with_the_table() -> None:
+    config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **SMALL)
+    config.tie_word_embeddings = True
+    stock = stock_model(quantized(config))
+    assert stock.get_output_embeddings().weight is stock.get_input_embeddings().weight
+
+
+def test_the_written_candidate_is_the_one_that_was_measured(source: Path, tmp_path: Path) -> None:
+    model = llama()
+    report = export_hf(model, source, tmp_path / "out", IDS, ["symmetric"])
+    measured = {}
+    stock = stock_model(model)
+    reference = Reference(model, IDS)
+    linear = [n for n, m in stock.named_modules() if isinstance(m, torch.nn.Linear)]
+    names = list(portable_plan(model, linear).schemes)
+    inputs = importance(stock, IDS, names)
+    for tried in candidates(model, portable_plan(model, linear), ["symmetric"], None, inputs):
+        packed = tried.pack()
+        put(stock, packed)
+        measured[tried.name] = reference.compare(stock)[0]
+        if tried.name == report.choice:
+            kept = packed["model.layers.0.mlp.up_proj"].tensors()["weight_packed"]
+    assert measured == report.kl and report.choice == min(measured, key=measured.__getitem__)
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(held["model.layers.0.mlp.up_proj.weight_packed"], kept)
+    assert report.kl_to_codes == report.kl[report.choice]
 
 
 def test_the_original_is_the_reference(source: Path, tmp_path: Path) -> None:
