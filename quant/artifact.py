@@ -2,7 +2,7 @@
 
 quantized.safetensors   packed codes, scales, zeros and unquantized tensors; tied ones once.
                         Not "model.safetensors": a stock from_pretrained must not take it for one
-quant.json              what the tensors are: see `quant.description`
+quant.json              what the tensors are: see `quant.stored.description`
 config.json  generation_config.json, and tokenizer files if the caller puts them there
 """
 
@@ -28,19 +28,19 @@ from quant.bytes import (
     stored_slots,
     true_bytes,
 )
-from quant.description import (
+from quant.linear import QuantEmbedding, QuantLinear, QuantWeight
+from quant.spec import DYNAMIC, QuantSpec
+from quant.stored.description import (
     DESCRIPTION,
     FORMAT,
     parse_description,
     read_description,
 )
-from quant.folder import whole_folder
-from quant.linear import QuantEmbedding, QuantLinear, QuantWeight
-from quant.load import WEIGHTS, load_quantized
-from quant.mapped import NAMES, write_tensors
-from quant.skeleton import CONFIG, GENERATION
-from quant.spec import DYNAMIC, QuantSpec
-from quant.strict_json import SIZE_LIMIT, parse_object
+from quant.stored.folder import whole_folder
+from quant.stored.load import WEIGHTS, load_quantized
+from quant.stored.mapped import NAMES, write_tensors
+from quant.stored.skeleton import CONFIG, GENERATION
+from quant.stored.strict_json import SIZE_LIMIT, parse_object
 
 __all__ = [
     "DESCRIPTION",

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from quant.linear import QuantWeight
-from quant.mapped import Slot
 from quant.pack import packed_width
-from quant.strict_json import broken
+from quant.stored.mapped import Slot
+from quant.stored.strict_json import broken
 
 PARTS = ("codes", "scale", "zero")
 

@@ -93,7 +93,19 @@ def check_fits(
     try:
         find_targets(model, spec, layers)
     except ValueError as error:
-        raise SpecErrors([re.sub(r"layers\['([^']*)'\]", r"--layer \1:", str(error))]) from None
+        raise SpecErrors([in_options(str(error))]) from None
+
+
+def in_options(fault: str) -> str:
+    """A fault that names the argument `layers` of `quantize`, with the option instead."""
+
+    def options(listed: re.Match[str]) -> str:
+        return " ".join(
+            f"--layer '{glob}=16'" for glob in re.findall(r"'([^']*)': None", listed[0])
+        )
+
+    fault = re.sub(r"(?:quantize\(model, spec, )?layers=\{[^{}]*\}\)?", options, fault)
+    return re.sub(r"layers\['([^']*)'\]", r"--layer \1:", fault)
 
 
 def quantize_to(
@@ -109,7 +121,7 @@ def quantize_to(
     """
     from quant.artifact import save_quantized
     from quant.bytes import dense_bytes, true_bits_per_weight, true_bytes
-    from quant.folder import whole_folder
+    from quant.stored.folder import whole_folder
 
     with (
         terminable(),

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from quant.bytes import stored_tensors
 from quant.export.compressed import Packed, quantization_config
-from quant.folder import whole_folder
+from quant.stored.folder import whole_folder
 
 TOKENIZER = (
     "tokenizer.json",

@@ -19,7 +19,7 @@ from quant.divergence import full_kl
 from quant.export.compressed import Packed
 from quant.linear import quant_weights
 from quant.logits import CountedLogits
-from quant.skeleton import EmptyOnMeta
+from quant.stored.skeleton import EmptyOnMeta
 
 CHUNK = 256  # positions whose logits are at hand at once
 INT8 = 127.5  # compressed-tensors' range of int8 inputs: half of 255 steps
@@ -78,6 +78,7 @@ def stock_model(model: PreTrainedModel) -> PreTrainedModel:
         parent, _, last = name.rpartition(".")
         setattr(dense.get_submodule(parent), last, made[empty])
     nn.Module.to(dense, model.device)
+    dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.eval().requires_grad_(False)
 
 

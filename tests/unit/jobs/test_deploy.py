@@ -592,3 +592,14 @@ def test_ctrl_c_stops_with_the_figures(
 def test_true_bits_are_those_of_the_loaded_model(artifact: Path) -> None:
     held = read_description(artifact)
     assert true_bits_per_weight(load_quantized(artifact)) == 8 * held["bytes"] / held["parameters"]
+
+
+def test_experts_are_refused_with_the_option_that_leaves_them(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"model_type": "mixtral", "hidden_size": 64, "intermediate_size": 64}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config |= {"vocab_size": 258, "num_local_experts": 2, "architectures": ["MixtralForCausalLM"]}
+    (here / "model" / "config.json").write_text(json.dumps(config))
+    (line,) = told(capsys, "quantize model --bits 4 --group-size 32 --out q4")
+    assert "of MixtralExperts; to leave them so knowingly, say --layer '*.experts=16'" in line

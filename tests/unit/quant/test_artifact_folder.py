@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import quant.artifact
-import quant.folder
+import quant.stored.folder
 from quant.artifact import load_quantized, save_quantized
 from quant.quantize import quantize
 from quant.spec import QuantSpec

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import quant.load
+import quant.stored.load
 from quant.artifact import load_quantized, save_quantized
 from quant.codes import Codes
 from quant.linear import QuantEmbedding, QuantLinear, quant_weights
-from quant.mapped import MappedTensors, Slot, write_tensors
 from quant.quantize import quantize
 from quant.spec import QuantSpec
+from quant.stored.mapped import MappedTensors, Slot, write_tensors
 
 SPEC = QuantSpec(4, 32)
 IDS = torch.arange(20)[None]
@@ -165,7 +165,7 @@ def test_loading_takes_the_memory_of_the_model_once(tmp_path, monkeypatch, copie
             weight.codes = weight.codes.clone() if copied else weight.codes
             assert weight.codes.max() > 0  # every page was read
 
-    monkeypatch.setattr(quant.load, "use_kernels", lay_out_anew)
+    monkeypatch.setattr(quant.stored.load, "use_kernels", lay_out_anew)
     before = resident("VmRSS")
     peak.write_text("5")
     loaded = load_quantized(folder)

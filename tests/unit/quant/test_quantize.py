@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quant.linear import QuantEmbedding, QuantLinear, quant_linears, quant_weights
-from quant.load import load_quantized
 from quant.methods import quantize_weight
 from quant.quantize import quantize
 from quant.spec import CHANNEL, QuantSpec
+from quant.stored.load import load_quantized
 from tests.unit.quant.families import tiny
 
 IDS = torch.arange(40).view(2, 20) * 37 % 256

@@ -232,6 +232,12 @@ def test_the_stock_model_is_not_initialised_and_shares_what_is_not_quantized() -
     assert not any(weight.requires_grad for weight in stock.parameters())
 
 
+def test_how_generation_ends_is_kept() -> None:
+    model = llama()
+    model.generation_config.eos_token_id = [3, 5]
+    assert stock_model(model).generation_config.eos_token_id == [3, 5]
+
+
 def test_a_tied_head_stays_one_with_the_table() -> None:
     config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **SMALL)
     config.tie_word_embeddings = True

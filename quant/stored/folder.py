@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quant.strict_json import broken
+from quant.stored.strict_json import broken
 
 
 @contextmanager

@@ -17,10 +17,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from quant.mapped import NAME
 from quant.pack import BLOCK
 from quant.spec import BITS, Method, QuantSpec
-from quant.strict_json import broken, read_object, shown
+from quant.stored.mapped import NAME
+from quant.stored.strict_json import broken, read_object, shown
 
 FORMAT = 2
 DESCRIPTION = "quant.json"

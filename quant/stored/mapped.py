@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.strict_json import broken, parse_object, shown
+from quant.stored.strict_json import broken, parse_object, shown
 
 DTYPES = {
     "F64": torch.float64,

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from quant.bytes import PARTS
-from quant.description import (
+from quant.kernels import Preference, use_kernels
+from quant.linear import QuantEmbedding, QuantLinear, QuantWeight
+from quant.model import mark_quantized
+from quant.stored.description import (
     AGAIN,
     DESCRIPTION,
     Description,
@@ -18,12 +21,9 @@ from quant.description import (
     parse_description,
     read_description,
 )
-from quant.fit import check_fit
-from quant.kernels import Preference, use_kernels
-from quant.linear import QuantEmbedding, QuantLinear, QuantWeight
-from quant.mapped import MappedTensors
-from quant.model import mark_quantized
-from quant.skeleton import (
+from quant.stored.fit import check_fit
+from quant.stored.mapped import MappedTensors
+from quant.stored.skeleton import (
     CONFIG,
     GENERATION,
     check_generation_config,
@@ -31,7 +31,7 @@ from quant.skeleton import (
     meta_model,
     read_config,
 )
-from quant.strict_json import broken
+from quant.stored.strict_json import broken
 
 WEIGHTS = "quantized.safetensors"
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quant.bytes import layer_slots
-from quant.description import AGAIN, DESCRIPTION, Description, LayerEntry
-from quant.mapped import MappedTensors, Slot
-from quant.strict_json import broken, shown
+from quant.stored.description import AGAIN, DESCRIPTION, Description, LayerEntry
+from quant.stored.mapped import MappedTensors, Slot
+from quant.stored.strict_json import broken, shown
 
 
 def check_fit(

@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from quant.strict_json import MIB, broken, read_object, shown
+from quant.stored.strict_json import MIB, broken, read_object, shown
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # Keys whose value transformers takes as the name of code to load.
