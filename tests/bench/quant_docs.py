@@ -70,6 +70,25 @@ def exports(found: Json) -> str:
     return table(["export", "MB", "mean KL", "top-1 agreement"], rows)
 
 
+def hugging_face(found: Json) -> str:
+    """What exports to Hugging Face folders lose."""
+    rows = [
+        [
+            f"`{cell}` as {one['format']}, {one['chosen']}",
+            figure(one["bytes"] / 1e6, 2),
+            figure(one["kl"], 5),
+            figure(one["top1"], 4),
+            figure(one["quantized_kl_to_student"], 5),
+            figure(one["kl_to_student"], 5),
+            figure(one["with_student_kl_to_student"], 5),
+            figure(one["exact_kl"], 5),
+        ]
+        for cell, one in found["hf"].items()
+    ]
+    heads = ["export", "MB", "KL to the codes", "top-1", "KL of the cell", "of its export"]
+    return table([*heads, "chosen from 16 bits", "KL of `exact` to the codes"], rows)
+
+
 def parts(found: Json) -> dict[str, str]:
     """The tables whose figures are there, by name."""
     made = {}
@@ -79,6 +98,8 @@ def parts(found: Json) -> dict[str, str]:
         made["quant-treatments"] = treatments(found)
     if "gguf" in found:
         made["quant-gguf"] = exports(found)
+    if "hf" in found:
+        made["quant-hf"] = hugging_face(found)
     return made
 
 
