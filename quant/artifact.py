@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
-from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from quant.bytes import (
     parameter_count,
@@ -41,6 +40,7 @@ from quant.stored.load import WEIGHTS, load_quantized
 from quant.stored.mapped import NAMES, write_tensors
 from quant.stored.skeleton import CONFIG, GENERATION
 from quant.stored.strict_json import SIZE_LIMIT, parse_object
+from quant.tokenizer_files import is_tokenizer_file
 
 __all__ = [
     "DESCRIPTION",
@@ -50,21 +50,6 @@ __all__ = [
     "read_description",
     "save_quantized",
 ]
-
-TOKENIZER_FILES = {
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-}
 
 
 def save_quantized(
@@ -80,7 +65,7 @@ def save_quantized(
     folder = Path(folder)
     description = _description(model, spec, meta or {})
     text = json.dumps(description, indent=1, sort_keys=True) + "\n"
-    with whole_folder(folder, _is_tokenizer_file, _replaceable) as new:
+    with whole_folder(folder, is_tokenizer_file, _replaceable) as new:
         _save_configs(model, new)
         write_tensors(new / WEIGHTS, stored_slots(model), _groups(model))
         (new / DESCRIPTION).write_text(text)
@@ -211,12 +196,6 @@ def _replaceable(folder: Path) -> set[str]:
     if not (folder / DESCRIPTION).is_file():
         return set()
     return {WEIGHTS, DESCRIPTION, CONFIG, GENERATION, "model.safetensors"}
-
-
-def _is_tokenizer_file(path: Path) -> bool:
-    if path.is_dir():
-        return path.name == CHAT_TEMPLATE_DIR
-    return path.name in TOKENIZER_FILES
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jobs.models.find import Found
-
-ANY_OF = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
+from quant.tokenizer_files import has_tokenizer
 
 
 class OutOfMemory(OSError):
@@ -76,25 +67,6 @@ def load_tokenizer(found: Found) -> Any:
     except Exception as error:  # it raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason})") from None
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer's vocabulary is there."""
-    return any((folder / name).is_file() for name in ANY_OF)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies what a tokenizer is read from, with its chat templates."""
-    from transformers.utils.hub import CHAT_TEMPLATE_DIR
-
-    from quant.artifact import TOKENIZER_FILES
-
-    for path in source.iterdir():
-        wanted = path.name in TOKENIZER_FILES or path.suffix == ".tiktoken"
-        if wanted and path.is_file():
-            shutil.copyfile(path, target / path.name)
-        elif path.name == CHAT_TEMPLATE_DIR and path.is_dir():
-            shutil.copytree(path, target / path.name)
 
 
 def load_unquantized(folder: Path, device: str) -> Any:

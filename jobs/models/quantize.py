@@ -16,14 +16,13 @@ from typing import Any
 from jobs.errors import Interrupted, SpecErrors
 from jobs.models.find import Found, find
 from jobs.models.load import (
-    copy_tokenizer,
-    has_tokenizer,
     load_unquantized,
     quiet,
     short_of_memory,
 )
 from jobs.models.show import bits, seconds, size
 from quant.spec import QuantSpec
+from quant.tokenizer_files import copy_tokenizer, has_tokenizer
 
 COMMAND = "quantize"
 

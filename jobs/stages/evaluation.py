@@ -128,8 +128,8 @@ def cell_task(
     material: Material, spec: QuantSpec, fingerprint: str, model: Store | str, revision: str
 ) -> dict[str, Any]:
     """One cell: quantizes, evaluates, publishes the model and then its result.json."""
-    from quant.artifact import TOKENIZER_FILES
     from quant.cell import run_cell
+    from quant.tokenizer_files import copy_tokenizer
 
     source = Path(folder_of(model, revision))
     with tempfile.TemporaryDirectory(prefix="stillhouse-cell-") as temporary:
@@ -144,9 +144,7 @@ def cell_task(
             vocab=material.vocab,
             keep_16bit=material.sweep.keep_16bit,
         )
-        for path in sorted(source.iterdir()):
-            if path.name in TOKENIZER_FILES:
-                (Path(temporary) / path.name).write_bytes(path.read_bytes())
+        copy_tokenizer(source, Path(temporary))
         material.attempt.upload_folder(temporary, f"cells/{spec.key}/model")
     result["fingerprint"] = fingerprint
     material.attempt.write_json(f"cells/{spec.key}/result.json", result)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,21 +13,8 @@ from transformers import PreTrainedModel
 from quant.bytes import stored_tensors
 from quant.export.compressed import Packed, quantization_config
 from quant.stored.folder import whole_folder
+from quant.tokenizer_files import copy_tokenizer, has_tokenizer
 
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-TEMPLATES = "additional_chat_templates"
 SINGLE = "model.safetensors"
 
 
@@ -68,7 +54,8 @@ def write_folder(
         if stock.generation_config is not None:
             stock.generation_config.save_pretrained(folder)
         tensors = _write_weights(stock, packed, folder, shard_bytes)
-        if not _copy_tokenizer(source, folder):
+        copy_tokenizer(source, folder)
+        if not has_tokenizer(folder):
             notes.append(f"{source} has no tokenizer files: add those of the model.")
         files = {
             str(path.relative_to(folder)): path.stat().st_size
@@ -128,12 +115,3 @@ def _stored(
 
 def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> bool:
-    found = [name for name in TOKENIZER if (source / name).is_file()]
-    for name in found:
-        shutil.copyfile(source / name, folder / name)
-    if (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, folder / TEMPLATES)
-    return any(not name.startswith("chat_template") for name in found)
