@@ -15,7 +15,8 @@ def use_kernels(model: nn.Module, prefer: Preference = "speed") -> dict[str, str
     "speed": the fastest one, where codes of 1 to 3 bits take 4 bits of memory and those of 5 and 6
     take 8. "memory": only layouts that hold the codes in as many bytes as they are stored in. The
     kernel's own copy of scales and zero points comes on top with both: 32 bits per group, or 64
-    where the int4 kernel of a CPU has two planes (codes of 5 to 8 bits). "plain": dequantize +
+    where the int4 kernel of a CPU has two planes (codes of 5 to 8 bits), and 4 more, 16 on CUDA,
+    where one plane's offsets need them (`quant.kernels.offsets`). "plain": dequantize +
     matmul, as stored. Stored codes are let go while a kernel holds them, and come back exactly.
     Where no kernel fits, the description says why. Raises ValueError for another preference.
     """

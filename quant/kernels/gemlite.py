@@ -30,12 +30,10 @@ class Gemlite(Kernel):
         device = weight.codes.device
         if device.type != "cuda":
             raise Refused(f"gemlite runs on CUDA, not on device {device.type}")
-        try:
-            from gemlite.helper import A16Wn
-        except ImportError:
-            raise Refused("gemlite is not installed") from None
         self.name = f"gemlite {weight.bits}-bit"
         try:
+            from gemlite.helper import A16Wn
+
             self.layer = A16Wn(device=device, dtype=torch.bfloat16).from_weights(
                 weight.unpacked().codes,
                 weight.scale.clone(),
@@ -44,6 +42,11 @@ class Gemlite(Kernel):
                 weight.group_size,
             )
             same = torch.equal(self.codes(), weight.codes)
+        except ModuleNotFoundError as error:
+            missing = error.name or "gemlite"
+            raise Refused(
+                "gemlite is not installed" if missing.startswith("gemlite") else f"no {missing}"
+            ) from None
         except Exception as error:  # another version, another GPU: the plain path still runs
             raise Refused(f"gemlite failed ({str(error).splitlines()[:1]})") from None
         if not same:

@@ -6,7 +6,8 @@ up to 8 bits is `q = 16 hi + lo`, hence `(q - z) s = (hi - 8) 16 s + (lo - 8) s 
 kernel over twice the columns, with the input repeated; the last term is split over the two.
 Codes of fewer bits leave room: each group's codes, and its z with them, are moved up so that z is
 near the middle of 0..15 or 0..255. zp is then near 0, and what bfloat16 rounds off s and zp is
-small beside the weights (else it is not: most weights of 1-bit groups are 0.02 s).
+small beside the weights (else it is not: most weights of 1-bit groups are 0.02 s). 4-bit codes
+leave none: where what is rounded off their zp would be seen, more columns hold it (`offsets`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from quant.kernels.kernel import (
     repeated,
     room_above,
 )
+from quant.kernels.offsets import Grid, lost_offsets, on_grid
 
 # Above this many rows the weight is dequantized and multiplied in 16 bits. Milliseconds on one
 # thread (AVX-512), 2048 -> 5632, groups of 64: the kernel takes 0.13 a row (two planes: 0.27), the
@@ -50,25 +52,40 @@ class Int4(Kernel):
         kind = "int4" if planes == 1 else "int8 in two int4 planes"
         self.name = f"{kind} to {self.few} rows, then dequantize+matmul"
         padded = self.padded = -(-self.rows // ROWS) * ROWS
-        self.packed = torch.empty(padded, planes * self.columns // 2, dtype=torch.uint8)
-        for part in row_chunks(padded, self.columns, self.packed.device, ROWS):
-            codes = F.pad(weight.unpacked(part).codes, (0, 0, 0, max(0, part.stop - self.rows)))
-            codes = codes + self._moved(part).repeat_interleave(weight.group_size, 1)
-            both = codes if planes == 1 else torch.cat((codes >> 4, codes & 15), 1)
-            self.packed[part] = self.layout.pack(both)
         centre = self.zero.float() + self._moved(slice(0, self.rows))
         s, z = repeated(self.scale, centre, weight.group_size, padded)
         s = s.bfloat16().float()  # as the kernel has it, so that codes near z are near 0 there too
         rest = (self.middle - z) * s
         if planes == 1:
-            self.scales_and_zeros = _per_group(s, rest)
+            layout = [(s, rest)]
         else:
             high = rest.bfloat16().float()
-            self.scales_and_zeros = torch.cat(
-                (_per_group(16 * s, high), _per_group(s, rest - high))
-            )
+            layout = [(16 * s, high), (s, rest - high)]
+        more = self._corrections(weight, rest) if planes == 1 else None
+        self.summed = 0  # columns behind those of the weight, whose inputs are the groups' sums
+        if more is not None:
+            self.summed = more.codes.shape[1]
+            layout.append((more.scale, more.offset))
+        self.scales_and_zeros = torch.cat([_per_group(*pair) for pair in layout])
         if not bool(self.scales_and_zeros.isfinite().all()):
             raise Refused("a scale or zero point is not finite")
+        width = planes * self.columns + self.summed
+        self.packed = torch.empty(padded, width // 2, dtype=torch.uint8)
+        for part in row_chunks(padded, width, self.packed.device, ROWS):
+            codes = F.pad(weight.unpacked(part).codes, (0, 0, 0, max(0, part.stop - self.rows)))
+            codes = codes + self._moved(part).repeat_interleave(weight.group_size, 1)
+            both = codes if planes == 1 else torch.cat((codes >> 4, codes & 15), 1)
+            if more is not None:
+                both = torch.cat((both, more.codes[part]), 1)
+            self.packed[part] = self.layout.pack(both)
+
+    def _corrections(self, weight: StoredWeight, rest: Tensor) -> Grid | None:
+        """What is rounded off the offsets `rest` `[padded, groups]`, as columns of the kernel."""
+        times = rest.shape[1] // weight.groups  # a stored group may be several of the kernel's
+        lost = lost_offsets(weight, rest[: self.rows, ::times])
+        if lost is None:
+            return None
+        return on_grid(F.pad(lost, (0, 0, 0, self.padded - self.rows)), self.group)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.columns)
@@ -83,8 +100,14 @@ class Int4(Kernel):
     def _few(self, x: Tensor) -> Tensor:
         # The kernel's own bfloat16 path is 50 times as fast as its float32 and float16 ones.
         narrow = x if x.dtype is torch.bfloat16 else x.to(torch.bfloat16)
-        twice = narrow.contiguous() if self.planes == 1 else torch.cat((narrow, narrow), 1)
-        y = torch._weight_int4pack_mm_for_cpu(twice, self.packed, self.group, self.scales_and_zeros)
+        if self.planes == 2:
+            given = torch.cat((narrow, narrow), 1)
+        elif self.summed:
+            sums = narrow.unflatten(1, (self.scale.shape[1], -1)).sum(-1)
+            given = torch.cat((narrow, F.pad(sums, (0, self.summed - sums.shape[1]))), 1)
+        else:
+            given = narrow.contiguous()
+        y = torch._weight_int4pack_mm_for_cpu(given, self.packed, self.group, self.scales_and_zeros)
         if self.padded != self.rows:
             y = y[:, : self.rows].contiguous()
         return y if x.dtype is torch.bfloat16 else y.to(x.dtype)
@@ -115,6 +138,8 @@ class Int4(Kernel):
         found = self.layout.nibbles(self.packed[rows])
         if self.planes == 2:
             found = found[:, : self.columns] << 4 | found[:, self.columns :]
+        elif self.summed:
+            found = found[:, : self.columns]
         if self.bits in (4, 8):
             return found
         # Contiguous: an inner loop with a stride is not vectorized and takes 10 times as long.

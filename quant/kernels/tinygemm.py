@@ -20,6 +20,7 @@ from quant.kernels.kernel import (
     repeated,
     room_above,
 )
+from quant.kernels.offsets import lost_offsets
 
 INNER_TILES = 8  # tiles of 16 columns that a thread reads at once; 8 is torch's own choice
 TILE = (8, 16 * INNER_TILES)  # rows, columns
@@ -42,10 +43,7 @@ class TinyGemm(Kernel):
         if self.columns % TILE[1]:
             raise Refused(f"an input width of {self.columns} is no multiple of {TILE[1]}")
         device = weight.codes.device
-        if device.type != "cuda":
-            raise Refused(f"tinygemm runs on CUDA, not on device {device.type}")
-        if torch.cuda.get_device_capability(device)[0] < CAPABILITY:
-            raise Refused("tinygemm needs a GPU of compute capability 8.0 or more")
+        _check_device(device)
         padded = self.padded = -(-self.rows // TILE[0]) * TILE[0]
         self.order = _tile_order(device)
         tiles = (padded // TILE[0], self.columns // TILE[1], 32, INNER_TILES // 2)
@@ -56,12 +54,17 @@ class TinyGemm(Kernel):
             self.packed[_tiles(part)] = _pack(codes + self._moved(part))
             if not torch.equal(self._codes(part), codes):
                 raise Refused("this GPU's int4 layout is not understood")
-        # Scales as the kernel has them and zero points near the middle: see the CPU's kernel.
+        # Scales as the kernel has them, zero points near the middle, and what is rounded off their
+        # offsets: see the CPU's kernel.
         centre = self.zero.float() + room_above(self.zero, self.bits, 15, 8)
         s, z = repeated(self.scale, centre, weight.group_size, padded)
         s = s.bfloat16().float()
-        both = torch.stack((s, (8 - z) * s), -1).transpose(0, 1)
+        offset = (8 - z) * s
+        both = torch.stack((s, offset), -1).transpose(0, 1)
         self.scales_and_zeros = both.contiguous().to(torch.bfloat16)
+        times = offset.shape[1] // weight.groups  # a stored group may be several of the kernel's
+        lost = lost_offsets(weight, offset[: self.rows, ::times])
+        self.lost = None if lost is None else lost.t().to(torch.bfloat16)  # [groups, rows]
         check_product(self, weight)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -71,11 +74,24 @@ class TinyGemm(Kernel):
             y = torch.ops.aten._weight_int4pack_mm.default(
                 narrow, self.packed, self.group, self.scales_and_zeros
             )
-            y = y[:, : self.rows].to(x.dtype)
+            y = y[:, : self.rows]
+            if self.lost is not None:
+                sums = narrow.unflatten(1, (len(self.lost), -1)).sum(-1)
+                y = torch.addmm(y, sums, self.lost)
+            y = y.to(x.dtype)
+        elif torch.compiler.is_compiling():
+            y = F.linear(rows, self._weight(slice(0, self.padded), x.dtype)[: self.rows])
         else:
-            codes = self._codes(slice(0, self.padded))[: self.rows]
-            y = F.linear(rows, scaled(codes, self.scale, self.zero, x.dtype))
+            y = rows.new_empty(rows.shape[0], self.rows)
+            for part in row_chunks(self.rows, self.columns, x.device, TILE[0]):
+                y[:, part] = F.linear(rows, self._weight(part, x.dtype))
         return y.reshape(*x.shape[:-1], self.rows)
+
+    def _weight(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """The weight's rows `part`, which starts at a whole tile, in `dtype`."""
+        stop = -(-part.stop // TILE[0]) * TILE[0]
+        codes = self._codes(slice(part.start, stop))[: part.stop - part.start]
+        return scaled(codes, self.scale[part], self.zero[part], dtype)
 
     def _codes(self, rows: slice) -> Tensor:
         return _unpack(self.packed[_tiles(rows)], self.order) - self._moved(rows)
@@ -103,6 +119,13 @@ def check_product(kernel: Kernel, weight: StoredWeight) -> None:
     error = kernel(x.bfloat16())[:, part].float() - expected
     if not bool(error.square().mean() <= 1e-4 * expected.square().mean()):
         raise Refused(f"{type(kernel).__name__} gives other results than the plain path here")
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise Refused(f"tinygemm runs on CUDA, not on device {device.type}")
+    if torch.cuda.get_device_capability(device)[0] < CAPABILITY:
+        raise Refused("tinygemm needs a GPU of compute capability 8.0 or more")
 
 
 def _tiles(rows: slice) -> slice:

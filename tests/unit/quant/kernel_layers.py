@@ -6,7 +6,10 @@ import numpy as np
 import torch
 
 from quant.codes import Codes
+from quant.kernels.kernel import StoredWeight
 from quant.linear import QuantLinear
+from quant.methods import quantize_weight
+from quant.pack import pack
 
 
 def random_codes(
@@ -22,6 +25,14 @@ def random_codes(
     if whole:
         zero = torch.full_like(zero, 128)
     return Codes(codes, scale, zero.half(), bits)
+
+
+def heavy_tailed(bits: int, group: int, rows: int = 96, columns: int = 512) -> StoredWeight:
+    """Weights of which few are large: they stretch the ranges of their groups (Student's t, 3)."""
+    torch.manual_seed(bits + group)
+    weight = torch.distributions.StudentT(3.0).sample((rows, columns)) * 0.02
+    codes = quantize_weight(weight, bits, group)
+    return StoredWeight(pack(codes.codes, bits), codes.scale, codes.zero, bits, columns)
 
 
 def weight_in_float64(codes: Codes) -> np.ndarray:

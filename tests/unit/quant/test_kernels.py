@@ -12,12 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant.codes import CHUNK, Codes
 from quant.kernels import kernel_names, use_kernels
-from quant.kernels.int4 import FEW
+from quant.kernels.int4 import FEW, Int4
 from quant.kernels.int4_layout import Int4Layout, find_layout
 from quant.kernels.int8_dynamic import Int8Dynamic
 from quant.kernels.kernel import Refused
+from quant.kernels.offsets import on_grid
 from quant.linear import QuantEmbedding, QuantLinear, dense_weights
+from quant.methods import quantize_weight
 from tests.unit.quant.kernel_layers import (
+    heavy_tailed,
     random_codes,
     random_input,
     relative_error,
@@ -111,6 +114,52 @@ def test_zero_points_far_outside_the_codes():
         layer = QuantLinear.from_codes(codes)
         assert use_kernels(layer)[""].startswith(kind)
         assert relative_error(layer, random_input(4, 256), weight_in_float64(codes)) < 0.01
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("group", [32, 64, 128, 256, 512])
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2, 1])
+def test_inputs_with_a_mean_and_weights_with_outliers(bits, group, mean):
+    """What bfloat16 rounds off a group's offset adds up over inputs of one sign."""
+    weight = heavy_tailed(bits, group)
+    kernel = Int4(weight)
+    assert torch.equal(kernel.unpacked().codes, weight.unpacked().codes)
+    dense = weight.unpacked().dequantize(torch.float64)
+    for rows in (1, 4, kernel.few):  # for more the weight itself is rounded to bfloat16
+        x = random_input(rows, 512) + mean
+        expected = x.double() @ dense.t()
+        error = (kernel(x).double() - expected).norm() / expected.norm()
+        assert error < 0.009, rows
+
+
+def test_offsets_are_mended_only_where_that_would_be_seen():
+    assert Int4(heavy_tailed(4, 512)).summed and not Int4(heavy_tailed(8, 512)).summed
+    torch.manual_seed(0)
+    codes = quantize_weight(torch.randn(256, 512) * 0.02, 4, 64)
+    layer = QuantLinear.from_codes(codes)
+    assert not Int4(layer._weight()).summed
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    count=st.integers(1, 140),
+    size=st.sampled_from([32, 64, 128, 256]),
+    scale=st.sampled_from([0.0, 1e-6, 1.0, 1e4]),
+    seed=st.integers(0, 1000),
+)
+def test_values_on_the_kernels_grid_are_within_a_thirtieth_of_their_range(
+    rows, count, size, scale, seed
+):
+    values = torch.randn(rows, count, generator=torch.Generator().manual_seed(seed)) * scale
+    grid = on_grid(values, size)
+    assert grid.codes.shape[1] % size == 0 and int(grid.codes.max()) <= 15
+    wide, offset = (
+        part.repeat_interleave(size, 1)[:, :count] for part in (grid.scale, grid.offset)
+    )
+    made = (grid.codes[:, :count].float() - 8) * wide + offset
+    ranges = 15 * wide
+    assert bool(((made - values).abs() <= ranges / 30 * 1.001 + 1e-6 * values.abs()).all())
 
 
 def test_small_weights_far_from_the_middle_of_8_bits():
