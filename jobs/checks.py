@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 from cluster.storage import open_store
 from jobs.spec import JobSpec
 from quant.spec import CHANNEL, QuantSpec, SweepSpec
+from quant.wording import Wording
 from trainer.checks import faults_in, has_student, student_config, world_faults
 from trainer.job import identities
 
@@ -33,13 +34,14 @@ def _sweep_faults(sweep: SweepSpec, config: Any) -> list[str]:
     from quant.targets import find_targets, meta_model
 
     model, kept = meta_model(config), dict.fromkeys(sweep.keep_16bit)
-    faults = faults_in(lambda: find_targets(model, QuantSpec(8, CHANNEL), kept), "sweep")
+    said = _KeyWording()
+    faults = faults_in(lambda: find_targets(model, QuantSpec(8, CHANNEL), kept, said), "sweep")
     if not faults and (sweep.embeddings or sweep.head):
         ends = QuantSpec(8, CHANNEL, "hqq", sweep.embeddings, sweep.head)
         key = "sweep.embeddings" if sweep.embeddings else "sweep.head"
-        faults = faults_in(lambda: find_targets(model, ends, kept), key)
+        faults = faults_in(lambda: find_targets(model, ends, kept, said), key)
     if faults:
-        return [_in_keys(fault) for fault in faults]  # what follows would only repeat them
+        return faults  # what follows would only repeat them
     sizes = dict.fromkeys(cell.group_size for cell in sweep.cells())
     check = partial(
         check_group_size, model, embeddings=sweep.embeddings, head=sweep.head, layers=kept
@@ -49,10 +51,14 @@ def _sweep_faults(sweep: SweepSpec, config: Any) -> list[str]:
     ]
 
 
-def _in_keys(fault: str) -> str:
-    """A fault that names the argument `layers` of `quantize`, with the spec's key instead."""
-    listed = r"(?:quantize\(model, spec, )?layers=\{(?P<globs>[^{}]*)\}\)?"
-    key = "sweep.keep_16bit"
-    fault = re.sub(listed, lambda found: f"{key}: [{found['globs'].replace(': None', '')}]", fault)
-    fault = re.sub(r"^sweep(?:\.\w+)?: layers\[('.*'|\".*\")\] ", rf"{key}: \1 ", fault)
-    return fault.replace("`layers` lists as None", f"{key} lists")
+class _KeyWording(Wording):
+    """`sweep.keep_16bit`, which lists what stays in 16 bits."""
+
+    def entry(self, pattern: object) -> str:
+        return f"sweep.keep_16bit: {pattern!r}"
+
+    def keep(self, patterns: Iterable[str]) -> str:
+        return f"sweep.keep_16bit: {list(patterns)}"
+
+    def kept(self) -> str:
+        return "what sweep.keep_16bit lists"

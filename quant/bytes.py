@@ -111,7 +111,9 @@ def parameter_count(model: nn.Module) -> int:
     """Number of weights, tied ones once; of a quantized model: of the model it was made from."""
     layers, tied = stored_layers(model)
     quantized = sum(w.rows * w.columns for name, w in layers.items() if name not in tied)
-    return quantized + sum(parameter.numel() for parameter in model.parameters())
+    plain, _ = plain_tensors(model)  # not model.parameters(): two of them may share one memory
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return quantized + sum(plain[name].numel() for name in plain.keys() & parameters)
 
 
 def true_bits_per_weight(model: nn.Module) -> float:

@@ -17,6 +17,7 @@ from quant.artifact import FORMAT, load_quantized, save_quantized
 from quant.bytes import dense_bytes, parameter_count, true_bits_per_weight, true_bytes
 from quant.evaluate import Batch, TeacherRecords, evaluate, teacher_metrics
 from quant.linear import dense_weights
+from quant.methods import load_method
 from quant.quantize import quantize
 from quant.spec import QuantSpec
 from quant.speed import measure_speed
@@ -38,6 +39,7 @@ MEASURED = (
     "teacher_top1_agreement",
     "per_sequence",
     "evaluated_with",
+    "keep_16bit",
     "quantize_s",
     "eval_s",
 )
@@ -85,13 +87,15 @@ def run_cell(
     The evaluation runs dense matmuls over the dequantized weights, which every kernel agrees with
     to rounding; `evaluated_with` says so. Returns the cell's result with every key of
     `result.json`; speeds and the kernel they were had with are None until `measure_cell`.
-    `student_accuracy` is what retention refers to: by default the unquantized
-    model's accuracy on the same batches. Without `out_folder` nothing is saved. `keep_16bit`:
-    names or globs of modules that are not quantized.
+    `quantize_s` is without loading the model. `student_accuracy` is what retention refers to: by
+    default the unquantized model's accuracy on the same batches. Without `out_folder` nothing is
+    saved. `keep_16bit`: names or globs of modules that are not quantized.
     """
     torch.set_num_threads(threads)
+    model = load_model(model_folder, device)
+    load_method(spec.method)  # importing it is no part of the time
     start = time.perf_counter()
-    model = quantize(load_model(model_folder, device), spec, layers=dict.fromkeys(keep_16bit))
+    model = quantize(model, spec, layers=dict.fromkeys(keep_16bit))
     quantize_s = time.perf_counter() - start
     if out_folder is not None:
         save_quantized(model, out_folder, spec, {"versions": versions()})
@@ -122,6 +126,7 @@ def run_cell(
         "per_sequence": found["per_sequence"],
         **dict.fromkeys(SPEEDS),
         "evaluated_with": _evaluated_with(spec, model.dtype),
+        "keep_16bit": sorted(set(keep_16bit)),
         "quantize_s": quantize_s,
         "eval_s": eval_s,
         "versions": versions(),

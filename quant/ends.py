@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from quant.leftover import is_plain_linear
 from quant.spec import QuantSpec
+from quant.wording import Wording
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,11 @@ class Ends:
         tied = _same(getattr(table, "weight", None), getattr(head, "weight", None))
         return Ends(table, _names(model, table), head, _names(model, head), tied)
 
-    def kept(self, spec: QuantSpec) -> dict[str, str]:
+    def kept(self, spec: QuantSpec, said: Wording) -> dict[str, str]:
         """Which of their names stay in 16 bits, and why."""
-        table = {} if spec.embeddings else dict.fromkeys(self.table_names, "embeddings=False")
-        return table | ({} if spec.head else dict.fromkeys(self.head_names, "head=False"))
+        table, head = said.without("embeddings"), said.without("head")
+        kept = {} if spec.embeddings else dict.fromkeys(self.table_names, table)
+        return kept | ({} if spec.head else dict.fromkeys(self.head_names, head))
 
     def check(self, model: PreTrainedModel, spec: QuantSpec) -> None:
         """Raise ValueError (one line) unless what `spec` asks for can be quantized."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
+from quant.drawing import draw_faults
 from quant.kernels import kernel_names
 from quant.pieces import Pieces
 
@@ -178,10 +179,8 @@ def stream(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}; may be 1 or more")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: got {temperature}; may be 0 (the likeliest token) or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: got {top_p}; may be above 0, up to 1")
+    for name, fault in draw_faults(temperature, top_p, seed):
+        raise ValueError(f"{name}: {fault}")
     ids = _prompt_ids(tokenizer, prompt)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = max_new_tokens + 1 if limit is None else limit - len(ids)

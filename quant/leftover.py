@@ -16,6 +16,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from quant.wording import Wording
+
 # Share of the weights, in percent, that may stay in 16 bits without being listed: short
 # convolutions, state-space matrices, gates of a recurrence.
 SMALL_PERCENT = 1.0
@@ -99,10 +101,10 @@ def leftovers(model: PreTrainedModel, skipped: Collection[str]) -> list[Leftover
     return found
 
 
-def check_leftovers(model: PreTrainedModel, left: list[Leftover]) -> None:
+def check_leftovers(model: PreTrainedModel, left: list[Leftover], said: Wording) -> None:
     """Raise ValueError (one line) for weights that would stay in 16 bits and are not few.
 
-    It names them, their share of the weights and the `layers` that leave them so knowingly.
+    It names them, their share of the weights and what leaves them so knowingly.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     few = sum(item.weight.numel() for item in left) <= total * SMALL_PERCENT / 100
@@ -110,17 +112,16 @@ def check_leftovers(model: PreTrainedModel, left: list[Leftover]) -> None:
     if not refused:
         return
     share = 100 * sum(item.weight.numel() for item in refused) / total
-    said = []
+    kinds = []
     for kind in dict.fromkeys(type(item.module) for item in refused):
         first, *rest = [item for item in refused if type(item.module) is kind]
         shape = ", ".join(map(str, first.weight.shape))
         more = f" and {len(rest)} more" if rest else ""
-        said.append(f"{first.name} [{shape}]{more} of {kind.__name__}")
-    patterns = ", ".join(f"{pattern!r}: None" for pattern in _patterns(model, refused))
+        kinds.append(f"{first.name} [{shape}]{more} of {kind.__name__}")
     raise ValueError(
         f"{type(model).__name__} has weights that cannot be quantized and would stay in 16 bits, "
-        f"{share:.1f} % of all: {'; '.join(said)}; to leave them so knowingly, say "
-        f"quantize(model, spec, layers={{{patterns}}})"
+        f"{share:.1f} % of all: {'; '.join(kinds)}; to leave them so knowingly, say "
+        f"{said.keep(_patterns(model, refused))}"
     )
 
 

@@ -145,7 +145,11 @@ class QuantLinear(QuantWeight):
                 return self._in_chunks(x, bias)
         if not self.activations:
             return F.linear(x, weight, bias)
-        codes, token_scale = quantize_tokens(x.reshape(-1, self.columns))
+        rows = x.reshape(-1, self.columns)
+        codes, token_scale = quantize_tokens(rows.detach())
+        if x.requires_grad:  # rounding has no gradient: straight through, as if it were not there
+            exact = rows / token_scale
+            codes = exact + (codes - exact).detach()
         total = F.linear(codes.to(weight.dtype), weight) * token_scale
         scale = (self.shared or self).scale  # not stored(), which may have to pack the codes
         y = (total * scale.t()).to(x.dtype).view(*x.shape[:-1], self.rows)

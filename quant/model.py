@@ -74,6 +74,9 @@ class QuantizedModel:
             "quantize that"
         )
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: a tied head works on the embedding's codes already."""
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # The class is made at run time and has no name to be found by: name the original.
         reduced: Any = super().__reduce_ex__(max(2, protocol.__index__()))

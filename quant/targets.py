@@ -17,6 +17,7 @@ from quant.ends import Ends
 from quant.leftover import check_leftovers, inside, is_matrix, leftovers, matches, untouched
 from quant.pack import BLOCK
 from quant.spec import CHANNEL, GroupSize, QuantSpec
+from quant.wording import PYTHON, Wording
 
 Layers = Mapping[str, QuantSpec | None]
 Kind = Literal["linear", "conv1d", "embedding", "tied"]
@@ -52,23 +53,28 @@ class Targets:
     kept: dict[str, str]
 
 
-def find_targets(model: PreTrainedModel, spec: QuantSpec, layers: Layers | None = None) -> Targets:
+def find_targets(
+    model: PreTrainedModel,
+    spec: QuantSpec,
+    layers: Layers | None = None,
+    said: Wording = PYTHON,
+) -> Targets:
     """What `spec` quantizes of the model: every linear layer (GPT-2's Conv1D too) but the head.
 
     `spec.head` and `spec.embeddings` add those. `layers`: module names or globs (they hold for all
     inside a module), each with a spec of its own or None to stay in 16 bits; the first that
     matches counts. Routers of experts and towers of other modalities stay in 16 bits. The model
-    may be on the meta device.
+    may be on the meta device. said: how faults name `layers`.
 
     Raises ValueError (one line) for fused and unknown kinds of weights that are not listed in
     `layers`, for one of two tied weights asked for without the other, embeddings with a forward of
     their own, group sizes that do not divide a row, names of no layer, and for no layer at all.
     """
     listed: Layers = layers or {}
-    _check_layers(listed)
+    _check_layers(listed, said)
     ends = Ends.of(model)
     ends.check(model, spec)
-    kept = untouched(model) | ends.kept(spec)
+    kept = untouched(model) | ends.kept(spec, said)
     candidates = _linears(model, ends, kept, spec) + _asked_ends(ends, spec)
     left = leftovers(model, kept)
     _check_names(
@@ -76,6 +82,7 @@ def find_targets(model: PreTrainedModel, spec: QuantSpec, layers: Layers | None 
         [name for target in candidates for name in (*target.names, *target.head_names)],
         [item.name for item in left],
         kept,
+        said,
     )
     found: dict[str, Target] = {}
     for target in candidates:
@@ -85,14 +92,14 @@ def find_targets(model: PreTrainedModel, spec: QuantSpec, layers: Layers | None 
         else:
             found[target.names[0]] = replace(target, spec=own)
     refused = [item for item in left if _first(listed, (item.name,), spec) is not None]
-    check_leftovers(model, refused)
+    check_leftovers(model, refused, said)
     names = {item.name for item in refused}
     for item in left:
         kept[item.name] = "few" if item.name in names else "listed as None"
     if not found:
-        what = "no layer besides what `layers` lists as None" if listed else "no linear layer"
+        what = f"no layer besides {said.kept()}" if listed else "no linear layer"
         raise ValueError(f"{type(model).__name__} has {what}: nothing to quantize")
-    _check_widths(found)
+    _check_widths(found, said)
     for size in dict.fromkeys(target.spec.group_size for target in found.values()):
         _check_size(size, [target for target in found.values() if target.spec.group_size == size])
     return Targets(found, kept)
@@ -104,14 +111,15 @@ def check_group_size(
     embeddings: bool = False,
     head: bool = False,
     layers: Layers | None = None,
+    said: Wording = PYTHON,
 ) -> None:
     """Raise ValueError (one line) unless each size divides the rows of all that is quantized.
 
-    A transformers config is enough: the model is then built without weights. `layers` as in
+    A transformers config is enough: the model is then built without weights. `layers`, `said` as in
     `find_targets`. Refuses too what that refuses.
     """
     model = meta_model(config_or_model)
-    targets = find_targets(model, QuantSpec(8, CHANNEL, "hqq", embeddings, head), layers)
+    targets = find_targets(model, QuantSpec(8, CHANNEL, "hqq", embeddings, head), layers, said)
     for size in sizes:
         _check_size(size, list(targets.layers.values()))
 
@@ -172,17 +180,17 @@ def _first(layers: Layers, names: Iterable[str], spec: QuantSpec) -> QuantSpec |
     return spec
 
 
-def _check_layers(layers: Layers) -> None:
+def _check_layers(layers: Layers, said: Wording) -> None:
     for pattern, own in layers.items():
         if not isinstance(pattern, str) or not (own is None or isinstance(own, QuantSpec)):
             raise ValueError(
-                f"layers[{pattern!r}] is {own!r}; may be a QuantSpec, or None to stay in 16 bits, "
-                "by the name of a module or a glob"
+                f"{said.entry(pattern)} is {own!r}; may be a QuantSpec, or None to stay in 16 "
+                "bits, by the name of a module or a glob"
             )
 
 
 def _check_names(
-    layers: Layers, targets: list[str], left: list[str], kept: Mapping[str, str]
+    layers: Layers, targets: list[str], left: list[str], kept: Mapping[str, str], said: Wording
 ) -> None:
     """Every entry of `layers` must match something, and something quantizable unless None."""
     for pattern, own in layers.items():
@@ -193,21 +201,23 @@ def _check_names(
             names = list(dict.fromkeys([*targets, *left, *kept]))
             close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5) or names[:3]
             raise ValueError(
-                f"layers[{pattern!r}] matches no layer; there are for example {', '.join(close)}"
+                f"{said.entry(pattern)} matches no layer; there are for example {', '.join(close)}"
             )
         if own is not None:
             why = kept.get(other, "cannot be quantized")
-            raise ValueError(f"layers[{pattern!r}]: {other} is not quantized ({why}); may be None")
+            raise ValueError(
+                f"{said.entry(pattern)} {other} is not quantized ({why}); may be {said.sixteen()}"
+            )
 
 
-def _check_widths(found: Mapping[str, Target]) -> None:
+def _check_widths(found: Mapping[str, Target], said: Wording) -> None:
     """Codes of every width are packed in blocks of `BLOCK`."""
     for name, target in found.items():
         if target.columns % BLOCK:
             glob = "*." + name.rpartition(".")[2]
             raise ValueError(
                 f"layer {name} is {target.columns} weights wide, which is no multiple of {BLOCK}: "
-                f"no group size does; it can only stay in 16 bits, layers={{{glob!r}: None}}"
+                f"no group size does; it can only stay in 16 bits, {said.keep([glob])}"
             )
 
 

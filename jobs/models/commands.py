@@ -231,13 +231,14 @@ def export(
     """
     from jobs.models.export import check_kind, export_to
     from jobs.models.find import find
+    from jobs.models.load import enough_memory
     from jobs.models.options import check_out
     from jobs.models.quantize import terminable
 
     check_kind(format.value, kind.value)
     folder = check_out(out, "the exported model")
     found = find(model, storage, "export", cell)
-    with terminable():
+    with terminable(), enough_memory(found.name):
         for line in export_to(found, format.value, kind.value, folder):
             typer.echo(line)
     return DONE
@@ -303,7 +304,7 @@ def generate(
     The text goes to stdout, one line of figures to stderr. Ctrl-C stops with the figures.
     """
     from jobs.models.find import find
-    from jobs.models.generate import draw_faults, preference, read_prompt
+    from jobs.models.generate import check_threads, draw_faults, preference, read_prompt
     from jobs.models.options import read_single
 
     faults = draw_faults(temperature, top_p, seed)
@@ -314,6 +315,7 @@ def generate(
         faults += error.faults
     if faults:
         raise SpecErrors(faults)
+    check_threads(threads)
 
     found = find(model, storage, "generate", cell, revision)
     kernels = preference(found, spec, prefer.value if prefer else None)

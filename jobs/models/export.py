@@ -195,6 +195,8 @@ def _original(run: Store, notes: list[str]) -> Path | None:
 
     try:
         spec: Any = parse(run.read_text("spec.yaml"), "spec.yaml")[0]
+        if spec.get("distill") is not None:
+            raise ValueError("what is swept is the trained student, which is gone")
         student = spec["student"]
         return find_model("student.model", student["model"], student.get("revision", "main"))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):

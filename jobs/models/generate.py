@@ -46,17 +46,29 @@ def read_prompt(given: str | None) -> str:
 
 def draw_faults(temperature: float | None, top_p: float | None, seed: int | None) -> list[str]:
     """A line for each option that is out of range or would do nothing."""
-    faults = []
-    if temperature is not None and not 0 <= temperature < float("inf"):
-        faults.append(f"--temperature: got {temperature:g}; may be 0 (the likeliest) or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        faults.append(f"--top-p: got {top_p:g}; may be above 0, up to 1")
+    from quant import drawing
+
+    faults = [
+        f"--{name.replace('_', '-')}: {fault}"
+        for name, fault in drawing.draw_faults(temperature or 0.0, top_p, seed)
+    ]
     idle = [name for name, value in (("--top-p", top_p), ("--seed", seed)) if value is not None]
     if idle and not temperature:
         faults.append(
             f"{' and '.join(idle)}: nothing is drawn at temperature 0; give --temperature, e.g. 1"
         )
     return faults
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises SpecErrors, one line, for more threads than there are CPUs."""
+    import os
+
+    there = os.cpu_count() or 1
+    if threads is not None and threads > there:
+        raise SpecErrors(
+            [f"--threads: got {threads}; may be 1 to {there}, the CPUs of this machine"]
+        )
 
 
 def preference(found: Found, spec: QuantSpec | None, asked: str | None) -> str:

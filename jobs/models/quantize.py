@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -75,6 +74,7 @@ def check_fits(
     folder: Path, spec: QuantSpec, layers: Mapping[str, QuantSpec | None] | None = None
 ) -> None:
     """Raises SpecErrors, one line, for what the model's layers do not allow; reads no weights."""
+    from jobs.models.wording import OptionWording
     from quant.targets import find_targets
     from trainer.models import meta_model, read_config
 
@@ -90,21 +90,9 @@ def check_fits(
             ]
         ) from None
     try:
-        find_targets(model, spec, layers)
+        find_targets(model, spec, layers, OptionWording())
     except ValueError as error:
-        raise SpecErrors([in_options(str(error))]) from None
-
-
-def in_options(fault: str) -> str:
-    """A fault that names the argument `layers` of `quantize`, with the option instead."""
-
-    def options(listed: re.Match[str]) -> str:
-        return " ".join(
-            f"--layer '{glob}=16'" for glob in re.findall(r"'([^']*)': None", listed[0])
-        )
-
-    fault = re.sub(r"(?:quantize\(model, spec, )?layers=\{[^{}]*\}\)?", options, fault)
-    return re.sub(r"layers\['([^']*)'\]", r"--layer \1:", fault)
+        raise SpecErrors([str(error)]) from None
 
 
 def quantize_to(

@@ -77,6 +77,7 @@ def remarks(rows: list[Row]) -> list[str]:
     """What holds for all cells, and which kernels their speeds were had with; each a line."""
     shared = _too(rows)
     lines = [f"All cells: {' and '.join(shared)} quantized too."] if shared else []
+    lines += _kept(rows)
     cells = [row for row in rows if row["role"] == "cell" and row["status"] != FAILED]
     found: dict[str, list[str]] = {}
     for row in cells:
@@ -90,6 +91,21 @@ def remarks(rows: list[Row]) -> list[str]:
     if told:
         word = "Kernels" if len(told) > 1 else "Kernel"
         lines.append(f"{word} of the cells' speeds: {'; '.join(told)}.")
+    return lines
+
+
+def _kept(rows: list[Row]) -> list[str]:
+    """What the cells of each run were told to leave in 16 bits."""
+    runs: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        if row["role"] == "cell" and row.get("keep_16bit"):
+            names = runs.setdefault(tuple(row["keep_16bit"]), [])
+            names += [row["run"]] if row["run"] not in names else []
+    several = len({row["run"] for row in rows}) > 1
+    lines = []
+    for kept, names in runs.items():
+        of = f" of {', '.join(names)}" if several else ""
+        lines.append(f"Kept in 16 bits in all cells{of}: {', '.join(kept)}.")
     return lines
 
 

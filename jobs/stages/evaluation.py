@@ -145,10 +145,18 @@ def cell_task(
             keep_16bit=material.sweep.keep_16bit,
         )
         copy_tokenizer(source, Path(temporary))
-        material.attempt.upload_folder(temporary, f"cells/{spec.key}/model")
+        _publish(material.attempt, Path(temporary), f"cells/{spec.key}/model")
     result["fingerprint"] = fingerprint
     material.attempt.write_json(f"cells/{spec.key}/result.json", result)
     return result
+
+
+def _publish(attempt: Attempt, folder: Path, place: str) -> None:
+    """Uploads a model. What an earlier version had left there under other names goes: programs
+    that look for those names would take it for the model."""
+    attempt.upload_folder(folder, place)
+    for name in attempt.store.sizes(place).keys() - {path.name for path in folder.iterdir()}:
+        attempt.store.delete(f"{place}/{name}")
 
 
 def speed_task(

@@ -110,15 +110,20 @@ def importance(dense: PreTrainedModel, ids: Tensor, names: list[str]) -> dict[st
 
     def watch(name: str) -> Callable[..., None]:
         def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            squares = inputs[0].float().square().flatten(0, -2).mean(0)
+            squares = inputs[0].float().square().flatten(0, -2).sum(0)
             sums[name] = sums[name] + squares if name in sums else squares
 
         return see
 
+    head = dense.get_output_embeddings()
+    with_head = any(dense.get_submodule(name) is head for name in names)
     with _hooks(dense, names, watch), torch.inference_mode():
         for sequence in ids:
-            dense(input_ids=sequence[None], use_cache=False)
-    return {name: total.clone() / len(ids) for name, total in sums.items()}
+            kept = _run(dense, sequence)
+            # The head sees a chunk at a time: all logits of a sequence would not fit.
+            for first in range(0, len(kept) if with_head else 0, CHUNK):
+                kept.chunk(first, min(first + CHUNK, len(kept)))
+    return {name: total.clone() / ids.numel() for name, total in sums.items()}
 
 
 class Reference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 from torch import Tensor
 
@@ -10,8 +11,12 @@ from quant.codes import Codes
 from quant.methods.slices import runs
 from quant.spec import CHANNEL, GroupSize, QuantSpec
 
-# The module of each method, imported at its first use: hqq alone takes seconds.
 METHODS = {"hqq": "hqq", "rtn": "rtn", "int8-dynamic": "int8_dynamic"}
+
+
+def load_method(method: str) -> Any:
+    """The module of a method, imported at its first use: hqq alone takes seconds."""
+    return import_module(f"quant.methods.{METHODS[method]}")
 
 
 def quantize_weight(weight: Tensor, bits: int, group_size: GroupSize, method: str = "hqq") -> Codes:
@@ -37,7 +42,7 @@ def quantize_weight(weight: Tensor, bits: int, group_size: GroupSize, method: st
         )
     if size % 8:
         raise ValueError(f"a width of {columns} is no multiple of 8: it cannot be quantized")
-    made: Codes = import_module(f"quant.methods.{METHODS[method]}").quantize(weight, bits, size)
+    made: Codes = load_method(method).quantize(weight, bits, size)
     scale, zero = made.scale.flatten(), made.zero.flatten()
     bad = sum(
         int((~(scale[part].isfinite() & zero[part].isfinite())).sum())

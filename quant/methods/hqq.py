@@ -20,8 +20,9 @@ ON_DEVICE = 1 << 28  # weights at once on an accelerator: hqq has about 16 bytes
 def quantize(weight: Tensor, bits: int, size: int) -> Codes:
     """hqq's codes of a weight `[out, in]` in groups of `size`, on its device.
 
-    On a CPU as hqq computes them in float32, from slices in float32: never the whole weight. On an
-    accelerator by hqq itself, which searches in float16 there.
+    On a CPU as hqq computes them in float32, from slices in float32; where two steps' errors agree
+    to some digits, the deviations of the whole weight in float32 too, which decide as hqq decides.
+    On an accelerator by hqq itself, which searches in float16 there.
     A constant group has code 0 and minus its value as zero point: hqq ends with that too, except
     for 4 bits where the rest of the matrix ends the search after a few steps.
     """

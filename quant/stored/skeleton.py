@@ -68,7 +68,18 @@ def check_generation_config(folder: Path) -> bool:
     for key, value in _walk(read_object(path)):
         if CODE_KEYS.fullmatch(key):
             raise broken(path, f"{key} is {shown(value)}: code from elsewhere is never run")
+        if key.endswith("token_id") and not _is_id(value):
+            raise broken(
+                path,
+                f"{key} is {shown(value)}; must be a token id, a list of them, or null; {AGAIN}",
+            )
     return True
+
+
+def _is_id(value: object) -> bool:
+    """Whether it is what transformers takes for a special token: an id, some, or none."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    return all(type(each) is int for each in ids)
 
 
 def meta_model(config: PreTrainedConfig, path: Path, tensors: int) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -444,8 +445,6 @@ def test_the_run_is_named_after_the_model(model: str, name: str) -> None:
     from jobs.models.sweep import run_name
 
     if model == "./":
-        import os
-
         os.chdir("model")
     assert run_name(model) == name
 
@@ -547,7 +546,14 @@ def test_wrong_inputs_of_generate(
             f"--bits: got 9; may be {WIDTHS}",
         ],
         "model --temperature -1 --prompt a": [
-            "--temperature: got -1; may be 0 (the likeliest) or more"
+            "--temperature: got -1; may be 0 (the likeliest token), or 0.0001 and more"
+        ],
+        "model --temperature 1 --seed -1 --prompt a": [
+            "--seed: got -1; may be 0 to 9223372036854775807"
+        ],
+        f"model --threads {os.cpu_count() + 1} --prompt a": [
+            f"--threads: got {os.cpu_count() + 1}; may be 1 to {os.cpu_count()}, the CPUs of this "
+            "machine"
         ],
         f"model --prompt {'a' * 40}": [
             "prompt: has 40 tokens, but the model has 32 positions, for prompt and new tokens "

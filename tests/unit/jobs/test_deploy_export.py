@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.storage import open_store
 from jobs.cli import main
+from jobs.models.export import _original
 from jobs.runs import cells_of
 from quant.artifact import load_quantized
 from tests.material import data_spec, make_corpus, save_model, write_texts
@@ -231,6 +232,18 @@ def test_what_is_gone_is_told(here: Path, capsys: pytest.CaptureFixture[str]) ->
     (note,) = (line for line in lines if line.startswith("note: The run's corpus"))
     assert "no finished corpus at" in note and note.endswith("KL is not measured.")
     assert "note: The 16-bit model is not there any more: KL is that to the quantized one." in lines
+
+
+def test_the_untrained_model_is_not_taken_for_a_trained_student_that_is_gone(
+    here: Path, tmp_path: Path
+) -> None:
+    run = open_store(tmp_path / "elsewhere").sub("demo")
+    model, notes = str((here / "runs/demo/student").resolve()), list[str]()
+    for distill, found in (("null", Path(model)), ("{steps: 10}", None)):
+        text = f"student: {{model: {model}, revision: main}}\ndistill: {distill}\n"
+        run.write_text("spec.yaml", text)
+        assert _original(run, notes) == found
+    assert notes == ["The 16-bit model is not there any more: KL is that to the quantized one."]
 
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])

@@ -51,6 +51,16 @@ def swept(root: Path, name: str = "swept", **changes: Any) -> Store:
     return run
 
 
+def test_what_was_kept_in_16_bits_is_told(tmp_path: Path) -> None:
+    plain, kept = swept(tmp_path, "plain"), swept(tmp_path, "kept")
+    for path in kept.glob("cells/*/result.json"):
+        kept.write_json(path, kept.read_json(path) | {"keep_16bit": ["*.experts*", "*.gate"]})
+    assert not any("16 bits" in line for line in remarks(collect(plain)))
+    assert remarks(collect(kept))[0] == "Kept in 16 bits in all cells: *.experts*, *.gate."
+    both = remarks([*collect(plain), *collect(kept)])
+    assert both[0] == "Kept in 16 bits in all cells of kept: *.experts*, *.gate."
+
+
 def cells(run: Store) -> list[dict[str, Any]]:
     return [row for row in collect(run) if row["role"] == "cell"]
 

@@ -82,6 +82,16 @@ def test_a_layer_under_two_names_counts_once(make_llama, tmp_path):
     assert true_bytes(model) == expected == file_bytes(model, tmp_path / "model")
 
 
+def test_two_parameters_of_one_memory_count_once(make_llama, tmp_path):
+    """As `load_state_dict(..., assign=True)` leaves a tied model."""
+    model = quantize(make_llama(tied=True), QuantSpec(4, 32, "rtn"))
+    before = parameter_count(model)
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.data, False)
+    assert parameter_count(model) == before == EMBEDDING + 2 * LAYER + NORMS
+    model.save_pretrained(tmp_path / "model")
+    assert parameter_count(load_quantized(tmp_path / "model")) == before
+
+
 def test_mixed_bits(make_llama, tmp_path):
     layers = {"*.up_proj": QuantSpec(8, "channel", "rtn"), "*.down_proj": None}
     model = quantize(make_llama(), QuantSpec(2, 16, "rtn"), layers)

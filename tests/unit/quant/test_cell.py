@@ -150,6 +150,7 @@ def test_experts_stay_in_16_bits_where_they_are_listed(family, tmp_path, batches
     with pytest.raises(ValueError, match="cannot be quantized"):
         run_cell(SPEC, source, batches)
     result = run_cell(SPEC, source, batches, out_folder=out, keep_16bit=["*.experts*"])
+    assert result["keep_16bit"] == ["*.experts*"]
     result |= measure_cell(out, source, prompt_tokens=8, decode_tokens=2, repeats=1)
     assert result["status"] == "done" and result["decode_tokens_per_s"] > 0
     saved = load_quantized(out, prefer="plain")

@@ -267,9 +267,15 @@ def test_messages_are_rendered_by_the_chat_template(tmp_path: Path, make_llama) 
         (
             "a",
             {"temperature": -1.0},
-            "temperature: got -1.0; may be 0 (the likeliest token) or more",
+            "temperature: got -1; may be 0 (the likeliest token), or 0.0001 and more",
         ),
-        ("a", {"top_p": 0.0}, "top_p: got 0.0; may be above 0, up to 1"),
+        (
+            "a",
+            {"temperature": 1e-40},
+            "temperature: got 1e-40; may be 0 (the likeliest token), or 0.0001 and more",
+        ),
+        ("a", {"top_p": 0.0}, "top_p: got 0; may be above 0, up to 1"),
+        ("a", {"temperature": 1.0, "seed": 2**63}, f"seed: got {2**63}; may be 0 to {2**63 - 1}"),
         (
             [{"role": "user", "content": "a"}],
             {},

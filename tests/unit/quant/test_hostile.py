@@ -457,6 +457,19 @@ def test_a_generation_config_that_asks_for_code(folder):
         assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize("value", ["x", [[1]], [1, "x"], 1.5, True, {"a": 1}])
+@pytest.mark.parametrize("key", ["eos_token_id", "pad_token_id", "bos_token_id"])
+def test_special_tokens_that_are_no_ids(folder, key, value):
+    change(folder / "generation_config.json", lambda it: it.update({key: value}))
+    assert re.match(f"generation_config.json: {key} is .*; must be a token id", refusal(folder))
+
+
+@pytest.mark.parametrize("value", [None, 3, -1, [3], [3, 4]])
+def test_special_tokens_that_are_ids(folder, value):
+    change(folder / "generation_config.json", lambda it: it.update(eos_token_id=value))
+    assert load_quantized(folder).generation_config.eos_token_id == value
+
+
 def test_a_pipe_in_place_of_a_file_does_not_hang(folder):
     for name in (DESCRIPTION, WEIGHTS, CONFIG):
         whole = (folder / name).read_bytes()

@@ -8,6 +8,7 @@ import torch
 
 from quant.codes import Codes
 from quant.linear import QuantLinear, dense_weights
+from quant.methods import quantize_weight
 
 
 def random_layer(bits: int = 4, group: int = 16, bias: bool = True) -> tuple[QuantLinear, dict]:
@@ -81,6 +82,20 @@ def test_pickles_and_differentiates_through_the_input():
     assert torch.equal(again(x), layer(x))
     layer(x).sum().backward()
     np.testing.assert_allclose(x.grad[0].numpy(), weight_in_float64(parts).sum(0), rtol=1e-3)
+
+
+@pytest.mark.parametrize("prefer", ["plain", "speed"])
+def test_the_gradient_goes_straight_through_the_rounding_of_inputs(prefer):
+    torch.manual_seed(0)
+    weight = quantize_weight(torch.randn(64, 128), 8, "channel", "int8-dynamic")
+    layer = QuantLinear.from_codes(weight, activations="int8")
+    layer.use_kernel(prefer)
+    x = torch.randn(4, 128, requires_grad=True)
+    y, back = layer(x), torch.randn(4, 64)
+    with torch.no_grad():
+        assert torch.allclose(y, layer(x.detach()), rtol=1e-5, atol=1e-5)
+    y.backward(back)
+    assert torch.allclose(x.grad, back @ weight.dequantize(), rtol=1e-4, atol=1e-4)
 
 
 def test_refuses_widths_that_do_not_fit():

@@ -142,6 +142,14 @@ def test_what_codes_cannot_do_is_said(model):
         model.resize_token_embeddings(300)
 
 
+def test_ties_are_kept_when_transformers_ties_again():
+    model = quantize(tiny("llama", tie_word_embeddings=True), BOTH, dtype=torch.float32)
+    truth = logits(model)
+    model.tie_weights()
+    model.post_init()
+    assert torch.equal(logits(model), truth)
+
+
 def test_marking_again_changes_the_spec_only(model):
     kind = type(model)
     assert mark_quantized(model, SPEC) is model

@@ -232,6 +232,30 @@ def test_the_stock_model_is_not_initialised_and_shares_what_is_not_quantized() -
     assert not any(weight.requires_grad for weight in stock.parameters())
 
 
+def test_importance_is_the_mean_square_of_inputs_without_all_logits_at_once(monkeypatch) -> None:
+    stock = stock_model(llama())
+    names = ["model.layers.0.mlp.down_proj", "lm_head"]
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    handles = [
+        stock.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: seen[name].append(inputs[0].double().flatten(0, -2))
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        stock(input_ids=IDS)
+    for handle in handles:
+        handle.remove()
+    widest: list[int] = []
+    stock.lm_head.register_forward_hook(lambda *it: widest.append(it[-1].shape[-2]))
+    monkeypatch.setattr("quant.export.trial.CHUNK", 5)
+    found = importance(stock, IDS, names)
+    assert max(widest) <= 5
+    for name in names:
+        expected = torch.cat(seen[name]).square().mean(0)
+        torch.testing.assert_close(found[name].double(), expected, rtol=2e-2, atol=1e-6)
+
+
 def test_how_generation_ends_is_kept() -> None:
     model = llama()
     model.generation_config.eos_token_id = [3, 5]
