@@ -19,7 +19,7 @@ from quant.evaluate import Batch, TeacherRecords, evaluate, teacher_metrics
 from quant.linear import dense_weights
 from quant.methods import load_method
 from quant.quantize import quantize
-from quant.spec import QuantSpec
+from quant.spec import DYNAMIC, QuantSpec
 from quant.speed import measure_speed
 
 Role = Literal["teacher", "student", "control"]
@@ -202,7 +202,7 @@ def evaluate_model(
 
 def _evaluated_with(spec: QuantSpec, dtype: torch.dtype) -> str:
     """In words, what the evaluation multiplied: no kernel's packed codes."""
-    activations = ", activations in int8" if spec.method == "int8-dynamic" else ""
+    activations = ", activations in int8" if spec.method == DYNAMIC else ""
     return f"dequantized weights in {str(dtype).removeprefix('torch.')}{activations}"
 
 

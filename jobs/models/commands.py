@@ -233,7 +233,7 @@ def export(
     from jobs.models.find import find
     from jobs.models.load import enough_memory
     from jobs.models.options import check_out
-    from jobs.models.quantize import terminable
+    from jobs.models.patience import terminable
 
     check_kind(format.value, kind.value)
     folder = check_out(out, "the exported model")

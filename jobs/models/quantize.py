@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import Interrupted, SpecErrors
+from jobs.errors import SpecErrors
 from jobs.models.find import Found, find
-from jobs.models.load import (
-    load_unquantized,
-    quiet,
-    short_of_memory,
-)
+from jobs.models.load import load_unquantized, quiet, short_of_memory
+from jobs.models.patience import progress_bar, terminable
 from jobs.models.show import bits, seconds, size
 from quant.spec import QuantSpec
 from quant.tokenizer_files import copy_tokenizer, has_tokenizer
@@ -107,7 +101,7 @@ def quantize_to(
     An interrupt before it is written ends with `Interrupted`.
     """
     from quant.artifact import save_quantized
-    from quant.bytes import dense_bytes, true_bits_per_weight, true_bytes
+    from quant.bytes import dense_bytes, folder_bytes, true_bits_per_weight, true_bytes
     from quant.stored.folder import whole_folder
 
     with (
@@ -118,7 +112,7 @@ def quantize_to(
         meta = {"source": found.name, "quantize_s": round(took, 2)}
         save_quantized(model, partial, spec, meta)
         copy_tokenizer(found.folder, partial)
-    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    total = folder_bytes(out)
     return Written(
         folder=out,
         bytes=total,
@@ -172,49 +166,3 @@ def load_and_quantize(
                 raise
             raise ValueError(" ".join(str(error).split())) from error
     return model, time.perf_counter() - began
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Any]:
-    """A function (done, total, ...) that moves a bar on stderr; None where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task(what, total=None)
-        yield lambda done, total, *_: bars.update(task, completed=done, total=total)
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Within the block SIGTERM is what Ctrl-C is, and both end with `Interrupted`."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before: Any = None
-    with contextlib.suppress(ValueError):  # not the main thread, which alone has signals
-        before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted("nothing was written") from None
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)

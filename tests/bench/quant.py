@@ -84,7 +84,8 @@ def make(name: str, folder: Path, layers: int, threads: int) -> None:
 
 def sizes(folder: Path) -> dict[str, Any]:
     """Folder sizes and seconds of quantizing."""
-    from tests.bench.quant_world import BASE, CELLS, facts, folder_bytes
+    from quant.bytes import folder_bytes
+    from tests.bench.quant_world import BASE, CELLS, facts
 
     whole = folder_bytes(folder / BASE)
     by_name = {name: folder_bytes(folder / name) / whole for name in CELLS}

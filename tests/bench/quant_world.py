@@ -84,11 +84,6 @@ def load(name: str, folder: Path) -> Any:
     return load_base(folder / name) if name == BASE else load_quantized(folder / name)
 
 
-def folder_bytes(folder: Path) -> int:
-    """All files of a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def facts(folder: Path, name: str) -> dict[str, Any]:
     """Written beside a model by `write_cell`'s caller, so that a second part need not repeat it."""
     path = folder / f"{name}.json"
