@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def _write_weights(
         (folder / f"{SINGLE}.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for number, name in enumerate(names):
         (folder / f"{number}.shard").rename(folder / name)
+        shutil.copymode(folder / "config.json", folder / name)  # safetensors' are its owner's alone
     return types
 
 

@@ -292,6 +292,11 @@ def test_mixed_bits_share_schemes_where_vllm_joins_layers(cases: dict[str, Case]
     assert described["format"] == "pack-quantized"
 
 
+def test_whoever_reads_the_config_reads_the_weights(cases: dict[str, Case]) -> None:
+    for case in cases.values():
+        assert len({path.stat().st_mode for path in case.folder.glob("*.[js]*")}) == 1
+
+
 def test_bytes_are_those_of_the_files(cases: dict[str, Case]) -> None:
     for name, case in cases.items():
         found = {
