@@ -1,78 +1,24 @@
-"""quantize, export and generate as a user calls them, on tiny models."""
+"""quantize --out as a user calls it, on tiny models."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
-import sys
-from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from jobs.cli import main
 from quant.artifact import load_quantized, read_description, save_quantized
 from quant.bytes import true_bits_per_weight
 from quant.quantize import quantize
 from quant.spec import QuantSpec
-from tests.material import chat_tokenizer, save_model
-from trainer.corpus.tokenizer import train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a plain model in `model`, each byte of a text a token; untied."""
-    place = tmp_path_factory.mktemp("models")
-    train_tokenizer(["a"], 258, place / "tokenizer")
-    save_model(place / "model", place / "tokenizer", tied=False)
-    return place
-
-
-@pytest.fixture(autouse=True)
-def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Commands run in a directory of their own, with `model` in it, on one thread."""
-    shutil.copytree(folder / "model", tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def artifact(here: Path) -> Path:
-    """The model in 4 bits, with its tokenizer, in `q4`."""
-    assert run("quantize model --bits 4 --group-size 32 --out q4") == 0
-    return here / "q4"
-
-
-def run(command: str) -> int:
-    """The exit code of a command of words."""
-    return main(command.split())
-
-
-def told(capsys: pytest.CaptureFixture[str], command: str) -> list[str]:
-    """The lines on stderr of a command that must end with exit code 2."""
-    capsys.readouterr()
-    assert run(command) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and all(line.startswith("error: ") for line in err.splitlines())
-    return [line.removeprefix("error: ") for line in err.splitlines()]
-
-
-def sizes(place: Path) -> int:
-    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-
-
-# -- quantize ----------------------------------------------------------------------------------
+from tests.material import save_model
+from tests.unit.jobs.models.commands import WIDTHS, run, sizes, told
 
 
 def test_what_quantize_prints_is_what_it_wrote(
@@ -126,9 +72,6 @@ def test_int8_dynamic_needs_no_bits(here: Path) -> None:
     assert run("quantize model --method int8-dynamic --out d") == 0
     assert read_description("d")["spec"]["method"] == "int8-dynamic"
     assert run("generate d --prompt ab --max-new-tokens 2") == 0
-
-
-WIDTHS = "8, 6, 5, 4, 3, 2, 1"
 
 
 @pytest.mark.parametrize(
@@ -367,232 +310,6 @@ def test_an_interrupt_leaves_nothing(
         assert capsys.readouterr().err.strip() == ("error: interrupted: nothing was written")
         assert not (here / "sub/new").exists() and not list((here / "sub").iterdir())
     assert signal.getsignal(signal.SIGTERM) == before
-
-
-# -- the sweep ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pipeline(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stands in for the pipeline, which is tested with a cluster: keeps the specs."""
-    calls: list[Any] = []
-    module = ModuleType("jobs.pipeline")
-    module.run_pipeline = lambda spec: calls.append(spec) or 0  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "jobs.pipeline", module)
-    return calls
-
-
-def test_without_out_it_is_a_sweep(here: Path, pipeline: list[Any]) -> None:
-    command = "quantize model data.report_sequences=5 --bits 8,4 --group-size 16,channel"
-    assert main([*command.split(), "--methods", "hqq,rtn", "--data", "texts/*.txt"]) == 0
-    (spec,) = pipeline
-    assert (spec.name, spec.teacher, spec.distill) == ("model-quantized", None, None)
-    assert (spec.student.model, spec.student.init) == ("model", "pretrained")
-    assert [source.source for source in spec.data.train] == ["texts/*.txt"]
-    assert (spec.data.sequence_length, spec.data.report_sequences) == (32, 5)
-    assert [cell.key for cell in spec.sweep.cells()] == [
-        f"{method}-{bits}b-{size}"
-        for method in ("hqq", "rtn")
-        for bits in (8, 4)
-        for size in ("g16", "channel")
-    ]
-    # the speed is measured within the model's 32 positions
-    assert spec.sweep.speed_prompt_tokens + spec.sweep.speed_decode_tokens <= 32
-
-
-def test_a_sweep_has_defaults(pipeline: list[Any]) -> None:
-    assert run("quantize ./model --storage s --name mine --embeddings --head") == 0
-    (spec,) = pipeline
-    assert (spec.name, spec.storage) == ("mine", "s")
-    assert spec.data.train[0].source == "builtin:python-docs"
-    assert [cell.key for cell in spec.sweep.cells()] == [
-        f"hqq-{bits}b-g64-embeddings-head" for bits in (8, 4, 3, 2)
-    ]
-
-
-def test_wrong_options_of_a_sweep(pipeline: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert told(capsys, "quantize model --bits 4 --layer *=8 --device cpu") == [
-        "--layer: needs --out; the cells of a sweep have the same bits everywhere",
-        "--device: needs --out; a sweep takes what its Ray cluster has",
-    ]
-    assert told(capsys, "quantize model --bits 4 steps=3 x") == [
-        'override "x": may be key=value, e.g. distill.steps=100',
-        "steps: unknown key; did you mean distill.steps?",
-    ]
-    assert told(capsys, "quantize model --bits 4,4") == ["--bits: got 4, 4; give each value once"]
-    assert told(capsys, "quantize model --bits 4,3 --group-size 128 --method int8-dynamic") == [
-        "--method int8-dynamic: has --bits 8 and --group-size channel, no others"
-    ]
-    assert pipeline == []
-    assert run("quantize model --bits 8,4 --method int8-dynamic,rtn --group-size 16") == 0
-    assert run("quantize model --method int8-dynamic") == 0
-    assert [[cell.key for cell in spec.sweep.cells()] for spec in pipeline] == [
-        ["int8-dynamic-8b-channel", "rtn-8b-g16", "rtn-4b-g16"],
-        ["int8-dynamic-8b-channel"],
-    ]
-
-
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        ("Qwen/Qwen3-0.6B", "qwen3-0.6b-quantized"),
-        ("s3://bucket/runs/demo/student", "demo-quantized"),
-        ("./", "model-quantized"),
-        ("x" * 99, "x" * 50 + "-quantized"),
-    ],
-)
-def test_the_run_is_named_after_the_model(model: str, name: str) -> None:
-    from jobs.models.sweep import run_name
-
-    if model == "./":
-        os.chdir("model")
-    assert run_name(model) == name
-
-
-# -- generate ----------------------------------------------------------------------------------
-
-
-def reference(model: Any, prompt: str, tokens: int) -> str:
-    """What transformers' own generate gives, decoded at once."""
-    tokenizer = AutoTokenizer.from_pretrained("model")
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=1)
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
-    )
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-
-
-def run_generate(capsys: pytest.CaptureFixture[str], command: str) -> tuple[str, str]:
-    capsys.readouterr()
-    assert run(f"generate {command}") == 0
-    out, err = capsys.readouterr()
-    assert len(err.splitlines()) == 1
-    return out, err.strip()
-
-
-def test_generate_runs_every_kind_of_model(
-    artifact: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plain = AutoModelForCausalLM.from_pretrained("model", dtype="auto")
-    cells = {
-        "model": plain,
-        "q4": load_quantized(artifact),
-        "model --bits 4 --group-size 32": load_quantized(artifact),
-        "q4 --prefer plain --threads 1 --device cpu": load_quantized(artifact, prefer="plain"),
-    }
-    for arguments, model in cells.items():
-        out, err = run_generate(capsys, f"{arguments} --prompt word --max-new-tokens 12")
-        assert out.removesuffix("\n") == reference(model, "word", 12).removesuffix("\n")
-        assert err.startswith("prompt: 4 tokens, ") and "; generated: 12 tokens, " in err
-        assert "as many as asked for; kernel: " in err and err.endswith("B")
-    assert "kernel: float32 matmul" in run_generate(capsys, "model --prompt a")[1]
-
-
-def test_the_prompt_may_be_piped_in(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "stdin", StringIO("näx\n"))
-    piped, err = run_generate(capsys, "model --max-new-tokens 5")
-    assert err.startswith("prompt: 4 tokens")  # bytes; the line's end is not part of it
-    assert piped == run_generate(capsys, "model --max-new-tokens 5 --prompt näx")[0]
-    monkeypatch.setattr(sys, "stdin", StringIO("\n"))
-    assert told(capsys, "generate model") == ["--prompt: is empty; may be a text, also piped in"]
-
-
-def test_drawing_is_repeated_by_its_seed(capsys: pytest.CaptureFixture[str]) -> None:
-    def drawn(more: str) -> str:
-        return run_generate(capsys, f"model --prompt ab --temperature 3 {more}")[0]
-
-    assert drawn("--seed 1 --top-p 0.9") == drawn("--seed 1 --top-p 0.9") != drawn("--seed 2")
-
-
-def test_a_message_goes_through_the_chat_template(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert told(capsys, "generate model --prompt a --chat") == [
-        "--chat: model has no chat template; leave --chat away"
-    ]
-    tokenizer = chat_tokenizer(here / "chat-tokenizer")
-    save_model(here / "chat", here / "chat-tokenizer")
-    text = "<|im_start|>user\nba<|im_end|>\n<|im_start|>assistant\n"
-    _, err = run_generate(capsys, "chat --prompt ba --chat --max-new-tokens 2")
-    assert err.startswith(f"prompt: {len(tokenizer(text)['input_ids'])} tokens")
-
-
-def test_wrong_inputs_of_generate(
-    here: Path, artifact: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hint = "leave --bits away, or give the 16-bit model"
-    idle = "has none, only hub ids do; leave it away"
-    assert told(capsys, "quantize model --bits 4 --revision v1 --out new") == [
-        f"--revision v1: model {idle}"
-    ]
-    assert told(capsys, "generate run --cell x --revision v1 --prompt a") == [
-        f"--revision v1: the cell x of run {idle}"
-    ]
-    for command, lines in {
-        "q4 --bits 3 --prompt a": [f"--bits 3: q4 is quantized already (hqq-4b-g32); {hint}"],
-        "model --group-size 8 --prompt a": ["--group-size 8: needs --bits"],
-        "model --bits 3,4 --prompt a": ["--bits: got 3, 4; may be one value: one model is run"],
-        "model --revision main --prompt a": [f"--revision main: model {idle}"],
-        "model --prefer plain --prompt a": [
-            "--prefer plain: model has no layers of stillhouse quantize, which alone have a choice "
-            "of kernels; leave it away, or give --bits"
-        ],
-        "model --seed 1 --top-p 2 --bits 9 --prompt a": [
-            "--top-p: got 2; may be above 0, up to 1",
-            "--top-p and --seed: nothing is drawn at temperature 0; give --temperature, e.g. 1",
-            f"--bits: got 9; may be {WIDTHS}",
-        ],
-        "model --temperature -1 --prompt a": [
-            "--temperature: got -1; may be 0 (the likeliest token), or 0.0001 and more"
-        ],
-        "model --temperature 1 --seed -1 --prompt a": [
-            "--seed: got -1; may be 0 to 9223372036854775807"
-        ],
-        f"model --threads {os.cpu_count() + 1} --prompt a": [
-            f"--threads: got {os.cpu_count() + 1}; may be 1 to {os.cpu_count()}, the CPUs of this "
-            "machine"
-        ],
-        f"model --prompt {'a' * 40}": [
-            "prompt: has 40 tokens, but the model has 32 positions, for prompt and new tokens "
-            "together; give one of at most 31 tokens"
-        ],
-    }.items():
-        assert told(capsys, f"generate {command}") == lines
-    (artifact / "tokenizer.json").unlink()
-    (line,) = told(capsys, "generate q4 --prompt a")
-    assert line == (
-        "q4/tokenizer.json: is not there; copy tokenizer.json and tokenizer_config.json of the "
-        "model that this one was made from into the folder"
-    )
-    description = json.loads((artifact / "quant.json").read_text())
-    (artifact / "quant.json").write_text(json.dumps({**description, "format": 1}))
-    shutil.copy("model/tokenizer.json", artifact)
-    (line,) = told(capsys, "generate q4 --prompt a")
-    assert "format 1" in line and "quantize the model again" in line
-
-
-def test_ctrl_c_stops_with_the_figures(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import typer
-
-    seen: list[str] = []
-    echo: Callable[..., None] = typer.echo
-
-    def interrupted(message: str = "", **how: Any) -> None:
-        echo(message, **how)
-        if not how.get("err") and not seen:
-            seen.append(message)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("jobs.models.generate.typer.echo", interrupted)
-    assert run("generate model --prompt ab --max-new-tokens 25") == 130
-    out, err = capsys.readouterr()
-    assert out.rstrip("\n") == seen[0].rstrip("\n")
-    assert "stopped; kernel" in err and len(err.splitlines()) == 1
 
 
 def test_true_bits_are_those_of_the_loaded_model(artifact: Path) -> None:
