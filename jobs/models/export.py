@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from cluster.storage import Store, open_store
 from jobs.errors import SpecErrors
 from jobs.models.find import Found
 from jobs.models.load import load_any, load_tokenizer, quiet
+from jobs.models.patience import progress_bar
 from jobs.models.show import bits, size
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def export_to(found: Found, format: str, kind: str, out: Path) -> Iterator[str]:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     material = Material() if kind == "bf16" else material_of(found, tokenizer, longest)
     try:
-        with _choosing() as progress:
+        with progress_bar("trying") as progress:
             found_report = export_hf(
                 model,
                 found.folder,
@@ -143,22 +143,6 @@ def _prose(tokenizer: Any, length: int) -> Material:
         f"(pydoc_data.topics, {len(ids)} sequences of {length}), to the quantized model itself."
     )
     return Material(ids, notes=[note])
-
-
-@contextmanager
-def _choosing() -> Iterator[Callable[[int, int, str], None] | None]:
-    """A function that names the candidate being tried on stderr; None where no terminal is."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    with console.status("preparing") as status:
-        yield lambda done, total, name: status.update(
-            f"trying {done + 1} of {total}: {escape(name)}"
-        )
 
 
 def _calibration(run: Store, notes: list[str]) -> Tensor | None:

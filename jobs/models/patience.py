@@ -13,8 +13,10 @@ from jobs.errors import Interrupted
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Any]:
-    """A function (done, total, ...) that moves a bar on stderr; None where that is no terminal."""
+    """A function (done, total[, what is next]) that moves a bar on stderr; None where that is no
+    terminal."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         Progress,
@@ -35,7 +37,12 @@ def progress_bar(what: str) -> Iterator[Any]:
     )
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(what, total=None)
-        yield lambda done, total, *_: bars.update(task, completed=done, total=total)
+
+        def advance(done: int, total: int, next_: str = "") -> None:
+            words = escape(f"{what} {next_}".strip())
+            bars.update(task, completed=done, total=total, description=words, refresh=True)
+
+        yield advance
 
 
 @contextmanager

@@ -222,7 +222,9 @@ def test_a_terminal_sees_what_is_tried(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     assert main(f"export demo --cell {KEY} --format hf --kind symmetric --out new".split()) == 0
-    assert "trying 1 of " in capsys.readouterr().err
+    told = capsys.readouterr().err
+    for name in ("symmetric: largest weight", "symmetric: scales searched"):
+        assert f"trying {name}" in told
 
 
 def test_what_is_gone_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
