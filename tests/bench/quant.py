@@ -56,7 +56,9 @@ def aims(found: dict[str, Any]) -> dict[str, bool]:
         reached["GGUF F32: our greedy tokens"] = told["f32"]["greedy_equal"]
         reached["GGUF Q4_1: mean KL at most .01"] = told["q4_1"]["kl"] <= 0.01
         reached["GGUF Q4_1: top-1 agreement at least 97 %"] = told["q4_1"]["top1"] >= 0.97
-        reached["GGUF: tokenization equal on 100 texts"] = told["f32"]["tokenization_equal"]
+        reached["GGUF: tokenization equal on 100 texts"] = told["tokenization_equal"] and all(
+            count == 100 for count in told["tokenized_equally"].values()
+        )
     return reached
 
 
