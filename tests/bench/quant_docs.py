@@ -61,7 +61,7 @@ def exports(found: Json) -> str:
         [
             f"GGUF {kind}",
             figure(one["bytes"] / 1e6, 2),
-            figure(one["kl"], 5),
+            _nats(one["kl"]),
             figure(one["top1"], 4),
         ]
         for kind, one in found.get("gguf", {}).items()
@@ -70,18 +70,23 @@ def exports(found: Json) -> str:
     return table(["export", "MB", "mean KL", "top-1 agreement"], rows)
 
 
+def _nats(divergence: float) -> str:
+    """A KL, which may be a rounding error or half a nat."""
+    return f"{divergence:.1e}"
+
+
 def hugging_face(found: Json) -> str:
     """What exports to Hugging Face folders lose."""
     rows = [
         [
             f"`{cell}` as {one['format']}, {one['chosen']}",
             figure(one["bytes"] / 1e6, 2),
-            figure(one["kl"], 5),
+            _nats(one["kl"]),
             figure(one["top1"], 4),
-            figure(one["quantized_kl_to_student"], 5),
-            figure(one["kl_to_student"], 5),
-            figure(one["with_student_kl_to_student"], 5),
-            figure(one["exact_kl"], 5),
+            _nats(one["quantized_kl_to_student"]),
+            _nats(one["kl_to_student"]),
+            _nats(one["with_student_kl_to_student"]),
+            _nats(one["exact_kl"]),
         ]
         for cell, one in found["hf"].items()
     ]

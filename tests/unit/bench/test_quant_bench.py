@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from tests.bench.quant import aims
-from tests.bench.quant_docs import NAMES, parts
+from tests.bench.quant import RESULT, aims
+from tests.bench.quant_docs import NAMES, PAGE, parts
 from tests.bench.quant_speed import ratios
 
 GOOD: dict[str, Any] = {
@@ -18,8 +19,10 @@ GOOD: dict[str, Any] = {
     "quantize_s": 90,
     "prefill_ratio": {"512": 0.5, "2048": 0.8},
     "gguf": {
-        "f32": {"kl": 1e-12, "top1": 1.0, "greedy_equal": True, "tokenization_equal": True},
+        "f32": {"kl": 1e-12, "top1": 1.0, "greedy_equal": True},
         "q4_1": {"kl": 0.01, "top1": 0.97},
+        "tokenization_equal": True,
+        "tokenized_equally": {"gpt-2": 100, "qwen2": 100},
     },
 }
 
@@ -41,11 +44,19 @@ def test_bounds_themselves_are_reached() -> None:
         ("gguf", {**GOOD["gguf"], "q4_1": {"kl": 0.011, "top1": 0.97}}),
         ("gguf", {**GOOD["gguf"], "q4_1": {"kl": 0.01, "top1": 0.96}}),
         ("gguf", {**GOOD["gguf"], "f32": {**GOOD["gguf"]["f32"], "greedy_equal": False}}),
-        ("gguf", {**GOOD["gguf"], "f32": {**GOOD["gguf"]["f32"], "tokenization_equal": False}}),
+        ("gguf", {**GOOD["gguf"], "tokenization_equal": False}),
+        ("gguf", {**GOOD["gguf"], "tokenized_equally": {"gpt-2": 99, "qwen2": 100}}),
     ],
 )
 def test_a_missed_aim_is_told(key: str, value: Any) -> None:
     assert list(aims({**GOOD, key: value}).values()).count(False) == 1
+
+
+def test_the_published_figures_give_the_published_aims_and_tables() -> None:
+    found, page = json.loads(RESULT.read_text()), PAGE.read_text()
+    assert aims(found) == found["aims"] and len(found["aims"]) == 11
+    tables = parts(found)
+    assert len(tables) == 4 and all(text in page for text in tables.values())
 
 
 def test_a_part_alone_is_judged_alone() -> None:
