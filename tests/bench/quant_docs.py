@@ -70,6 +70,11 @@ def exports(found: Json) -> str:
     return table(["export", "MB", "mean KL", "top-1 agreement"], rows)
 
 
+def _end(words: str) -> str:
+    """What comes after "layout: " or "kind: "."""
+    return words.partition(": ")[2] or words
+
+
 def _nats(divergence: float) -> str:
     """A KL, which may be a rounding error or half a nat."""
     return f"{divergence:.1e}"
@@ -79,7 +84,7 @@ def hugging_face(found: Json) -> str:
     """What exports to Hugging Face folders lose."""
     rows = [
         [
-            f"`{cell}` as {one['format']}, {one['chosen']}",
+            f"`{cell}` as {_end(one['format'])}; {_end(one['chosen'])}",
             figure(one["bytes"] / 1e6, 2),
             _nats(one["kl"]),
             figure(one["top1"], 4),
