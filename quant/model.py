@@ -45,7 +45,7 @@ class QuantizedModel:
         Other processes than the main one write nothing. Raises ValueError (one line) for an
         argument of transformers' own `save_pretrained` that cannot be honoured.
         """
-        from quant.artifact import save_quantized
+        from quant.stored.save import save_quantized
 
         for name, value in kwargs.items():
             allowed = STOCK.get(name, ())

@@ -1,1 +1,1 @@
-"""A quantized model on disk: how it is read, by one who trusts nothing that it says."""
+"""A quantized model on disk: how it is written, and read by one who trusts nothing it says."""

@@ -23,7 +23,7 @@ from quant.stored.mapped import NAME
 from quant.stored.strict_json import broken, read_object, shown
 
 FORMAT = 2
-DESCRIPTION = "quant.json"
+DESCRIPTION, WEIGHTS = "quant.json", "quantized.safetensors"
 AGAIN = "quantize the model again or copy the whole folder again"
 
 FloatName = Literal["bfloat16", "float16", "float32", "float64"]

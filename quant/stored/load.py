@@ -16,6 +16,7 @@ from quant.model import mark_quantized
 from quant.stored.description import (
     AGAIN,
     DESCRIPTION,
+    WEIGHTS,
     Description,
     LayerEntry,
     parse_description,
@@ -32,8 +33,6 @@ from quant.stored.skeleton import (
     read_config,
 )
 from quant.stored.strict_json import broken
-
-WEIGHTS = "quantized.safetensors"
 
 
 def load_quantized(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import quant.artifact
 import quant.stored.folder
+import quant.stored.save
 from quant.artifact import load_quantized, save_quantized
 from quant.quantize import quantize
 from quant.spec import QuantSpec
@@ -59,8 +59,8 @@ def test_a_save_that_is_cut_off_leaves_what_was_there(
         raise Cut
 
     holder, name = {
-        "weights": (quant.artifact, "write_tensors"),
-        "description": (quant.artifact, "_sync"),
+        "weights": (quant.stored.save, "write_tensors"),
+        "description": (quant.stored.save, "_sync"),
     }.get(place, (os, "rename"))
     with monkeypatch.context() as patched:
         patched.setattr(holder, name, cut)
@@ -112,13 +112,13 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(model, tmp_path, n
 
 def test_what_comes_into_the_folder_while_saving_is_not_lost(model, tmp_path, monkeypatch):
     target = save_quantized(model, tmp_path / "model", SPEC)
-    write = quant.artifact.write_tensors
+    write = quant.stored.save.write_tensors
 
     def late(*arguments):
         (target / "dear.txt").write_text("dear")
         write(*arguments)
 
-    monkeypatch.setattr(quant.artifact, "write_tensors", late)
+    monkeypatch.setattr(quant.stored.save, "write_tensors", late)
     with pytest.raises(ValueError, match=r"it holds dear\.txt"):
         save_quantized(model, target, SPEC)
     assert (target / "dear.txt").read_text() == "dear"
