@@ -50,11 +50,16 @@ bench-quant: $(READY) ## Measure quantized models: size, speed, memory, exports 
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev,bench]'
 	$(BIN)/python -m tests.bench.quant
 
+# Unit tests take a core each; the others have processes of their own that want both.
+UNIT := $(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
+
 test: $(READY) ## Unit and system tests
-	$(BIN)/python -m pytest tests/unit tests/system
+	$(UNIT)
+	$(BIN)/python -m pytest tests/system
 
 test-all: $(READY) ## Everything, with the drills: kills, resumes, a cluster of two nodes
-	$(BIN)/python -m pytest tests/unit tests/system tests/drill
+	$(UNIT)
+	$(BIN)/python -m pytest tests/system tests/drill
 
 check: $(READY) ## Lint, format and types
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from tests.material import (
     write_texts,
 )
 from tests.ranks import Log, Told, spawn, start
+from tests.s3 import point_to, s3_server
 
 STEPS = 5
 POOL = 12  # sequences that are read, over more than three epochs
@@ -38,23 +39,12 @@ def run_all(jobs: list[Any]) -> list[Told]:
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A store in a bucket of an S3 server; processes that are started see it too."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
     from cluster.storage import open_store
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with s3_server() as endpoint, pytest.MonkeyPatch.context() as patch:
+        point_to(endpoint, patch)
         patch.setenv("STILLHOUSE_CACHE", str(tmp_path_factory.mktemp("fetched")))
-        boto3.client("s3").create_bucket(Bucket="bucket")
         yield open_store("s3://bucket/runs")
-    server.stop()
 
 
 def jobs_in(store: Any, texts: str, teacher: Path) -> list[Any]:

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from cluster.storage import Store, open_store
 from cluster.storage.remote import RemoteObjects
 from tests.bench.opening import measure
+from tests.s3 import REGION, s3_server
 from trainer.fingerprint import fingerprint
 from trainer.logits.codebook import Codebook
 from trainer.logits.codec import decode, encode
@@ -75,19 +77,9 @@ def equal(one: Records, other: Records) -> bool:
 
 
 @pytest.fixture(scope="module")
-def s3_endpoint():
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    secrets = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
-    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **secrets)
-    client.create_bucket(Bucket="bucket")
-    yield endpoint
-    server.stop()
+def s3_endpoint() -> Iterator[str]:
+    with s3_server() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -97,7 +89,7 @@ def store(request, tmp_path) -> Store:
     if request.param == "memory":
         return open_store(f"memory://logits-{tmp_path.name}-{id(tmp_path)}")
     endpoint = request.getfixturevalue("s3_endpoint")
-    region = {"region_name": "us-east-1"}
+    region = {"region_name": REGION}
     return open_store(
         f"s3://bucket/{tmp_path.name}",
         endpoint_url=endpoint,
