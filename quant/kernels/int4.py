@@ -80,9 +80,8 @@ class Int4(Kernel):
             self.packed[part] = self.layout.pack(both)
 
     def _corrections(self, weight: StoredWeight, rest: Tensor) -> Grid | None:
-        """What is rounded off the offsets `rest` `[padded, groups]`, as columns of the kernel."""
-        times = rest.shape[1] // weight.groups  # a stored group may be several of the kernel's
-        lost = lost_offsets(weight, rest[: self.rows, ::times])
+        """What is rounded off the kernel's offsets `rest`, as columns of the kernel."""
+        lost = lost_offsets(weight, rest)
         if lost is None:
             return None
         return on_grid(F.pad(lost, (0, 0, 0, self.padded - self.rows)), self.group)

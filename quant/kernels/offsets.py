@@ -34,9 +34,14 @@ class Grid:
 
 
 def lost_offsets(weight: StoredWeight, offset: Tensor) -> Tensor | None:
-    """float32 `[rows, groups]`: what bfloat16 rounds off `offset` `[rows, groups]`, which is added
-    to the weights of each group; None where the product would not show it."""
-    lost = offset - offset.bfloat16().float()
+    """float32 `[rows, groups]`: what bfloat16 rounds off the offsets that are added to the weights
+    of each group; None where the product would not show it.
+
+    offset: as a kernel has it, float32, with rows added as padding, and of a group that is several
+    of the kernel's once for each.
+    """
+    exact = offset[: weight.rows, :: offset.shape[1] // weight.groups]
+    lost = exact - exact.bfloat16().float()
     some = slice(0, weight.rows, max(1, weight.rows // SAMPLE))
     sums = weight.unpacked(some).dequantize().unflatten(1, (weight.groups, -1)).sum(-1)
     missed = weight.group_size * lost[some]

@@ -62,8 +62,7 @@ class TinyGemm(Kernel):
         offset = (8 - z) * s
         both = torch.stack((s, offset), -1).transpose(0, 1)
         self.scales_and_zeros = both.contiguous().to(torch.bfloat16)
-        times = offset.shape[1] // weight.groups  # a stored group may be several of the kernel's
-        lost = lost_offsets(weight, offset[: self.rows, ::times])
+        lost = lost_offsets(weight, offset)
         self.lost = None if lost is None else lost.t().to(torch.bfloat16)  # [groups, rows]
         check_product(self, weight)
 
