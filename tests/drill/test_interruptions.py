@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +97,6 @@ def end(process: Any, run: Store, how: signal.Signals, reached: Callable[..., bo
     if how != signal.SIGKILL:
         assert process.returncode == 130, out + err
         assert "continue with: stillhouse run" in err
-        # Processes of Ray's dashboard see for themselves, within seconds, that they are alone.
-        for _ in range(20):
-            if not ray_processes_of(process.pid):
-                break
-            time.sleep(0.5)
         assert not ray_processes_of(process.pid)
     else:
         assert process.returncode == -how
