@@ -1,22 +1,261 @@
-"""Many independent tasks over a cluster: bounded in flight, retried for lost workers only."""
+"""Many independent tasks over a cluster: one Ray task each, bounded in flight, every end named."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from cluster.flight import Flight
+from cluster.outcomes import Failure, Timing, of_ray, one_line, where
+from cluster.room import Need, Nodes
+from cluster.task import End, Start
+from cluster.waiting import Job, Waiting
 
-@dataclass(frozen=True)
-class Failure:
-    """A task that failed: one line for the user, and the traceback."""
+__all__ = ["Cancelled", "Failure", "FanOut", "Need", "Timing", "fan_out"]
 
-    error: str
-    detail: str
+_POLL_S = 0.3
+# A task whose process outlives so many kills is given up on.
+_KILLS = 3
+# Ray may hold so many times what the nodes can run: the next task is there when one ends.
+_AHEAD = 2.0
 
 
 class Cancelled(Exception):
     """The fan-out was stopped; tasks in flight were cancelled."""
+
+
+class FanOut:
+    """Runs one function over many arguments as Ray tasks; iterating yields (key, result).
+
+    A task that fails yields a `Failure` and the others go on. Ray itself retries nothing: a lost
+    worker or node is made good by submitting the task again, never what the function raised, what
+    ran out of memory, or what ran out of time.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        need: Need,
+        retries: int = 3,
+        in_flight: int | None = None,
+        limit_s: float | None = None,
+        patience_s: float = 60.0,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_start: Callable[[str, str], None] = lambda key, where: None,
+        on_retry: Callable[[str, str, int], None] = lambda key, why, attempt: None,
+    ) -> None:
+        """need, limit_s: of tasks that are added without their own; limit_s in seconds of running.
+
+        retries: new attempts of a task whose worker or node was lost. in_flight: tasks that Ray has
+        at once; None: twice what the nodes have room for, in CPUs, GPUs and memory. patience_s: a
+        task that no living node can hold since a node was lost fails after so long. on_start(key,
+        where) when it begins to run; on_retry(key, why, attempt) when it is to run again, with the
+        number of the new attempt (the second is 2).
+        """
+        self._function, self._need, self._limit_s = function, need, limit_s
+        self._retries, self._in_flight, self._patience_s = retries, in_flight, patience_s
+        self._should_stop, self._on_start, self._on_retry = should_stop, on_start, on_retry
+        self._nodes = Nodes()
+        self._waiting = Waiting()
+        self._flying: dict[Any, Flight] = {}  # by stream
+        self._outcomes: deque[tuple[str, Any]] = deque()
+        self._ends: dict[str, Failure | None] = {}
+        self._known: set[str] = set()
+        self.timings: dict[str, Timing] = {}  # of tasks that have ended
+
+    def add(
+        self,
+        key: str,
+        *arguments: Any,
+        need: Need | None = None,
+        after: Sequence[str] = (),
+        priority: float = 0,
+        limit_s: float | None = None,
+    ) -> None:
+        """A task `function(*arguments)`; also while iterating.
+
+        It starts when the tasks `after` have ended, and not at all if one of them failed. Higher
+        priority goes first: give how long it takes, and the last tasks end together. Raises
+        ValueError for a key that was added before, and for an unknown one in `after`.
+        """
+        if key in self._known:
+            raise ValueError(f"task {key} was added already")
+        if unknown := [name for name in after if name not in self._known]:
+            raise ValueError(f"task {key} is to run after {unknown[0]}, which was not added")
+        self._known.add(key)
+        limit = self._limit_s if limit_s is None else limit_s
+        job = Job(key, arguments, need or self._need, limit, priority)
+        if failed := [name for name in after if self._ends.get(name)]:
+            self._skip(job, failed[0])
+        else:
+            self._waiting.add(job, (name for name in after if name not in self._ends))
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Yields (key, what the function returned or a Failure) as tasks end, until none is left.
+
+        Raises Cancelled soon after `should_stop()` says so. Tasks in flight are then cancelled, as
+        when the iteration is left early; one that does not heed that ends with Ray's shutdown.
+        """
+        try:
+            while self._waiting or self._flying or self._outcomes:
+                if self._should_stop():
+                    raise Cancelled
+                if self._nodes.refresh():
+                    self._give_up_homeless()
+                self._submit()
+                self._collect()
+                self._watch_limits()
+                while self._outcomes:
+                    yield self._outcomes.popleft()
+                    if self._should_stop():
+                        raise Cancelled
+        finally:
+            self._cancel()
+
+    def busy_s(self) -> float:
+        """Seconds that tasks ran, summed over all that started, of each its last attempt."""
+        times = self.timings.values()
+        return sum(time.ended - time.started for time in times if time.started is not None)
+
+    def makespan_s(self) -> float:
+        """Seconds from the first submission to the last end; 0 if nothing was submitted."""
+        times = [time for time in self.timings.values() if time.submitted is not None]
+        if not times:
+            return 0.0
+        return max(t.ended for t in times) - min(t.submitted or 0.0 for t in times)
+
+    # Tasks go to Ray.
+
+    def _submit(self) -> None:
+        for lane in self._waiting.lanes():
+            flying = [f.job.need for f in self._flying.values() if (f.job.need.gpus > 0) == lane]
+            load = sum(self._share(need) for need in flying)
+            while (job := self._waiting.first(lane)) is not None:
+                homeless_s = self._nodes.homeless_s(job.need)
+                if homeless_s > self._patience_s:
+                    self._waiting.pop(lane)
+                    self._end(job, self._nodes.lacking(job.need))
+                    continue
+                share = self._share(job.need)
+                if self._in_flight is not None:
+                    full = len(self._flying) >= self._in_flight
+                else:
+                    full = load + share > _AHEAD + 1e-9
+                if full:
+                    break
+                flight = Flight.launch(self._function, self._waiting.pop(lane))
+                self._flying[flight.stream] = flight
+                load += share
+
+    def _share(self, need: Need) -> float:
+        """The part of the cluster that a task takes; of a task that has no place now, 1."""
+        return 1.0 / max(1, self._nodes.room(need))
+
+    # What comes back.
+
+    def _collect(self) -> None:
+        """Waits for an answer for a moment; takes in all that are there."""
+        import ray
+
+        if not self._flying:
+            if self._waiting and not self._outcomes:
+                time.sleep(_POLL_S)
+            return
+        ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=_POLL_S)
+        if ready:
+            ready, _ = ray.wait(list(self._flying), num_returns=len(self._flying), timeout=0)
+        for stream in ready:
+            self._take(self._flying[stream])
+
+    def _take(self, flight: Flight) -> None:
+        """The next word of a task."""
+        import ray
+
+        try:
+            word = flight.hear()
+        except StopIteration:
+            why = "its task ended without an answer"
+            self._failed(flight, Failure(why, why, "lost"), mendable=True)
+        except ray.exceptions.RayError as error:
+            failure, mendable = of_ray(error, flight.start.pid if flight.start else None)
+            self._failed(flight, failure, mendable)
+        else:
+            if isinstance(word, Start):
+                self._on_start(flight.job.key, where(word))
+            else:
+                self._land(flight, word.value, word)
+
+    def _failed(self, flight: Flight, failure: Failure, mendable: bool) -> None:
+        """A task whose process did not answer: it runs again, or that is its end."""
+        job = flight.job
+        if failure.kind == "lost":
+            self._nodes.refresh(now=True)  # what comes next may have less room
+        if flight.kills and failure.kind == "lost":
+            self._land(flight, flight.too_long())
+        elif mendable and job.attempts <= self._retries:
+            del self._flying[flight.stream]
+            self._waiting.add(job)
+            self._on_retry(job.key, failure.error, job.attempts + 1)
+        elif failure.kind == "lost":
+            error = f"its worker or node was lost {job.attempts} times: {failure.error}"
+            self._land(flight, Failure(one_line(error), failure.detail, "lost"))
+        else:
+            self._land(flight, failure)
+
+    def _land(self, flight: Flight, value: Any, end: End | None = None) -> None:
+        del self._flying[flight.stream]
+        self._end(flight.job, value, flight.start, end)
+
+    def _end(
+        self, job: Job, value: Any, start: Start | None = None, end: End | None = None
+    ) -> None:
+        self.timings[job.key] = Timing(
+            job.submitted,
+            start.time if start else None,
+            end.time if end else time.time(),
+            start.node if start else None,
+            start.pid if start else None,
+            job.attempts,
+        )
+        failure = value if isinstance(value, Failure) else None
+        self._ends[job.key] = failure
+        self._outcomes.append((job.key, value))
+        for behind, cause in self._waiting.ended(job.key, failed=failure is not None):
+            self._skip(behind, cause)
+
+    def _skip(self, job: Job, failed: str) -> None:
+        """The end of a job that was not started because the task `failed` did."""
+        cause = self._ends[failed]
+        assert cause is not None
+        error = one_line(f"not started: {failed} failed")
+        self._end(job, Failure(error, f"{error}: {cause.error}", "dependency"))
+
+    # Tasks that do not end, or cannot start.
+
+    def _watch_limits(self) -> None:
+        for flight in list(self._flying.values()):
+            if not flight.overdue():
+                continue
+            if flight.kills == _KILLS:
+                self._land(flight, flight.too_long("; its process could not be ended"))
+            else:
+                flight.kill()
+
+    def _give_up_homeless(self) -> None:
+        """Tasks that Ray has and that no living node can hold: it would wait for ever."""
+        for flight in list(self._flying.values()):
+            need = flight.job.need
+            if flight.start is None and self._nodes.homeless_s(need) > self._patience_s:
+                flight.cancel()
+                self._land(flight, self._nodes.lacking(need))
+
+    def _cancel(self) -> None:
+        for flight in self._flying.values():
+            flight.cancel()
+        self._flying.clear()
 
 
 def fan_out(
@@ -32,47 +271,16 @@ def fan_out(
 ) -> Iterator[tuple[str, Any]]:
     """Runs `function(*items[key])` as one Ray task per key; yields (key, result) as they end.
 
-    A task that raises yields a `Failure` and the others go on; a lost worker or node is retried
-    `retries` times. At most `in_flight` tasks are submitted at once (None: twice the cluster's
-    room). Raises Cancelled soon after `should_stop()` says so.
+    A `FanOut` over tasks that are alike and known beforehand. Raises Cancelled as it does.
     """
-    import ray
-
-    task = ray.remote(function).options(
-        num_cpus=cpus, num_gpus=gpus, max_retries=retries, retry_exceptions=False
+    pool = FanOut(
+        function,
+        need=Need(cpus, gpus),
+        retries=retries,
+        in_flight=in_flight,
+        should_stop=should_stop,
+        on_start=lambda key, where: on_start(key),
     )
-    if in_flight is None:
-        room = ray.cluster_resources()
-        slots = room.get("GPU", 0) / gpus if gpus else room.get("CPU", 1) / max(cpus, 0.01)
-        in_flight = max(2, 2 * int(slots))
-    waiting = list(items.items())
-    running: dict[Any, str] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < in_flight:
-                key, arguments = waiting.pop(0)
-                running[task.remote(*arguments)] = key
-                on_start(key)
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=0.3)
-            if should_stop():
-                raise Cancelled
-            for reference in ready:
-                key = running.pop(reference)
-                yield key, _outcome(reference)
-    finally:
-        # Not by force: Ray 2.60 aborts the driver when a task killed so has just answered.
-        for reference in running:
-            ray.cancel(reference, force=False)
-
-
-def _outcome(reference: Any) -> Any:
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, Exception) else error
-        text = " ".join(str(cause).split()) or type(cause).__name__
-        return Failure(f"{type(cause).__name__}: {text}"[:500], str(error))
-    except ray.exceptions.RayError as error:
-        return Failure(f"{type(error).__name__}: {' '.join(str(error).split())}"[:500], str(error))
+    for key, arguments in items.items():
+        pool.add(key, *arguments)
+    yield from pool

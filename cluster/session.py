@@ -20,6 +20,7 @@ class Cluster:
     address: str
     nodes: tuple[tuple[int, int], ...]  # CPUs and GPUs of each
     embedded: bool
+    machines: int = 1  # hosts; several nodes of a test may be on one
 
     @property
     def cpus(self) -> int:
@@ -75,12 +76,13 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
                 "--address out for an embedded one"
             ) from error
     try:
+        alive = [node for node in ray.nodes() if node["Alive"]]
         nodes = tuple(
             (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
-            for node in ray.nodes()
-            if node["Alive"]
+            for node in alive
         )
-        yield Cluster(where, nodes, embedded)
+        machines = len({node["NodeManagerHostname"] for node in alive})
+        yield Cluster(where, nodes, embedded, machines)
     finally:
         ray.shutdown()
 

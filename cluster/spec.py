@@ -66,10 +66,22 @@ class CellResources(Section):
     """One Ray task per cell of the sweep."""
 
     gpus_per_cell: Auto | Annotated[float, Field(ge=0)] = Field(
-        "auto", description="GPUs per cell. auto: 1 where the cluster has GPUs, else 0."
+        "auto",
+        description="GPUs per cell. auto: 1 where the cluster has GPUs and the model has at least "
+        "100 million weights, else 0.",
     )
     cpus_per_cell: Auto | Count = Field(
         "auto", description="CPUs, and torch threads, per cell. auto: 1."
+    )
+    memory_gb_per_cell: Auto | Annotated[float, Field(gt=0)] = Field(
+        "auto",
+        description="Host memory per cell in GB (10^9 bytes): a cell waits until a node has it "
+        "free, and is refused where none has so much. auto: foretold from the model's config.",
+    )
+    minutes_per_cell: float = Field(
+        120.0,
+        gt=0,
+        description="A cell that takes longer is ended and recorded as failed, in minutes.",
     )
 
 

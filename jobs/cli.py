@@ -11,14 +11,18 @@ import sys
 import traceback
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs import cache
 from jobs.errors import Interrupted, SpecErrors, StageFailed
 from jobs.models import commands as models
+
+if TYPE_CHECKING:
+    from cluster.storage import Store
 
 EXAMPLE = "\b\nExample:\n  "  # \b keeps the command on a line of its own
 DONE, WRONG, FAILED, INTERRUPTED = 0, 2, 3, 130
@@ -117,6 +121,14 @@ def run(
     redo: Annotated[
         Stage | None, typer.Option(help="Run this stage again, from its beginning.")
     ] = None,
+    each: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY=A,B,...",
+            help="One run per value of this key, one after the other; their names end in the "
+            "value, and corpus and logit cache are shared.",
+        ),
+    ] = None,
 ) -> int:
     """Run the pipeline of SPEC; again continues where it stopped."""
     faults = []
@@ -127,23 +139,28 @@ def run(
             f'--address: got "{address}"; may be auto, local or HOST:PORT; '
             "see stillhouse run --help"
         )
+    from jobs.each import each_spec, run_each
     from jobs.load import load_spec
 
     try:
-        job = load_spec(spec, overrides or [])
+        if each is None:
+            jobs = [load_spec(spec, overrides or [])]
+        else:
+            jobs = each_spec(spec, overrides or [], each)
     except SpecErrors as error:
         raise SpecErrors([*faults, *error.faults]) from None
     if faults:
         raise SpecErrors(faults)
     from jobs.pipeline import run_pipeline
 
-    return run_pipeline(
-        job,
+    go = partial(
+        run_pipeline,
         address=address,
         until=until.value if until else None,
         only=only.value if only else None,
         redo=redo.value if redo else None,
     )
+    return go(jobs[0]) if each is None else run_each(jobs, go)
 
 
 for command, example in (
@@ -154,17 +171,41 @@ for command, example in (
     app.command(epilog=f"{EXAMPLE}stillhouse {example}")(command)
 
 
-@app.command(epilog=EXAMPLE + "stillhouse report qwen3-8b-to-0.6b s3://bucket/runs/another")
+@app.command(epilog=EXAMPLE + "stillhouse report qwen3-8b-to-0.6b --max-mb 600 --min-retention 98")
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Names, paths or URLs.")],
+    max_mb: Annotated[
+        float | None,
+        typer.Option(metavar="MB", help="Recommend a cell of at most so many true 10^6 bytes."),
+    ] = None,
+    min_retention: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PERCENT",
+            help="Recommend one that keeps so much of its 16-bit model's accuracy.",
+        ),
+    ] = None,
+    min_speed: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FACTOR",
+            help="Recommend one that decodes so many times as fast as the 16-bit model.",
+        ),
+    ] = None,
     storage: Annotated[
         str, typer.Option(metavar="URL", help="Where runs given by name are.")
     ] = "./runs",
 ) -> int:
-    """Rebuild the report of each RUN and compare them."""
+    """Rebuild the report of each RUN, compare them, and recommend a cell of one.
+
+    Limits hold together; what is recommended is chosen on the part select alone.
+    """
     from jobs.runs import find_run
 
+    limits = (max_mb, min_retention, min_speed)
     stores, faults = [], []
+    if len(set(runs)) > 1 and any(limit is not None for limit in limits):
+        faults.append("--max-mb, --min-retention, --min-speed: need one RUN; give one at a time")
     for name in dict.fromkeys(runs):
         try:
             stores.append(find_run(name, storage))
@@ -184,6 +225,22 @@ def report(
     console.print(show(stores, console.width))
     for store in stores:
         typer.echo(f"report: {store.path('report', 'index.html')}")
+    return _recommend(stores[0], runs[0], limits) if len(stores) == 1 else DONE
+
+
+def _recommend(store: Store, run: str, limits: tuple[float | None, ...]) -> int:
+    """Answers with one cell of a run that has any, or says that none is within the limits."""
+    from jobs.report.recommend import in_words, recommend
+    from jobs.report.source import load_run
+
+    data = load_run(store)
+    asked = any(limit is not None for limit in limits)
+    if not data.cells and not asked:
+        return DONE
+    found = recommend(data, *limits, run=run)
+    if found.key is None and asked:
+        raise SpecErrors(in_words(found))
+    typer.echo("\n" + "\n".join(in_words(found)))
     return DONE
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.cells.given import extra_identity, task_identity
 from jobs.spec import JobSpec
 from trainer.fingerprint import fingerprint, flatten
 from trainer.job import capture_inputs, identities, training_inputs
@@ -16,7 +17,7 @@ from trainer.job import capture_inputs, identities, training_inputs
 Outputs = dict[str, dict[str, Any]]
 
 # Part of every cell's fingerprint: raise it when the same inputs would give another result.
-EVALUATION = 2
+EVALUATION = 3
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,24 @@ class Inputs:
 
     def sweep(self, outputs: Outputs) -> StageInputs:
         """Nothing is fixed: each cell has a fingerprint of its own."""
-        assert self.spec.sweep is not None
+        sweep = self.spec.sweep
+        assert sweep is not None
         models = {
             key: value
             for key, value in outputs.get("distill", {}).items()
             if key in ("student", "control")
         }
+        found = {
+            "extra": [extra_identity(extra) for extra in sweep.extra],
+            "tasks": [task_identity(task) for task in sweep.tasks],
+        }
         growing = {
             "evaluation": EVALUATION,
-            **flatten(self.spec.sweep.model_dump(), "sweep"),
+            **flatten(sweep.model_dump(), "sweep"),
             "corpus": outputs["prepare"]["corpus"],
             "cache": outputs.get("capture", {}).get("cache"),
             **flatten(models or self.identities.student, "models"),
+            **flatten({name: value for name, value in found.items() if value}, "of"),
         }
         return StageInputs({}, growing)
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from cluster.session import Cluster, connect, nodes_without
 from cluster.storage import EventTail, EventWriter, Fenced, open_store
 from jobs import checks
+from jobs.cells.given import absolute_paths
 from jobs.errors import Interrupted, SpecErrors, StageFailed
 from jobs.inputs import Inputs
 from jobs.load import dump_spec
@@ -48,7 +49,7 @@ def run_pipeline(
     if faults:
         raise SpecErrors(faults)
     try:
-        spec = resolve(spec)
+        spec = absolute_paths(resolve(spec))
         run = RunDir(open_store(spec.storage).sub(spec.name))
         inputs = Inputs(spec)
         plan = Plan(spec, run, inputs, until, only, redo)

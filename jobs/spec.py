@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cluster.spec import ResourcesSpec
-from quant.spec import SweepSpec
+from quant.sweepspec import SweepSpec
 from trainer.rules import NAME, Rule, faults_of, is_hub_id, plain_name, raise_faults
 from trainer.rules import RULES as TRAINER_RULES
 from trainer.spec import (
@@ -149,6 +149,28 @@ def _untrained_needs_weights(spec: JobSpec) -> str | None:
     return None
 
 
+def _teacher_to_quantize(spec: JobSpec) -> str | None:
+    if spec.sweep is None or "teacher" not in spec.sweep.models or spec.teacher is not None:
+        return None
+    return (
+        f"sweep.models: got {list(spec.sweep.models)} with teacher: null; may be [student], or "
+        "give a teacher"
+    )
+
+
+def _records_to_recover_with(spec: JobSpec) -> str | None:
+    from trainer.job import reads_cache
+
+    if spec.sweep is None or spec.sweep.recover is None:
+        return None
+    if spec.sweep.recover.target != "teacher" or reads_cache(spec):
+        return None
+    return (
+        "sweep.recover.target: got teacher, but this job fills no logit cache with records of the "
+        "train part; may be student or auto"
+    )
+
+
 _OWN_RULES = (
     Rule(("distill", "sweep"), _something_to_do),
     Rule(("data", "distill", "sweep"), _data_needed),
@@ -157,4 +179,6 @@ _OWN_RULES = (
         _shards_need_workers,
     ),
     Rule(("distill", "student.init"), _untrained_needs_weights),
+    Rule(("teacher", "sweep.models"), _teacher_to_quantize),
+    Rule(("teacher", "distill", "sweep.recover"), _records_to_recover_with),
 )

@@ -1,47 +1,49 @@
-"""The work of one cell of the sweep, and of the unquantized models beside it: plain functions
-over model folders, which a scheduler may run anywhere. Errors are the caller's to record."""
+"""The work of one cell of the sweep: plain functions over model folders, which a scheduler may run
+anywhere. Errors are the caller's to record."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quant.agreement import kernel_kl
-from quant.artifact import FORMAT, load_quantized, save_quantized
-from quant.bytes import dense_bytes, parameter_count, true_bits_per_weight, true_bytes
-from quant.evaluate import Batch, TeacherRecords, evaluate, teacher_metrics
+from quant.artifact import load_quantized, save_quantized
+from quant.bytes import parameter_count, true_bits_per_weight, true_bytes
+from quant.evaluate import evaluate
+from quant.grid import Cell
 from quant.linear import dense_weights
+from quant.measured import (
+    METRICS,
+    Part,
+    Setting,
+    load_model,
+    measured,
+    reference_of,
+    tasks_of,
+    versions,
+)
+from quant.memory import Peak
 from quant.methods import load_method
 from quant.quantize import quantize
 from quant.spec import DYNAMIC, QuantSpec
 from quant.speed import measure_speed
 
-Role = Literal["teacher", "student", "control"]
-MEASURED = (
+MADE = (
     "bits_per_weight",
     "bytes",
     "parameters",
-    "tokens",
-    "perplexity",
-    "accuracy",
-    "retention",
-    "kl_to_student",
-    "kl_to_student_p99",
-    "kl_to_student_max",
-    "kl_to_teacher",
-    "top1_agreement",
-    "teacher_top1_agreement",
-    "per_sequence",
+    "recovered",
+    "tasks",
     "evaluated_with",
     "keep_16bit",
     "quantize_s",
     "eval_s",
+    "eval_peak_bytes",
 )
 SPEEDS = (
     "decode_tokens_per_s",
@@ -50,87 +52,115 @@ SPEEDS = (
     "resident_bytes",
     "kernel",
     "kernel_kl",
+    "peak_memory_bytes",
+    "memory_note",
+    "energy_per_token_j",
+    "energy_note",
+    "device_name",
 )
 
 
-def versions() -> dict[str, str]:
-    """What a result depends on: library versions and the artifact's format."""
-    found = {name: version(name) for name in ("torch", "transformers", "hqq")}
-    return {**found, "stillhouse_format": str(FORMAT)}
-
-
-def load_model(
-    folder: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """A causal language model from a Hugging Face folder, in the dtype its config names."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
-    )
-    return model.requires_grad_(False).eval().to(device)
-
-
 def run_cell(
-    spec: QuantSpec,
+    cell: Cell,
     model_folder: str,
-    batches: Iterable[Batch],
-    teacher_records: Iterable[TeacherRecords] | None = None,
+    report: Part,
+    select: Part | None = None,
     out_folder: str | None = None,
-    student_accuracy: float | None = None,
-    threads: int = 1,
-    device: torch.device | str = "cpu",
-    vocab: int | None = None,
+    *,
+    setting: Setting | None = None,
     keep_16bit: Sequence[str] = (),
+    recover: Callable[[PreTrainedModel], dict[str, Any]] | None = None,
+    reference_tasks: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Quantize the model in `model_folder`, save it to `out_folder`, evaluate it against itself
-    unquantized and against the teacher's records.
+    """Quantize the model in `model_folder` as the cell says, save it to `out_folder`, evaluate it
+    against itself unquantized and against the teacher's records.
 
     The evaluation runs dense matmuls over the dequantized weights, which every kernel agrees with
     to rounding; `evaluated_with` says so. Returns the cell's result with every key of
     `result.json`; speeds and the kernel they were had with are None until `measure_cell`.
-    `quantize_s` is without loading the model. `student_accuracy` is what retention refers to: by
-    default the unquantized model's accuracy on the same batches. Without `out_folder` nothing is
-    saved. `keep_16bit`: names or globs of modules that are not quantized.
+    `quantize_s` is without loading the model. Without `out_folder` nothing is saved. `keep_16bit`:
+    names or globs of modules that are not quantized. recover: trains a recovered cell's scales in
+    place, before it is saved; what it returns is kept. reference_tasks: results of the setting's
+    tasks for the 16-bit model, to count flips against.
     """
-    torch.set_num_threads(threads)
-    model = load_model(model_folder, device)
-    load_method(spec.method)  # importing it is no part of the time
-    start = time.perf_counter()
-    model = quantize(model, spec, layers=dict.fromkeys(keep_16bit))
-    quantize_s = time.perf_counter() - start
-    if out_folder is not None:
-        save_quantized(model, out_folder, spec, {"versions": versions()})
-
-    start = time.perf_counter()
-    reference = load_model(model_folder, device)
-    with dense_weights(model, model.dtype):
-        found = evaluate(model, batches, reference, teacher_records, device, vocab=vocab)
-    eval_s = time.perf_counter() - start
-    whole = found["reference_accuracy"] if student_accuracy is None else student_accuracy
+    setting = setting or Setting()
+    torch.set_num_threads(setting.threads)
+    with Peak(setting.device) as peak:
+        model = load_model(model_folder, setting.device)
+        load_method(cell.spec.method)  # importing it is no part of the time
+        start = time.perf_counter()
+        layers = {**cell.layers, **dict.fromkeys(keep_16bit)}
+        model = quantize(model, cell.spec, layers=layers)
+        quantize_s = time.perf_counter() - start
+        recovered = recover(model) if recover is not None and cell.recovered else None
+        if out_folder is not None:
+            save_quantized(model, out_folder, cell.spec, {"versions": versions()})
+        start = time.perf_counter()
+        with dense_weights(model, model.dtype):
+            found = measured(model, model_folder, cell.model, report, select, setting)
+            tasks = tasks_of(model, model_folder, setting, reference_tasks)
     return {
-        "spec": spec.to_dict(),
+        **_identity(cell),
         "status": "done",
         "error": None,
+        **found,
         "bits_per_weight": true_bits_per_weight(model),
         "bytes": true_bytes(model),
         "parameters": parameter_count(model),
-        "tokens": found["tokens"],
-        "perplexity": found["perplexity"],
-        "accuracy": found["accuracy"],
-        "retention": _percent(found["accuracy"], whole),
-        "kl_to_student": found["kl_to_reference"],
-        "kl_to_student_p99": found["kl_to_reference_p99"],
-        "kl_to_student_max": found["kl_to_reference_max"],
-        "kl_to_teacher": found["kl_to_teacher"],
-        "top1_agreement": found["top1_agreement"],
-        "teacher_top1_agreement": found["teacher_top1_agreement"],
-        "per_sequence": found["per_sequence"],
+        "recovered": recovered,
+        "tasks": tasks,
         **dict.fromkeys(SPEEDS),
-        "evaluated_with": _evaluated_with(spec, model.dtype),
+        "evaluated_with": _evaluated_with(cell.spec, model.dtype),
         "keep_16bit": sorted(set(keep_16bit)),
         "quantize_s": quantize_s,
-        "eval_s": eval_s,
+        "eval_s": time.perf_counter() - start,
+        "eval_peak_bytes": peak.bytes,
         "versions": versions(),
         "fingerprint": None,
+    }
+
+
+def select_kl(
+    cell: Cell,
+    model_folder: str,
+    select: Part,
+    *,
+    setting: Setting | None = None,
+    keep_16bit: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The KL of a cell to its 16-bit model on `select`, and nothing else: for choosing one.
+
+    Returns kl (mean, nats per token), sums and tokens of every sequence.
+    """
+    setting = setting or Setting()
+    torch.set_num_threads(setting.threads)
+    model = load_model(model_folder, setting.device)
+    model = quantize(model, cell.spec, layers={**cell.layers, **dict.fromkeys(keep_16bit)})
+    reference = reference_of(select, model_folder, setting)
+    with dense_weights(model, model.dtype):
+        found = evaluate(
+            model, select.batches(), reference, None, setting.device, vocab=setting.vocab
+        )
+    each = found["per_sequence"]
+    return {
+        "kl": found["kl_to_reference"],
+        "sums": each["kl_to_reference"],
+        "tokens": each["tokens"],
+    }
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    """What a cell is, as its result says it."""
+    layers = {
+        name: None if spec is None else {"bits": spec.bits, "group_size": spec.group_size}
+        for name, spec in cell.layers.items()
+    }
+    return {
+        "model": cell.model,
+        "spec": cell.spec.to_dict(),
+        "layers": layers or None,
+        "budget_mb": cell.budget_mb,
+        "control_of": list(cell.control_of),
     }
 
 
@@ -152,52 +182,19 @@ def measure_cell(
     model = load_quantized(artifact_folder, device, prefer="speed")
     baseline = load_model(model_folder, device, torch.bfloat16)
     found = measure_speed(model, baseline, prompt_tokens, decode_tokens, repeats)
-    return {**found, "kernel_kl": kernel_kl(model)}
+    return {**found, "kernel_kl": kernel_kl(model), "device_name": device_name(device)}
 
 
-def evaluate_model(
-    model_folder: str,
-    batches: Iterable[Batch],
-    teacher_records: Iterable[TeacherRecords] | None,
-    role: Role,
-    name: str | None = None,
-    threads: int = 1,
-    device: torch.device | str = "cpu",
-    vocab: int | None = None,
-) -> dict[str, Any]:
-    """The result of an unquantized model, as in `evaluations/<role>.json`.
-
-    A teacher is never loaded: its numbers come from its records, its size from its config
-    (`model_folder` may then be a hub name). Bytes are those of 16-bit weights. Retention and
-    top1_agreement are against the teacher. Raises ValueError for a teacher without records.
-    """
-    torch.set_num_threads(threads)
-    result: dict[str, Any] = {"role": role, "name": name or Path(model_folder).name}
-    if role == "teacher":
-        if teacher_records is None:
-            raise ValueError("the teacher is evaluated from its records; none were given")
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
-        found = teacher_metrics(batches, teacher_records)
-    else:
-        model = load_model(model_folder, device)
-        found = evaluate(model, batches, None, teacher_records, device, vocab=vocab)
-    teacher_accuracy = found.get("teacher_accuracy")
-    return {
-        **result,
-        "parameters": parameter_count(model),
-        "bytes": dense_bytes(model),
-        "tokens": found["tokens"],
-        "accuracy": found["accuracy"],
-        "perplexity": found["perplexity"],
-        "kl_to_teacher": found.get("kl_to_teacher"),
-        "retention": _percent(found["accuracy"], teacher_accuracy),
-        "top1_agreement": found.get("teacher_top1_agreement"),
-        "per_sequence": found.get("per_sequence"),
-        "decode_tokens_per_s": None,
-        "prefill_tokens_per_s": None,
-        "versions": versions(),
-    }
+def device_name(device: torch.device | str) -> str:
+    """The GPU's name, or the processor's: speeds of different ones are not comparable."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else "cpu"
 
 
 def _evaluated_with(spec: QuantSpec, dtype: torch.dtype) -> str:
@@ -206,17 +203,13 @@ def _evaluated_with(spec: QuantSpec, dtype: torch.dtype) -> str:
     return f"dequantized weights in {str(dtype).removeprefix('torch.')}{activations}"
 
 
-def _percent(part: float, whole: float | None) -> float | None:
-    return 100 * part / whole if whole else None
-
-
-def failed_cell(spec: QuantSpec, error: str) -> dict[str, Any]:
+def failed_cell(cell: Cell, error: str) -> dict[str, Any]:
     """The result of a cell that failed: every key of `run_cell`'s, numbers None."""
     return {
-        "spec": spec.to_dict(),
+        **_identity(cell),
         "status": "failed",
         "error": error,
-        **dict.fromkeys((*MEASURED, *SPEEDS)),
+        **dict.fromkeys((*METRICS, *MADE, *SPEEDS, "select")),
         "versions": versions(),
         "fingerprint": None,
     }

@@ -15,7 +15,53 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-class CountedLogits:
+class HeadLogits:
+    """Logits made of hidden states that are at hand.
+
+    rows: `[tokens, hidden]`, what the base of `model` gave as its last hidden states at some
+    positions, or `[tokens, vocab]`, logits, for a model whose base cannot run by itself (`base` is
+    None then). output_type: what the base returns. vocab: ids from there on are left out.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        base: nn.Module | None,
+        rows: Tensor,
+        output_type: type,
+        vocab: int | None = None,
+    ) -> None:
+        self.model = model
+        self.base = base
+        self.rows = rows
+        self.output_type = output_type
+        self.vocab = vocab
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def chunk(self, first: int, last: int) -> Tensor:
+        """float32 `[last - first, vocab]`: exactly what the model's own forward makes of them.
+
+        The model's forward runs with its base replaced by the hidden states at hand, so scaling,
+        soft-capping and whatever else an architecture does to its logits is done.
+        """
+        rows = self.rows[first:last]
+        if self.base is None:
+            return rows[:, : self.vocab].float()
+        output = self.output_type(last_hidden_state=rows.unsqueeze(0))
+        ids = torch.zeros(1, rows.shape[0], dtype=torch.int64, device=rows.device)
+        with _returning(self.base, output):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        if logits.shape[:2] != ids.shape:
+            raise RuntimeError(
+                f"{type(self.model).__name__} gave logits {list(logits.shape)} for "
+                f"{rows.shape[0]} hidden states"
+            )
+        return logits[0, :, : self.vocab].float()
+
+
+class CountedLogits(HeadLogits):
     """One forward pass over a batch; `chunk` then gives logits of the counted positions.
 
     input_ids, position_ids: int64 `[batch, seq]`; counted: bool `[batch, seq]`.
@@ -24,40 +70,14 @@ class CountedLogits:
     def __init__(
         self, model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, counted: Tensor
     ) -> None:
-        self._model = model
-        self._base: nn.Module | None = getattr(model, model.base_model_prefix or "", None)
+        base: nn.Module | None = getattr(model, model.base_model_prefix or "", None)
         # The head is a module of its own beside the base: only then can it run by itself.
-        runs = model if self._base is None or self._base is model else self._base
+        runs = model if base is None or base is model else base
         output = runs(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden = getattr(output, "last_hidden_state", None)
         if hidden is None:
-            self._base, hidden = None, output.logits
-        self._rows = hidden[counted]  # [tokens, hidden], or [tokens, vocab] without a base
-        self._output_type = type(output)
-        self._ids = input_ids
-
-    def __len__(self) -> int:
-        return self._rows.shape[0]
-
-    def chunk(self, first: int, last: int) -> Tensor:
-        """float32 `[last - first, vocab]`: exactly what the model's own forward makes of them.
-
-        The model's forward runs with its base replaced by the hidden states at hand, so scaling,
-        soft-capping and whatever else an architecture does to its logits is done.
-        """
-        rows = self._rows[first:last]
-        if self._base is None:
-            return rows.float()
-        output = self._output_type(last_hidden_state=rows.unsqueeze(0))
-        ids = self._ids.new_zeros(1, rows.shape[0])
-        with _returning(self._base, output):
-            logits = self._model(input_ids=ids, use_cache=False).logits
-        if logits.shape[:2] != ids.shape:
-            raise RuntimeError(
-                f"{type(self._model).__name__} gave logits {list(logits.shape)} for "
-                f"{rows.shape[0]} hidden states"
-            )
-        return logits[0].float()
+            base, hidden = None, output.logits
+        super().__init__(model, base, hidden[counted], type(output))
 
 
 @contextmanager

@@ -1,11 +1,9 @@
-"""The spec section of the sweep, and `QuantSpec`: one point of it."""
+"""`QuantSpec`: how one model is quantized."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from typing import Any, Literal
 
 BITS = (8, 6, 5, 4, 3, 2, 1)
 Method = Literal["hqq", "rtn", "int8-dynamic"]
@@ -13,7 +11,6 @@ METHODS: tuple[Method, ...] = ("hqq", "rtn", "int8-dynamic")
 CHANNEL: Literal["channel"] = "channel"  # one scale per row (output channel)
 GroupSize = int | Literal["channel"]
 DYNAMIC = "int8-dynamic"
-WholeNumber = Annotated[int, Field(strict=True)]  # else pydantic takes true for 1
 
 
 @dataclass(frozen=True)
@@ -71,100 +68,3 @@ class QuantSpec:
 def is_group_size(size: object) -> bool:
     """Whether `size` is a number of weights that a group may have: a multiple of 8, from 8 on."""
     return type(size) is int and size >= 8 and size % 8 == 0
-
-
-class SweepSpec(BaseModel):
-    """The grid of quantized models: every method with every width and group size."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    bits: list[WholeNumber] = Field(
-        default=[8, 4, 3, 2],
-        min_length=1,
-        description=f"Code widths in bits, each one of {', '.join(map(str, BITS))}.",
-    )
-    group_size: list[WholeNumber | Literal["channel"]] = Field(
-        default=[64, 128],
-        min_length=1,
-        description="Weights that share one scale and zero point: multiples of 8 that divide the "
-        "input width of every quantized layer, or channel: one scale per output channel.",
-    )
-    methods: list[Method] = Field(
-        default=["hqq"],
-        min_length=1,
-        description="Quantizers. hqq: half-quadratic optimization of the zero points. rtn: round "
-        "to nearest, the baseline. int8-dynamic: weights in int8 per channel, activations in int8 "
-        "per token; one cell, whatever bits and group_size are.",
-    )
-    embeddings: bool = Field(
-        False,
-        description="Quantize the input embeddings too. Where they are tied to the head: together "
-        "with head only.",
-    )
-    head: bool = Field(
-        False,
-        description="Quantize the output head too. Where it is tied to the embeddings: together "
-        "with embeddings only.",
-    )
-    keep_16bit: list[Annotated[str, Field(min_length=1)]] = Field(
-        default=[],
-        description="Modules that stay in 16 bits in every cell: names or globs, which hold for "
-        "all inside a module, e.g. '*.experts*'. What cannot be quantized must be listed.",
-    )
-    batch_sequences: WholeNumber = Field(
-        8,
-        ge=1,
-        description="Sequences per evaluation batch. Fixed and recorded: results may change "
-        "in the last digits with it.",
-    )
-    speed_prompt_tokens: WholeNumber = Field(
-        128, ge=1, description="Prompt length in tokens of the speed measurement."
-    )
-    speed_decode_tokens: WholeNumber = Field(
-        32, ge=2, description="Tokens generated in the speed measurement."
-    )
-
-    @field_validator("bits")
-    @classmethod
-    def _bits_offered(cls, value: list[int]) -> list[int]:
-        wrong = [bits for bits in value if bits not in BITS]
-        if wrong:
-            text = ", ".join(map(str, wrong))
-            raise ValueError(f"{text} bits are not offered; may be {list(BITS)}")
-        return _unique(value)
-
-    @field_validator("group_size")
-    @classmethod
-    def _group_sizes(cls, value: list[GroupSize]) -> list[GroupSize]:
-        wrong = [size for size in value if size != CHANNEL and not is_group_size(size)]
-        if wrong:
-            text = ", ".join(map(str, wrong))
-            raise ValueError(
-                f"{text} is no group size; may be a multiple of 8, from 8 on, or {CHANNEL}"
-            )
-        return _unique(value)
-
-    @field_validator("methods")
-    @classmethod
-    def _methods_unique(cls, value: list[str]) -> list[str]:
-        return _unique(value)
-
-    def cells(self) -> list[QuantSpec]:
-        """All cells of the grid, in the order they are listed in the spec; none twice."""
-        grid = [
-            (8, CHANNEL, method) if method == DYNAMIC else (bits, size, method)
-            for method in self.methods
-            for bits in self.bits
-            for size in self.group_size
-        ]
-        return [
-            QuantSpec(bits, size, method, self.embeddings, self.head)
-            for bits, size, method in dict.fromkeys(grid)
-        ]
-
-
-def _unique(value: list[Any]) -> list[Any]:
-    repeated = [item for item in dict.fromkeys(value) if value.count(item) > 1]
-    if repeated:
-        raise ValueError(f"repeated cells: {repeated} listed more than once; list each once")
-    return value

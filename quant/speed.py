@@ -1,4 +1,5 @@
-"""Prefill and decode speed of a model beside its 16-bit original, in one process, interleaved.
+"""Speed, memory and energy of a model's prefill and decoding beside its 16-bit original's, in one
+process, interleaved.
 
 Both generate through transformers' own `generate`, as users run them: its loop is part of a
 token's time, on both sides alike.
@@ -6,15 +7,23 @@ token's time, on both sides alike.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from quant.energy import EnergyMeter
 from quant.kernels import kernel_names
+
+ENERGY_SECONDS = 2.0  # of decoding, at least: counters move every few ten milliseconds
+PROC = Path("/proc/self")
 
 
 def measure_speed(
@@ -29,10 +38,11 @@ def measure_speed(
     The two models take turns (A B A B), so that a drift of the machine meets both alike; both
     must lie on the same device. Call it while nothing else runs there.
 
-    Returns prefill_tokens_per_s, decode_tokens_per_s, resident_bytes (see `resident_bytes`), the
-    same with baseline_, speedup (ratio of the decode medians), kernel (what the quantized layers
-    ran), prompt_tokens, decode_tokens, repeats. Raises ValueError when the text is longer than
-    the model's positions.
+    Returns prefill_tokens_per_s, decode_tokens_per_s, resident_bytes (see `resident_bytes`),
+    peak_memory_bytes (see `peak_memory`), energy_per_token_j (see `energy_per_token`), the same
+    with baseline_, speedup (ratio of the decode medians), kernel (what the quantized layers ran),
+    memory_note and energy_note (what was measured, or "not measurable: " and why), prompt_tokens,
+    decode_tokens, repeats. Raises ValueError when the text is longer than the model's positions.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and prompt_tokens + decode_tokens > limit:
@@ -40,20 +50,22 @@ def measure_speed(
             f"speed_prompt_tokens + speed_decode_tokens = {prompt_tokens + decode_tokens} "
             f"exceeds the model's {limit} positions; ask for fewer"
         )
-    generator = torch.Generator().manual_seed(0)
-    vocab = model.config.get_text_config().vocab_size
-    prompt = torch.randint(vocab, (1, prompt_tokens), generator=generator).to(model.device)
+    prompt = random_prompt(model, prompt_tokens)
     models = {"": model.eval(), "baseline_": baseline.eval()}
     times: dict[str, list[float]] = {
         prefix + phase: [] for prefix in models for phase in ("prefill", "decode")
     }
     for one in models.values():  # allocations and lazy set-up are no part of the speed
         generation_seconds(one, prompt, 2)
+    memory = {prefix: peak_memory(one, prompt, decode_tokens) for prefix, one in models.items()}
     for _ in range(repeats):
         for prefix, one in models.items():
             prefill, decode = generation_seconds(one, prompt, decode_tokens)
             times[prefix + "prefill"].append(prefill)
             times[prefix + "decode"].append(decode)
+    energy = {
+        prefix: energy_per_token(one, prompt, decode_tokens) for prefix, one in models.items()
+    }
     rates = {
         f"{name}_tokens_per_s": (prompt_tokens if "prefill" in name else decode_tokens)
         / statistics.median(seconds)
@@ -63,11 +75,22 @@ def measure_speed(
         **rates,
         "speedup": rates["decode_tokens_per_s"] / rates["baseline_decode_tokens_per_s"],
         **{f"{prefix}resident_bytes": resident_bytes(one) for prefix, one in models.items()},
+        **{f"{prefix}peak_memory_bytes": found for prefix, (found, _) in memory.items()},
+        "memory_note": memory[""][1],
+        **{f"{prefix}energy_per_token_j": found for prefix, (found, _) in energy.items()},
+        "energy_note": energy[""][1],
         "kernel": kernel_names(model),
         "prompt_tokens": prompt_tokens,
         "decode_tokens": decode_tokens,
         "repeats": repeats,
     }
+
+
+def random_prompt(model: PreTrainedModel, tokens: int) -> Tensor:
+    """Ids `[1, tokens]`, int64, on the model's device; always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    vocab = model.config.get_text_config().vocab_size
+    return torch.randint(vocab, (1, tokens), generator=generator).to(model.device)
 
 
 def generation_seconds(
@@ -79,6 +102,81 @@ def generation_seconds(
     """
     clock = _Clock(prompt.device)
     start = clock.now()
+    _generate(model, prompt, decode_tokens, clock)
+    first, last = clock.times[0], clock.times[-1]
+    assert len(clock.times) == 1 + decode_tokens
+    return first - start, last - first
+
+
+def energy_per_token(
+    model: PreTrainedModel,
+    prompt: Tensor,
+    decode_tokens: int,
+    meter: EnergyMeter | None = None,
+) -> tuple[float | None, str]:
+    """(joules per decoded token, what was counted); without a counter (None, why).
+
+    Prefill is left out. It generates again and again until `ENERGY_SECONDS` went into decoding.
+    meter: None: of the prompt's device.
+    """
+    meter = meter or EnergyMeter(prompt.device)
+    joules, seconds, tokens = 0.0, 0.0, 0
+    while meter.why is None and seconds < ENERGY_SECONDS:
+        clock = _Clock(prompt.device, meter)
+        with meter:
+            _generate(model, prompt, decode_tokens, clock)
+        if meter.why is None:
+            joules += clock.joules[-1] - clock.joules[0]
+            seconds += clock.times[-1] - clock.times[0]
+            tokens += decode_tokens
+    if meter.why is not None:
+        return None, f"not measurable: {meter.why}"
+    return joules / tokens, str(meter.source)
+
+
+def peak_memory(
+    model: PreTrainedModel, prompt: Tensor, decode_tokens: int
+) -> tuple[int | None, str]:
+    """(bytes, how they were measured) of a model at most while it reads a prompt `[1, tokens]` and
+    decodes; where the system does not tell (None, why).
+
+    Its weights as the kernels hold them (`resident_bytes`), and what the process, or the GPU, took
+    on top while it ran: keys, values, activations, weights dequantized on the way. So nothing else
+    that the process holds counts, another model neither, and no code of libraries. Generate with
+    the model once before: what is set up then is no part of it.
+    """
+    cuda = prompt.device.type == "cuda"
+    gc.collect()
+    if cuda:
+        torch.cuda.synchronize(prompt.device)
+        before = torch.cuda.memory_allocated(prompt.device)
+        torch.cuda.reset_peak_memory_stats(prompt.device)
+    else:
+        with contextlib.suppress(
+            OSError, AttributeError
+        ):  # other libraries give back by themselves
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed pages would be used unseen
+        try:
+            (PROC / "clear_refs").write_text("5")  # proc(5): the high-water mark starts again
+            before = _status("VmRSS")
+        except (OSError, KeyError) as error:
+            return None, f"not measurable: {PROC}/clear_refs or status does not serve ({error})"
+    _generate(model, prompt, decode_tokens, None)
+    peak = torch.cuda.max_memory_allocated(prompt.device) if cuda else _status("VmHWM")
+    how = "weights, and what the " + ("GPU" if cuda else "process") + " took on top"
+    return resident_bytes(model) + max(0, peak - before), how
+
+
+def _status(name: str) -> int:
+    """Bytes of a line of /proc/self/status, which has them in kB."""
+    lines = (PROC / "status").read_text().splitlines()
+    found = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(found[name].split()[0]) * 1024
+
+
+def _generate(
+    model: PreTrainedModel, prompt: Tensor, decode_tokens: int, clock: _Clock | None
+) -> None:
     model.generate(  # type: ignore[operator]
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -87,19 +185,18 @@ def generation_seconds(
         do_sample=False,
         num_beams=1,
         use_cache=True,
-        stopping_criteria=StoppingCriteriaList([clock]),
+        stopping_criteria=StoppingCriteriaList([] if clock is None else [clock]),
     )
-    first, last = clock.times[0], clock.times[-1]
-    assert len(clock.times) == 1 + decode_tokens
-    return first - start, last - first
 
 
 class _Clock(StoppingCriteria):
-    """Stops nothing; notes when each token was there."""
+    """Stops nothing; notes when each token was there, and the energy until then."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, meter: EnergyMeter | None = None) -> None:
         self.device = device
+        self.meter = meter
         self.times: list[float] = []
+        self.joules: list[float] = []
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -108,6 +205,8 @@ class _Clock(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         self.times.append(self.now())
+        if self.meter is not None:
+            self.joules.append(self.meter.read() or 0.0)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.report.rows import Row, StageCost
+from jobs.report.rows import Row, StageCost, is_recovered
 from jobs.report.source import number
+from quant.intervals import Interval
 
 NOTHING = "–"
 
@@ -58,6 +59,69 @@ def plain(value: Any, digits: int = 3) -> str:
 def fixed(value: Any, decimals: int = 2) -> str:
     value = number(value)
     return NOTHING if value is None else f"{value:,.{decimals}f}"
+
+
+def with_interval(
+    value: Any, found: Interval | None, decimals: int | None = None, unit: str = ""
+) -> str:
+    """A statistic and its interval: "0.0115 [0.0104, 0.0126]"; ends as exact as the value.
+
+    decimals: so many behind the point, else three significant digits of the value. Without an
+    interval the value stands alone.
+    """
+    value = number(value)
+    if value is None:
+        return NOTHING
+    if decimals is None:
+        decimals = len(_significant(value, 3).partition(".")[2])
+    shown = f"{value:,.{decimals}f}{unit}"
+    if found is None or found.low is None or found.high is None:
+        return shown
+    return f"{shown} [{found.low:,.{decimals}f}, {found.high:,.{decimals}f}]"
+
+
+def energy(row: Row) -> str:
+    """Energy per token in joules, or that the machine cannot measure it."""
+    value = number(row.get("energy_per_token_j"))
+    if value is not None:
+        return f"{_significant(value, 3)} J"
+    return "not measurable" if row.get("energy_note") else NOTHING
+
+
+def change(value: Any) -> str:
+    """A change of a probability in percentage points, with its sign."""
+    value = number(value)
+    return NOTHING if value is None else f"{100 * value:+.2f} pp".replace("-", "−")
+
+
+def points(value: Any) -> str:
+    """A size of changes of a probability in percentage points."""
+    value = number(value)
+    return NOTHING if value is None else f"{100 * value:.2f} pp"
+
+
+def p_value(value: Any) -> str:
+    value = number(value)
+    if value is None:
+        return NOTHING
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def reduced(part: Interval) -> str:
+    """By which part something is lower, in percent: "42 % [38, 46]"."""
+    decimals = 0 if abs(part.value) >= 0.1 else 1
+    return with_interval(100 * part.value, part.map(lambda end: 100 * end), decimals, " %")
+
+
+def ranged(row: Row, name: str, decimals: int | None = None, scale: float = 1.0) -> str:
+    """A row's number with its own ends, `<name>_low` and `<name>_high`, all times `scale`."""
+    value, low, high = (number(row.get(name + end)) for end in ("", "_low", "_high"))
+    if value is None:
+        return NOTHING
+    ends = None
+    if low is not None and high is not None:
+        ends = Interval(value * scale, low * scale, high * scale)
+    return with_interval(value * scale, ends, decimals)
 
 
 def whole(value: Any) -> str:
@@ -121,9 +185,9 @@ def first_line(error: Any) -> str:
 def headline(rows: list[Row]) -> str:
     """What came out, in a sentence.
 
-    It describes the 4-bit cells, or the next wider or narrower ones that exist, of the first
-    method that has any: what is told does not depend on any result, for nothing is chosen on the
-    report part.
+    It describes the plain 4-bit cells, or the next wider or narrower ones that exist, of the first
+    method that has any, and of the student where both models have cells: what is told does not
+    depend on any result, for nothing is chosen on the report part.
     """
     cells = [row for row in rows if row["role"] == "cell"]
     done = [row for row in cells if row["status"] != "failed"]
@@ -136,29 +200,36 @@ def headline(rows: list[Row]) -> str:
             f"at {size(student['bytes'])} instead of {size(teacher['bytes'])}."
         )
     told = [row for row in done if number(row["retention"]) is not None and row["bits"]]
+    told = [row for row in told if not is_recovered(row)]
     if told:
-        bits = min({row["bits"] for row in told}, key=lambda width: (abs(width - 4), width))
-        chosen = [row for row in told if row["bits"] == bits]  # in the order of their methods
-        chosen = [row for row in chosen if row["method"] == chosen[0]["method"]]
-        several = len({row["method"] for row in told}) > 1
-        kept = sorted(
-            {percent(row["retention"]) for row in chosen}, key=lambda text: float(text[:-2])
-        )
-        sizes = sorted({row["bytes"] for row in chosen if number(row["bytes"]) is not None})
-        how = f" ({chosen[0]['method']})" if several else ""
-        text = f"At {bits} bits{how} it keeps {_span(kept, ' %')} of its accuracy"
-        if sizes:
-            text += f" at {_span([size(value) for value in sizes], ' MB')}"
-            if student and student["bytes"]:
-                times = [f"{student['bytes'] / value:.1f}" for value in reversed(sizes)]
-                text += f", {_span(times, '')} times smaller"
-        parts.append(text + ".")
+        of = "student" if any(row["of"] == "student" for row in told) else "teacher"
+        parts.append(_of_cells([row for row in told if row["of"] == of], student, teacher))
     failed = len(cells) - len(done)
     if failed:
         parts.append(f"{failed} of {len(cells)} cells failed.")
     if not parts:
         return f"{len(done)} cells measured." if cells else "No results yet."
     return " ".join(parts)
+
+
+def _of_cells(told: list[Row], student: Row | None, teacher: Row | None) -> str:
+    """What the cells of one width and method keep of their model's accuracy, and at which size."""
+    bits = min({row["bits"] for row in told}, key=lambda width: (abs(width - 4), width))
+    chosen = [row for row in told if row["bits"] == bits]  # in the order of their methods
+    chosen = [row for row in chosen if row["method"] == chosen[0]["method"]]
+    of_teacher = chosen[0]["of"] == "teacher"
+    kept = sorted({percent(row["retention"]) for row in chosen}, key=lambda text: float(text[:-2]))
+    sizes = sorted({row["bytes"] for row in chosen if number(row["bytes"]) is not None})
+    how = f" ({chosen[0]['method']})" if len({row["method"] for row in told}) > 1 else ""
+    who = "the teacher" if of_teacher else "it"
+    text = f"At {bits} bits{how} {who} keeps {_span(kept, ' %')} of its accuracy"
+    model = teacher if of_teacher else student
+    if sizes:
+        text += f" at {_span([size(value) for value in sizes], ' MB')}"
+        if model and model["bytes"]:
+            times = [f"{model['bytes'] / value:.1f}" for value in reversed(sizes)]
+            text += f", {_span(times, '')} times smaller"
+    return text + "."
 
 
 def _span(texts: list[str], unit: str) -> str:

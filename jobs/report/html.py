@@ -5,13 +5,15 @@ from __future__ import annotations
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from jobs.report import figures as f
-from jobs.report import pictures, table
-from jobs.report.rows import Row, StageCost, cost, rows_of
+from jobs.report import pictures, quantized, sections, table
+from jobs.report.curves import Curve, curve_picture
+from jobs.report.detail import detail
+from jobs.report.parts import dot, heading, simple_table
+from jobs.report.rows import Row, StageCost, cost, is_allocated, rows_of
 from jobs.report.source import (
     TRAININGS,
     RunData,
@@ -35,9 +37,16 @@ def page(data: RunData) -> str:
     parts = [
         _head(data, rows),
         _headline_table(rows),
+        sections.recommendation(data, rows),
+        sections.distil_or_quantize(data, rows),
         _size_picture(rows),
+        sections.where_the_loss_comes_from(data, rows),
+        sections.tasks(rows),
+        quantized.allocation(data, rows),
+        quantized.recovery(data, rows),
+        quantized.extra(data, rows),
         _training(data),
-        _cells(rows),
+        detail(rows),
         _failures(data, rows),
         _cost(cost(data)),
         _environment(rows),
@@ -64,27 +73,25 @@ def _head(data: RunData, rows: list[Row]) -> str:
     )
 
 
-def _dot(row: Row) -> str:
-    kind = row["role"] if row["role"] != "cell" else pictures.bits_class(row)
-    return f'<span class="dot {kind}"></span>'
-
-
 def _headline_table(rows: list[Row]) -> str:
     if not rows:
         return '<p class="note">No model was evaluated yet.</p>'
     shown = table.columns(rows)
     lines = ['<div class="card scroll">\n<table class="headline">', "<thead><tr>"]
-    lines += [_heading(column.title, column.figure) for column in shown]
+    lines += [heading(column.title, column.figure) for column in shown]
     lines.append("</tr></thead>\n<tbody>")
     for row in rows:
         lines.append(f'<tr class="{escape(row["role"])} {escape(row["status"])}">')
         for column in shown:
             text = escape(table.entry(column, row))
             if column.title == "Model":
-                text = _dot(row) + text
+                text = dot(row) + text
+            if column.title == "Technique":
+                text = text.replace(" MB", "\u00a0MB")
             if text == table.FAILED:
                 text = f'<span class="bad">{text}</span>'
             kind = "figure" if column.figure else "name"
+            kind += " nowrap" if column.title == "Model" and len(row["model"]) <= 24 else ""
             lines.append(f'<td class="{kind}" data-title="{escape(column.title)}">{text}</td>')
         lines.append("</tr>")
     lines.append("</tbody>\n</table>\n</div>")
@@ -92,21 +99,23 @@ def _headline_table(rows: list[Row]) -> str:
     return "".join(lines)
 
 
-def _heading(title: str, figure: bool) -> str:
-    return f'<th class="{"figure" if figure else "name"}">{escape(title)}</th>'
-
-
 def _size_picture(rows: list[Row]) -> str:
     drawn = pictures.size_picture(rows)
     if not drawn:
         return ""
-    roles = [
-        role for role in ("teacher", "student", "control") if role in {r["role"] for r in rows}
-    ]
-    legend = "".join(f'<span><span class="dot {role}"></span>{role}</span>' for role in roles)
+    there = {row["role"] for row in rows}
+    roles = [role for role in ("teacher", "student", "control") if role in there]
+    roles += ["extra"] if "extra" in there else []
+    legend = "".join(
+        f'<span><span class="dot {role}"></span>'
+        f"{'quantized elsewhere' if role == 'extra' else role}</span>"
+        for role in roles
+    )
     widths = {r["bits"]: pictures.bits_class(r) for r in rows if r["role"] == "cell" and r["bits"]}
     for bits in sorted(widths, reverse=True):
         legend += f'<span><span class="dot {widths[bits]}"></span>{bits}-bit cells</span>'
+    if any(row["role"] == "cell" and is_allocated(row) for row in rows):
+        legend += '<span><span class="dot mixed"></span>allocated cells</span>'
     legend += '<span><span class="front-key"></span>Pareto front</span>'
     return (
         "<section>\n<h2>Accuracy against size</h2>\n"
@@ -120,13 +129,11 @@ def _training(data: RunData) -> str:
     drawings += [(title, partial(_held_out_points, data, name)) for name, title in HELD_OUT.items()]
     for title, points_of in drawings:
         curves = [
-            pictures.Curve(
-                CURVE_NAMES[stage], "student" if stage == "distill" else "control", points
-            )
+            Curve(CURVE_NAMES[stage], "student" if stage == "distill" else "control", points)
             for stage in TRAININGS
             if (points := points_of(stage))
         ]
-        drawn = pictures.curve_picture(title, curves)
+        drawn = curve_picture(title, curves)
         if drawn:
             legend = "".join(
                 f'<span><span class="dot {c.class_}"></span>{escape(c.name)}</span>' for c in curves
@@ -187,71 +194,15 @@ def _held_out(data: RunData) -> list[str]:
     names = [name for name in names if any(number(m.get(name)) is not None for m in found.values())]
     if not names:
         return []
-    head = _heading("At the end of training", False)
-    head += "".join(_heading(CURVE_NAMES[stage], True) for stage in found)
+    head = heading("At the end of training", False)
+    head += "".join(heading(CURVE_NAMES[stage], True) for stage in found)
     body = "".join(
         f"<tr><td>{escape(name.replace('_', ' '))}</td>"
         + "".join(f'<td class="figure">{f.plain(m.get(name), 4)}</td>' for m in found.values())
         + "</tr>"
         for name in names
     )
-    return [_simple_table(head, body)]
-
-
-def _simple_table(head: str, body: str) -> str:
-    return (
-        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _cells(rows: list[Row]) -> str:
-    measured = [row for row in rows if row["status"] != table.FAILED]
-    if not measured:
-        return ""
-    shown: list[tuple[str, Any]] = [
-        ("KL to student", lambda row: f.plain(row["kl_to_student"])),
-        ("KL to teacher", lambda row: f.plain(row["kl_to_teacher"])),
-        ("Same top-1", lambda row: f.share(row["top1_agreement"])),
-        ("Weights", lambda row: f.count(row["parameters"])),
-        ("Prefill", lambda row: f.speed(row["prefill_tokens_per_s"])),
-        ("In memory", lambda row: f.size(row["resident_bytes"])),
-        ("KL of kernel", lambda row: f.plain(row["kernel_kl"], 2)),
-        ("Quantize", lambda row: f.duration(row["quantize_s"])),
-        ("Evaluate", lambda row: f.duration(row["eval_s"])),
-        ("Tokens", lambda row: f.fixed(row["tokens"], 0)),
-    ]
-    shown = [(t, show) for t, show in shown if any(show(row) != f.NOTHING for row in measured)]
-    head = _heading("Model", False) + "".join(_heading(title, True) for title, _ in shown)
-    evaluated = {str(row["evaluated_with"]) for row in measured if row["evaluated_with"]}
-    kernels = any(row.get("kernel") for row in measured)
-    head += _heading("Kernel", False) if kernels else ""
-    body = ""
-    for row in measured:
-        name = row["key"] if row["role"] == "cell" else row["role"]
-        body += f'<tr><td class="nowrap">{_dot(row)}{escape(name)}</td>'
-        body += "".join(f'<td class="figure">{escape(show(row))}</td>' for _, show in shown)
-        if kernels:
-            kernel = escape(str(row.get("kernel") or f.NOTHING))
-            body += f'<td class="kernel"><code>{kernel}</code></td>'
-        body += "</tr>"
-    note = (
-        "KL in nats per token over the report part. Same top-1: how often the most likely next "
-        "token is the unquantized student's (for the student and the control: the teacher's)."
-    )
-    if kernels:
-        note += " Kernel: what the speeds were measured with."
-    titles = {title for title, _ in shown}
-    if "In memory" in titles:
-        note += " In memory: the weights as their kernels hold them."
-    if "KL of kernel" in titles:
-        note += " KL of kernel: how far its answers are from those of the dequantized weights."
-    if evaluated:
-        note += f" Quality was evaluated with {' or '.join(sorted(evaluated))}."
-    return (
-        f"<section>\n<h2>In detail</h2>\n{_simple_table(head, body)}\n"
-        f'<p class="note">{escape(note)}</p>\n</section>'
-    )
+    return [simple_table(head, body)]
 
 
 def _failures(data: RunData, rows: list[Row]) -> str:
@@ -278,7 +229,7 @@ def _failures(data: RunData, rows: list[Row]) -> str:
 def _cost(costs: list[StageCost]) -> str:
     if not costs:
         return ""
-    head = _heading("Stage", False) + _heading("Wall time", True) + _heading("Devices", True)
+    head = heading("Stage", False) + heading("Wall time", True) + heading("Devices", True)
     body = ""
     for stage in costs:
         spent = f.NOTHING if stage.hours is None else f.device_time(stage.hours, stage.device)
@@ -287,7 +238,7 @@ def _cost(costs: list[StageCost]) -> str:
             f'<td class="figure">{escape(spent)}</td></tr>'
         )
     line = escape(f.cost_line(costs).split(" (")[0].removeprefix("Cost: "))
-    return f"<section>\n<h2>Cost</h2>\n<p>{line}</p>\n{_simple_table(head, body)}\n</section>"
+    return f"<section>\n<h2>Cost</h2>\n<p>{line}</p>\n{simple_table(head, body)}\n</section>"
 
 
 def _environment(rows: list[Row]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.storage import Store
 from jobs.report.source import ROLES, RunData, load_run, number
+from quant.grid import RECOVERED
 from quant.spec import CHANNEL, DYNAMIC, METHODS
 
 Row = dict[str, Any]
@@ -19,29 +20,57 @@ NUMBERS = (
     "bytes",
     "accuracy",
     "retention",
+    "nll",
     "perplexity",
+    "perplexity_ratio",
     "kl_to_student",
     "kl_to_teacher",
     "top1_agreement",
+    "true_prob_change",
+    "true_prob_change_rms",
     "decode_tokens_per_s",
     "prefill_tokens_per_s",
     "speedup",
     "resident_bytes",
     "kernel_kl",
+    "peak_memory_bytes",
+    "eval_peak_bytes",
+    "energy_per_token_j",
     "quantize_s",
     "eval_s",
+    "cell_s",
+    "device_hours",
+    "budget_mb",
     "tokens",
+    *(
+        f"{name}{end}"
+        for name in ("accuracy", "perplexity_ratio", "true_prob_change")
+        for end in ("_low", "_high")
+    ),
+    *(
+        f"kl_to_{model}{end}"
+        for model in ("student", "teacher")
+        for end in ("_low", "_high", "_p99", "_max")
+    ),
 )
-OTHERS = ("method", "embeddings", "head", "kernel", "evaluated_with", "versions", "fingerprint")
+OTHERS = (
+    *("method", "embeddings", "head", "layers", "recovered", "tasks", "kernel", "device_name"),
+    *("energy_note", "evaluated_with", "versions", "fingerprint"),
+)
+# Sums of every sequence stay in the results of the cells: a row is what tables are drawn from.
+LEFT_OUT = ("per_sequence", "select")
+CELLS = ("cell", "extra")  # roles of what is compared with a 16-bit model beside it
 
 
 def collect(run: Store) -> list[Row]:
-    """The rows of one run: teacher, student, control, then the cells by falling bits.
+    """The rows of one run: teacher, student, control, then the cells by falling bits, the
+    student's before the teacher's, allocated ones last, and then models quantized elsewhere.
 
     Every row has the same keys, cells also `spec` (see `NUMBERS`; what is not known is None):
-    group_size is a number of weights or "channel", sizes are in bytes, accuracies fractions,
-    retention in percent, KL in nats per token, speeds in tokens per second. A failed cell is a
-    row with status "failed" and its error.
+    `of` is the 16-bit model that a cell is made of (student, teacher) and None of others,
+    group_size is a number of weights or "channel", bits of an allocated cell is None, sizes are in
+    bytes, accuracies fractions, retention in percent, KL in nats per token, speeds in tokens per
+    second. A failed cell is a row with status "failed" and its error.
     Raises ValueError where the folder holds no run.
     """
     return rows_of(load_run(run))
@@ -56,14 +85,43 @@ def rows_of(data: RunData) -> list[Row]:
     """`collect` for a run that was read already."""
     rows = [_model_row(data, role) for role in ROLES if role in data.evaluations]
     cells = [_cell_row(data, key) for key in data.cells]
-    return rows + sorted(cells, key=_place)
+    extra = [_extra_row(data, name) for name in data.extra]
+    return rows + sorted(cells, key=_place) + extra
 
 
-def _place(row: Row) -> tuple[float, int, float, str]:
-    """Cells by falling bits, then by method, then from fine to coarse groups."""
+def _place(row: Row) -> tuple[Any, ...]:
+    """Cells by falling bits, then by method, then from fine to coarse groups; of the same codes the
+    plain one first. Allocated ones by falling size."""
     method = METHODS.index(row["method"]) if row["method"] in METHODS else len(METHODS)
     size = math.inf if row["group_size"] == CHANNEL else number(row["group_size"]) or 0
-    return -(row["bits"] or 0), method, size, row["key"]
+    return (
+        row["of"] != "student",
+        row["budget_mb"] is not None,
+        -(row["budget_mb"] or row["bits"] or 0),
+        method,
+        size,
+        row["key"].removesuffix(RECOVERED),
+        is_recovered(row),
+    )
+
+
+def is_recovered(row: Row) -> bool:
+    """Whether a cell is one whose scales were trained; also of one that failed."""
+    return bool(row.get("recovered")) or str(row["key"]).endswith(RECOVERED)
+
+
+def is_allocated(row: Row) -> bool:
+    """Whether a cell's bits were chosen layer by layer; also of one that failed."""
+    return row.get("budget_mb") is not None
+
+
+def widths(row: Row) -> str:
+    """Code widths of a row in words: "4"; of an allocated cell the narrowest and the widest."""
+    if not is_allocated(row):
+        return "" if row["bits"] is None else f"{row['bits']:g}"
+    layers = row["layers"] if isinstance(row.get("layers"), dict) else {}
+    bits = sorted({16 if found is None else found["bits"] for found in layers.values()})
+    return "" if not bits else f"{bits[0]}" if len(bits) == 1 else f"{bits[0]}–{bits[-1]}"
 
 
 def _model_row(data: RunData, role: str) -> Row:
@@ -84,10 +142,22 @@ def _model_row(data: RunData, role: str) -> Row:
 def _cell_row(data: RunData, key: str) -> Row:
     found = data.cells[key]
     row = _row(data, "cell", {**(found.get("spec") or {}), **found})
-    student = data.evaluations.get("student") or {}
+    row["of"] = str(found.get("model") or "student")
+    model = data.evaluations.get(row["of"]) or {}
     row["key"] = row["name"] = key
-    row["model"] = str(student.get("name") or _model_name(data, "student"))
+    row["model"] = str(model.get("name") or _model_name(data, row["of"]))
+    if is_allocated(row):
+        row["bits"] = row["group_size"] = None
     row["technique"] = technique(data.spec, "cell", row)
+    return row
+
+
+def _extra_row(data: RunData, name: str) -> Row:
+    found = data.extra[name]
+    row = _row(data, "extra", found)
+    row["key"] = f"extra-{name}"
+    row["model"] = row["name"] = name
+    row["technique"] = str(found.get("technique") or "quantized elsewhere")
     return row
 
 
@@ -95,15 +165,29 @@ def _row(data: RunData, role: str, found: dict[str, Any]) -> Row:
     row: Row = {"run": data.name, "role": role, "key": "", "name": "", "model": "", "technique": ""}
     row["status"] = str(found.get("status") or "done")
     row["error"] = str(found["error"]) if found.get("error") else None
+    row["of"] = None
     for name in NUMBERS:
         value = found.get(name)
         row[name] = value if number(value) is not None else None
     size = found.get("group_size")
     row["group_size"] = size if size == CHANNEL or number(size) is not None else None
     row.update({name: found.get(name) for name in OTHERS})
-    row.update({key: value for key, value in found.items() if key not in row})
+    row["tasks"] = _tasks(found.get("tasks"))
+    left_out = {*row, *LEFT_OUT}
+    row.update({key: value for key, value in found.items() if key not in left_out})
     row["role"] = role
     return row
+
+
+def _tasks(tasks: Any) -> Any:
+    """Results of benchmark tasks without what they say of every document."""
+    if not isinstance(tasks, dict):
+        return None
+    return {
+        name: {key: value for key, value in task.items() if key not in ("doc_hashes", "correct")}
+        for name, task in tasks.items()
+        if isinstance(task, dict)
+    }
 
 
 def _model_name(data: RunData, role: str) -> str:
@@ -135,12 +219,20 @@ def technique(spec: dict[str, Any], role: str, cell: Row | None = None) -> str:
 
 
 def _cell_in_words(cell: Row) -> str:
-    """E.g. "hqq 4-bit g64", "rtn 4-bit per channel, embeddings and head too"."""
+    """E.g. "hqq 4-bit g64", "rtn 4-bit per channel, embeddings and head too", "hqq 2-bit g64,
+    recovered (200 steps)", "allocated layer by layer, 0.7 MB"."""
+    if is_allocated(cell):
+        return f"allocated layer by layer, {cell['budget_mb']:g} MB{in_words(too(cell))}"
     bits, size, method = cell.get("bits"), cell.get("group_size"), cell.get("method")
     words = [str(method or "quantized")]
     words += [f"{bits}-bit"] if bits is not None and method != DYNAMIC else []
     words += ["per channel" if size == CHANNEL else f"g{size}"] if size is not None else []
-    return " ".join(words) + in_words(too(cell))
+    text = " ".join(words)
+    if is_recovered(cell):
+        how = cell.get("recovered")
+        steps = number(how.get("steps")) if isinstance(how, dict) else None
+        text += ", recovered" + (f" ({steps:g} steps)" if steps is not None else "")
+    return text + in_words(too(cell))
 
 
 def too(cell: Row) -> list[str]:

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from cluster.storage import Store, read_events
-from quant.spec import SweepSpec
+from quant.grid import allocated_keys, grid
+from quant.sweepspec import SweepSpec
 
 ROLES = ("teacher", "student", "control")
 TRAININGS = ("distill", "control")
@@ -22,7 +23,8 @@ class RunData:
     """One run as read from its directory; everything in it is plain JSON data.
 
     `evaluations` maps a role (teacher, student, control) to its evaluation; `cells` maps a
-    cell's key to its result; `events` is in order, without steps that a resume replayed.
+    cell's key to its result; `extra` maps the name of a model that was quantized elsewhere to its
+    result; `events` is in order, without steps that a resume replayed.
     """
 
     name: str
@@ -31,6 +33,7 @@ class RunData:
     events: list[dict[str, Any]]
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+    extra: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def of_kind(self, *kinds: str) -> list[dict[str, Any]]:
         """The events of these kinds, in order."""
@@ -51,14 +54,15 @@ def load_run(store: Store, events: list[dict[str, Any]] | None = None) -> RunDat
     for role in ROLES:
         if _asked_for(spec, role) and store.exists(f"evaluations/{role}.json"):
             evaluations[role] = clean(store.read_json(f"evaluations/{role}.json"))
-    cells = {}
-    grid = _grid(spec)
-    for path in store.glob("cells/*/result.json"):
-        key = path.split("/")[-2]
-        if grid is None or key in grid:
-            cells[key] = clean(store.read_json(path))
+    sweep = _sweep(spec)
+    cells = _cells(store, sweep)
+    extra = {}
+    for item in sweep.extra if sweep is not None else []:
+        path = f"evaluations/extra-{item.label}.json"
+        if store.exists(path):
+            extra[item.label] = clean(store.read_json(path))
     name = str(spec.get("name") or store.name)
-    return RunData(name, store.url, spec, events, evaluations, cells)
+    return RunData(name, store.url, spec, events, evaluations, cells, extra)
 
 
 def _asked_for(spec: dict[str, Any], role: str) -> bool:
@@ -68,14 +72,34 @@ def _asked_for(spec: dict[str, Any], role: str) -> bool:
     return not (role == "teacher" and "teacher" in spec and spec["teacher"] is None)
 
 
-def _grid(spec: dict[str, Any]) -> set[str] | None:
-    """The keys of the spec's cells; None where it does not say."""
+def _sweep(spec: dict[str, Any]) -> SweepSpec | None:
+    """The spec's sweep; None where it has none, or is the spec of another version."""
     if not isinstance(spec.get("sweep"), dict):
         return None
     try:
-        return {cell.key for cell in SweepSpec.model_validate(spec["sweep"]).cells()}
-    except ValueError:  # the spec of another version
+        return SweepSpec.model_validate(spec["sweep"])
+    except ValueError:
         return None
+
+
+def _cells(store: Store, sweep: SweepSpec | None) -> dict[str, dict[str, Any]]:
+    """The results of the cells that the sweep asks for, all where it does not say; by key.
+
+    Uniform cells of an allocated one's size are asked for with it.
+    """
+    found = {
+        path.split("/")[-2]: clean(store.read_json(path))
+        for path in store.glob("cells/*/result.json")
+    }
+    if sweep is None:
+        return found
+    allocated = set(allocated_keys(sweep))
+    asked = {cell.key for cell in grid(sweep)} | allocated
+    return {
+        key: result
+        for key, result in found.items()
+        if key in asked or allocated & set(result.get("control_of") or [])
+    }
 
 
 def _read_spec(store: Store, events: list[dict[str, Any]]) -> dict[str, Any]:

@@ -102,6 +102,41 @@ class Label:
     far: bool  # so far off that a line should lead to it
 
 
+def axes(
+    frame: Box,
+    x_ticks: list[tuple[float, str]],
+    y_ticks: list[tuple[float, str]],
+    x_title: str,
+    canvas: tuple[int, int],
+) -> list[str]:
+    """Ticks of both axes (place, text), lines across for the upright one, and the lower title."""
+    drawn = []
+    for y, text in y_ticks:
+        drawn.append(element("line", x1=frame.left, y1=y, x2=frame.right, y2=y, class_="grid"))
+        drawn.append(
+            element("text", text, x=frame.left - 8, y=y + 4, text_anchor="end", class_="tick")
+        )
+    for x, text in x_ticks:
+        drawn.append(
+            element("line", x1=x, y1=frame.bottom, x2=x, y2=frame.bottom + 5, class_="axis")
+        )
+        drawn.append(
+            element("text", text, x=x, y=frame.bottom + 19, text_anchor="middle", class_="tick")
+        )
+    drawn.append(
+        element(
+            "line", x1=frame.left, y1=frame.bottom, x2=frame.right, y2=frame.bottom, class_="axis"
+        )
+    )
+    middle = (frame.left + frame.right) / 2
+    drawn.append(
+        element(
+            "text", x_title, x=middle, y=canvas[1] - 6, text_anchor="middle", class_="axis-title"
+        )
+    )
+    return drawn
+
+
 def place_labels(
     points: list[tuple[float, float, str]],
     frame: Box,

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.report import figures as f
-from jobs.report.rows import Row, in_words, too
+from jobs.report.rows import CELLS, Row, in_words, too, widths
 from quant.spec import DYNAMIC
 
 FAILED = "failed"
@@ -31,7 +31,7 @@ class Column:
 COLUMNS = (
     Column("Model", lambda row: row["model"], figure=False),
     Column("Technique", lambda row: row["technique"], figure=False),
-    Column("Bits", lambda row: f.whole(row["bits"])),
+    Column("Bits", lambda row: widths(row) or f.NOTHING),
     Column("True bpw", lambda row: f.fixed(row["bits_per_weight"]), short="bpw"),
     Column("Size", lambda row: f.size(row["bytes"])),
     Column("Accuracy", lambda row: f.share(row["accuracy"])),
@@ -45,6 +45,7 @@ NOTES = (
     "Retention: accuracy as a share of the reference's, cells against the unquantized student, "
     "student and control against the teacher. Speed-up: decoding against the 16-bit student."
 )
+OF_TEACHER = "Cells of the teacher: retention and speed-up against the 16-bit teacher."
 
 
 def columns(rows: list[Row]) -> list[Column]:
@@ -76,7 +77,8 @@ def entry(column: Column, row: Row) -> str:
 def remarks(rows: list[Row]) -> list[str]:
     """What holds for all cells, and which kernels their speeds were had with; each a line."""
     shared = _too(rows)
-    lines = [f"All cells: {' and '.join(shared)} quantized too."] if shared else []
+    lines = [OF_TEACHER] if any(row["of"] == "teacher" for row in rows) else []
+    lines += [f"All cells: {' and '.join(shared)} quantized too."] if shared else []
     lines += _kept(rows)
     cells = [row for row in rows if row["role"] == "cell" and row["status"] != FAILED]
     found: dict[str, list[str]] = {}
@@ -206,7 +208,7 @@ def _shortened(column: Column) -> Column:
 
 
 def _one_name(row: Row, shared: list[str]) -> str:
-    if row["role"] != "cell":
+    if row["role"] not in CELLS:
         return row["role"]
     name = row["key"].removesuffix("".join(f"-{part}" for part in shared))
     return name.removesuffix("-8b-channel") if row["method"] == DYNAMIC else name

@@ -1,20 +1,34 @@
-"""sweep: every cell of the grid quantized and evaluated, then its speed measured alone."""
+"""sweep: every cell quantized and evaluated as a task, then its speed measured alone."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-from cluster.fanout import Cancelled, Failure, fan_out
-from cluster.session import Cluster
-from cluster.spec import CellResources
-from cluster.storage import Store
-from jobs.errors import Interrupted, SpecErrors
-from jobs.inputs import EVALUATION, Outputs
+from cluster.fanout import Cancelled, Failure, FanOut
+from jobs.cells import keep
+from jobs.cells.allocation import Allocations
+from jobs.cells.material import Material, Source
+from jobs.cells.needs import Needs
+from jobs.cells.prints import (
+    cell_fingerprint,
+    extra_fingerprint,
+    model_fingerprint,
+    reference_folder,
+)
+from jobs.cells.work import (
+    cell_task,
+    extra_task,
+    model_task,
+    reference_task,
+    speed_task,
+    teacher_task,
+)
+from jobs.errors import Interrupted
 from jobs.stages.base import Context
-from jobs.stages.evaluation import Material, cell_task, model_task, speed_task, teacher_task
-from quant.spec import QuantSpec, SweepSpec
+from quant.grid import Cell, grid, main_model
 from trainer.fingerprint import fingerprint
+from trainer.job import learnt_data
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -26,176 +40,296 @@ def run(context: Context) -> dict[str, Any]:
         sweep.measure()
     except Cancelled:
         raise Interrupted("sweep stopped; finished cells are kept") from None
-    outputs = sweep.outputs()
-    seconds = time.time() - began
-    outputs["metrics"] = {
-        "cells": len(sweep.cells),
-        "failed": sum(result["status"] != "done" for result in sweep.results.values()),
-        "seconds": seconds,
-        "device": "gpu" if sweep.gpus else "cpu",
-        "device_hours": sweep.busy_s * (sweep.gpus or sweep.cpus) / 3600,
-    }
-    outputs["failed"] = sorted(k for k, r in sweep.results.items() if r["status"] != "done")
-    return outputs
-
-
-def cell_resources(asked: CellResources, cluster: Cluster) -> tuple[int, float]:
-    """CPUs and GPUs of one cell, `auto` resolved. Raises SpecErrors if none could ever start."""
-    cpus = 1 if asked.cpus_per_cell == "auto" else asked.cpus_per_cell
-    gpus: float = 1 if cluster.gpus else 0
-    if asked.gpus_per_cell != "auto":
-        gpus = asked.gpus_per_cell
-    if not cluster.room(cpus, gpus):
-        there = ", ".join(f"{c} CPUs and {g} GPUs" for c, g in cluster.nodes)
-        raise SpecErrors(
-            [
-                f"resources.sweep: a cell of {cpus} CPUs and {gpus} GPUs fits no node ({there}); "
-                "set cpus_per_cell or gpus_per_cell lower"
-            ]
-        )
-    return cpus, gpus
-
-
-def cell_fingerprint(
-    cell: QuantSpec, sweep: SweepSpec, student: dict[str, Any], outputs: Outputs
-) -> str:
-    """What a cell's result depends on; `student`: the identity of one that is not trained here."""
-    kept = sorted(set(sweep.keep_16bit))
-    return fingerprint(
-        {
-            "evaluation": EVALUATION,
-            "cell": cell.to_dict(),
-            "model": outputs.get("distill", {}).get("student") or student,
-            "corpus": outputs["prepare"]["corpus"],
-            "cache": outputs.get("capture", {}).get("cache"),
-            "batch_sequences": sweep.batch_sequences,
-            **({"keep_16bit": kept} if kept else {}),  # cells from before the key stand
-        }
-    )
+    sweep.tidy()
+    return sweep.outputs(time.time() - began)
 
 
 class _Sweep:
+    """One attempt of the stage: what is there, what is asked for, what came out."""
+
     def __init__(self, context: Context) -> None:
         self.context = context
         spec = context.spec
-        assert spec.sweep is not None
-        self.cells = {cell.key: cell for cell in spec.sweep.cells()}
-        self.cpus, self.gpus = cell_resources(spec.resources.sweep, context.cluster)
+        assert spec.sweep is not None and spec.data is not None
+        self.spec, self.sweep = spec, spec.sweep
+        self.sources = self._sources()
+        self.needs = Needs.of(context, self.sources)
         self.material = Material(
             sweep=spec.sweep,
             corpus=context.corpus,
             cache=context.cache,
             attempt=context.attempt,
             vocab=context.outputs["prepare"]["vocab_size"],
-            threads=self.cpus,
+            threads=self.needs.cpus,
             speed_threads=max(1, min(cpus for cpus, _ in context.cluster.nodes)),
-            gpus=self.gpus,
+            gpus=self.needs.gpus,
+            sequence_length=spec.data.sequence_length,
+            seed=spec.seed,
+            data=learnt_data(spec),
+            distill=spec.distill,
+            cache_spec=spec.cache if context.cache is not None else None,
         )
-        self.model: Store | str
-        if spec.distill is not None:
-            self.model, self.revision = context.run.store.sub("student"), "main"
-        else:
-            assert spec.student.model is not None
-            self.model, self.revision = spec.student.model, spec.student.revision
+        self.cells: dict[str, Cell] = {cell.key: cell for cell in grid(spec.sweep)}
         self.results: dict[str, dict[str, Any]] = {}
-        self.busy_s = 0.0  # seconds of the tasks of this attempt
+        self.failed_models: dict[str, str] = {}
+        self.timing: dict[str, float] = {}
+        main = main_model(spec.sweep)
+        self.allocations = Allocations(
+            spec.sweep, self.material, self.sources[main], self.needs, context.outputs
+        )
+        self.pool: Any = None
+        self.added: set[str] = set()  # tasks of this attempt
 
-    def finished(self, key: str, print_: str) -> dict[str, Any] | None:
-        """The cell's published result, if it is done and of this fingerprint."""
-        store, path = self.context.run.store, f"cells/{key}/result.json"
-        if not store.exists(path):
+    def _sources(self) -> dict[str, Source]:
+        """The 16-bit models of the run by role; the teacher only where it is loaded."""
+        spec, context = self.spec, self.context
+        assert spec.sweep is not None
+        trained = context.outputs.get("distill", {})
+        given = context.inputs.identities
+        student: Any = trained.get("student") or given.student
+        models: dict[str, tuple[Any, str, str, Any]] = {}
+        if spec.distill is not None:
+            store = context.run.store
+            models["student"] = (store.sub("student"), "main", spec.name, student)
+            if "control" in trained:
+                name = f"{spec.name} (control)"
+                models["control"] = (store.sub("control"), "main", name, trained["control"])
+        else:
+            model = str(spec.student.model)
+            models["student"] = (model, spec.student.revision, label(model), student)
+        if spec.teacher is not None:
+            model = spec.teacher.model
+            models["teacher"] = (model, spec.teacher.revision, label(model), given.teacher)
+        return {
+            role: Source(role, *told, reference_folder(role, spec, told[-1], context.outputs))
+            for role, told in models.items()
+        }
+
+    # What is there already.
+
+    def print_of(self, cell: Cell) -> str:
+        """The fingerprint of a cell."""
+        identity = self.sources[cell.model].identity
+        return cell_fingerprint(cell, self.spec, identity, self.context.outputs)
+
+    def finished(self, path: str, print_: str) -> dict[str, Any] | None:
+        """A published result, if it is done and of this fingerprint."""
+        store = self.context.run.store
+        if self.context.forced or not store.exists(path):
             return None
         result = store.read_json(path)
-        fits = result.get("status") == "done" and result.get("fingerprint") == print_
+        done = result.get("status", "done") == "done"
+        fits = done and result.get("fingerprint") == print_
         return result if fits else None
 
-    def evaluate(self) -> None:
-        """All cells that have no result yet, and the unquantized models, as tasks."""
-        context, spec = self.context, self.context.spec
-        assert spec.sweep is not None
-        student = context.inputs.identities.student
-        prints = {
-            key: cell_fingerprint(cell, spec.sweep, student, context.outputs)
-            for key, cell in self.cells.items()
-        }
-        for key in self.cells:
-            found = None if context.forced else self.finished(key, prints[key])
-            if found is not None:
-                self.results[key] = found
-        items: dict[str, tuple[Any, ...]] = {}
-        student_name = spec.name if spec.distill is not None else label(str(spec.student.model))
-        references = {"student": (model_task, self.model, student_name)}
-        if "control" in context.outputs.get("distill", {}):
-            control = context.run.store.sub("control")
-            references["control"] = (model_task, control, f"{spec.name} (control)")
-        if spec.teacher is not None:
-            name = label(spec.teacher.model)
-            items["teacher"] = (teacher_task, (self.material, name, spec.teacher))
-        for role, (task, model, name) in references.items():
-            items[role] = (task, (self.material, role, name, model, self.revision))
-        for key, cell in self.cells.items():
-            if key not in self.results:
-                arguments = (self.material, cell, prints[key], self.model, self.revision)
-                items[key] = (cell_task, arguments)
-        self._count(len(self.results))
-        for key, result in self._fan_out(items):
-            if key not in self.cells:
-                if isinstance(result, Failure):
-                    raise RuntimeError(f"evaluating the {key}: {result.error}")
-                continue
-            if isinstance(result, Failure):
-                result = self._failed(key, prints[key], result)
-            self.results[key] = result
-            self.busy_s += (result.get("quantize_s") or 0) + (result.get("eval_s") or 0)
-            context.emit(
-                "cell_done", stage="sweep", key=key, status=result["status"], error=result["error"]
-            )
-            self._count(len(self.results))
+    def _stands(self, cell: Cell) -> bool:
+        """Whether a cell has a result that stands; it is taken over then."""
+        found = self.finished(f"cells/{cell.key}/result.json", self.print_of(cell))
+        if found is None or not keep.complete(self.sweep, found, self.context.run.store, cell.key):
+            return False
+        self.results[cell.key] = found
+        return True
 
-    def _fan_out(self, items: dict[str, tuple[Any, ...]]) -> Any:
+    # Evaluation: everything at once, each as soon as what it needs is there.
+
+    def evaluate(self) -> None:
+        """All cells that have no result yet, and the models beside them, as tasks."""
         context = self.context
-        return fan_out(
+        self.pool = FanOut(
             _call,
-            items,
-            cpus=self.cpus,
-            gpus=self.gpus,
-            retries=context.spec.resources.max_failures,
+            need=self.needs.task(),
+            retries=self.spec.resources.max_failures,
+            limit_s=self.needs.limit_s,
             should_stop=context.stop.is_set,
-            on_start=lambda key: self._started(key),
+            on_start=self._started,
+            on_retry=self._retried,
+        )
+        for cell in self.allocations.known():
+            self.cells.setdefault(cell.key, cell)
+        todo = [cell for cell in self.cells.values() if not self._stands(cell)]
+        again = keep.missing(self.sweep, self.results, context.run.store)
+        todo += [self.cells[key] for key in again]
+        for key in again:
+            del self.results[key]
+        allocating = self.allocations.first()
+        loaded: set[str] = {cell.model for cell in todo}
+        loaded |= {main_model(self.sweep)} if allocating else set()
+        loaded |= {"student"} if self._extra_todo() else set()
+        self._models(loaded)
+        for cell in todo:
+            self._add(cell)
+        for item in allocating:
+            self._add_task(*item)
+        self._take_failures()
+        self._count()
+        for key, result in self.pool:
+            self._ended(key, result)
+        self.timing = {
+            "evaluate_s": self.pool.makespan_s(),
+            "busy_s": self.pool.busy_s(),
+        }
+
+    def _models(self, references: set[str]) -> None:
+        """The unquantized models that are not evaluated yet, and references that cells need."""
+        outputs, store = self.context.outputs, self.context.run.store
+        for role, source in self.sources.items():
+            print_ = model_fingerprint(role, self.spec, source.identity, outputs)
+            done = self.finished(f"evaluations/{role}.json", print_) is not None
+            stored = all(
+                store.exists(f"{source.references}/{part}/meta.json")
+                for part in ("select", "report")
+            )
+            loads = role in references or (role == "teacher" and self.sweep.tasks)
+            if role in references and not (done and stored):
+                self._add_task(f"model/{role}", reference_task, (source, print_), ())
+            elif done:
+                continue
+            elif role == "teacher" and not loads:
+                assert self.spec.teacher is not None
+                named = (source.name, self.spec.teacher, print_)
+                self._add_task(f"model/{role}", teacher_task, named, ())
+            else:
+                self._add_task(f"model/{role}", model_task, (source, print_), ())
+        for extra, print_ in self._extra_todo():
+            arguments = (extra, self.sources["student"], print_)
+            after = self._reference("student")
+            self._add_task(f"extra/{extra.label}", extra_task, arguments, after)
+
+    def _extra_todo(self) -> list[tuple[Any, str]]:
+        """Models quantized elsewhere that are not evaluated yet, with their fingerprints."""
+        student = self.sources["student"].identity
+        found = []
+        for extra in self.sweep.extra:
+            print_ = extra_fingerprint(extra, self.spec, student, self.context.outputs)
+            if self.finished(f"evaluations/extra-{extra.label}.json", print_) is None:
+                found.append((extra, print_))
+        return found
+
+    def _reference(self, role: str) -> tuple[str, ...]:
+        """What has to end before cells of a model can start."""
+        key = f"model/{role}"
+        return (key,) if key in self.added else ()
+
+    def _add(self, cell: Cell) -> None:
+        self.cells[cell.key] = cell
+        source = self.sources[cell.model]
+        self.added.add(f"cell/{cell.key}")
+        self.pool.add(
+            f"cell/{cell.key}",
+            cell_task,
+            (self.material, cell, self.print_of(cell), source, self.needs.forecast(cell, source)),
+            need=self.needs.cell(cell, source),
+            after=self._reference(cell.model),
+            priority=self.needs.cost(cell, source),
         )
 
-    def _started(self, key: str) -> None:
-        if key in self.cells:
-            self.context.emit("cell_start", stage="sweep", key=key)
+    def _add_task(self, key: str, task: Any, arguments: tuple[Any, ...], after: Any) -> None:
+        waits = tuple(name for name in after if name in self.added)
+        self.added.add(key)
+        self.pool.add(
+            key,
+            task,
+            (self.material, *arguments),
+            need=self.needs.model(self.sources, key),
+            after=waits,
+            priority=float("inf"),
+        )
 
-    def _count(self, done: int) -> None:
-        self.context.emit("progress", stage="sweep", done=done, total=len(self.cells), unit="cells")
+    def _ended(self, key: str, result: Any) -> None:
+        kind, _, name = key.partition("/")
+        failed = isinstance(result, Failure)
+        if failed:
+            print(result.detail)  # to the log
+        if kind == "cell":
+            self._cell_ended(name, result)
+        elif kind == "model" and failed:
+            raise RuntimeError(f"evaluating the {name}: {result.error}")
+        elif kind == "extra" and failed:
+            self._extra_failed(name, result)
+        elif kind == "allocate":
+            more, cells = self.allocations.ended(name, result)
+            for item in more:
+                self._add_task(*item)
+            for cell in cells:
+                if cell.key not in self.cells and not self._stands(cell):
+                    self._add(cell)
+                self.cells.setdefault(cell.key, cell)
+            self._take_failures()
+        self._count()
 
-    def _failed(self, key: str, print_: str, failure: Failure) -> dict[str, Any]:
+    def _cell_ended(self, key: str, result: Any) -> None:
+        if isinstance(result, Failure):
+            result = self._failed(self.cells[key], result)
+        self.results[key] = result
+        self.context.emit(
+            "cell_done", stage="sweep", key=key, status=result["status"], error=result["error"]
+        )
+
+    def _failed(self, cell: Cell, failure: Failure) -> dict[str, Any]:
         from quant.cell import failed_cell
 
-        result = {**failed_cell(self.cells[key], failure.error), "fingerprint": print_}
-        self.context.attempt.write_json(f"cells/{key}/result.json", result)
-        print(failure.detail)  # to the log
+        result = {
+            **failed_cell(cell, failure.error),
+            "failure": failure.kind,
+            "fingerprint": self.print_of(cell),
+        }
+        self.context.attempt.write_json(f"cells/{cell.key}/result.json", result)
         return result
 
+    def _take_failures(self) -> None:
+        """Allocated cells that there will not be, as recorded results."""
+        for key, error in self.allocations.take_failures():
+            self.cells[key] = self.allocations.empty_cell(key)
+            self._cell_ended(key, Failure(error, error, "error"))
+
+    def _extra_failed(self, name: str, failure: Failure) -> None:
+        from quant.beside import failed_extra
+
+        path = f"evaluations/extra-{name}.json"
+        self.context.attempt.write_json(path, failed_extra(name, failure.error))
+        self.failed_models[f"extra-{name}"] = failure.error
+        self.context.reporter.say(f"sweep: {name} failed: {failure.error}")
+
+    def _started(self, key: str, where: str) -> None:
+        kind, _, name = key.partition("/")
+        if kind == "cell":
+            self.context.emit("cell_start", stage="sweep", key=name, where=where)
+
+    def _retried(self, key: str, why: str, attempt: int) -> None:
+        name = key.partition("/")[2]
+        self.context.emit("cell_retry", stage="sweep", key=name, why=why, attempt=attempt)
+        self.context.reporter.say(f"sweep: {name} again (attempt {attempt}): {why}")
+
+    def _count(self) -> None:
+        total = len(self.cells) + self.allocations.to_come()
+        done = len(self.results)
+        self.context.emit("progress", stage="sweep", done=done, total=total, unit="cells")
+
+    # Speed: the exclusive pass.
+
     def measure(self) -> None:
-        """Speeds of the cells that have none, one at a time, beside nothing else of this job."""
+        """Speeds of the cells that have none, one at a time on a machine, beside nothing else."""
         context = self.context
-        todo = {
-            key: (self.material, self.cells[key], self.model, self.revision)
+        todo = [
+            key
             for key, result in self.results.items()
-            if result["status"] == "done" and result.get("decode_tokens_per_s") is None
-        }
-        done = 0
-        for key, speeds in fan_out(
-            speed_task,
-            todo,
-            cpus=self.cpus,
-            gpus=self.gpus,
-            in_flight=1,
+            if result["status"] == "done"
+            and result.get("decode_tokens_per_s") is None
+            and result.get("model_kept")
+        ]
+        need, machines = self.needs.exclusive()
+        pool = FanOut(
+            _call,
+            need=need,
+            in_flight=machines,
+            limit_s=self.needs.limit_s,
             should_stop=context.stop.is_set,
-        ):
+        )
+        for key in todo:
+            source = self.sources[self.cells[key].model]
+            pool.add(key, speed_task, (self.material, key, source))
+        done = 0
+        for key, speeds in pool:
             if isinstance(speeds, Failure):
                 context.reporter.say(f"sweep: no speed of {key}: {speeds.error}")
                 context.emit("speed_failed", stage="sweep", key=key, error=speeds.error)
@@ -204,25 +338,63 @@ class _Sweep:
             self.results[key] = {**self.results[key], **speeds}
             done += 1
             context.emit("progress", stage="speed", done=done, total=len(todo), unit="cells")
-        self._baseline()
+        for role in self.sweep.models:
+            self._baseline(role)
 
-    def _baseline(self) -> None:
-        """The 16-bit model's own speed, measured beside the cells, goes to its evaluation."""
+    def _baseline(self, role: str) -> None:
+        """The 16-bit model's own speed, measured beside its cells, goes to its evaluation."""
         store = self.context.run.store
         measured = [
-            result for result in self.results.values() if result.get("baseline_decode_tokens_per_s")
+            result
+            for key, result in self.results.items()
+            if self.cells[key].model == role and result.get("baseline_decode_tokens_per_s")
         ]
         if not measured:
             return
-        path = "evaluations/student.json"
-        names = ("decode_tokens_per_s", "prefill_tokens_per_s", "resident_bytes")
+        path = f"evaluations/{role}.json"
+        names = (
+            "decode_tokens_per_s",
+            "prefill_tokens_per_s",
+            "resident_bytes",
+            "energy_per_token_j",
+        )
         middle = sorted(measured, key=lambda item: item["baseline_decode_tokens_per_s"])
         speeds = {name: middle[len(middle) // 2].get(f"baseline_{name}") for name in names}
         self.context.attempt.write_json(path, {**store.read_json(path), **speeds})
 
-    def outputs(self) -> dict[str, Any]:
+    # The end.
+
+    def tidy(self) -> None:
+        """Models that are not to be kept go; so do references, unless something failed."""
+        keep.drop(self.sweep, self.results, self.context.attempt)
+        if not self._all_failed():
+            self.context.attempt.fence()
+            store = self.context.run.store
+            if store.exists("references"):
+                store.delete("references", recursive=True)
+
+    def _all_failed(self) -> list[str]:
+        cells = [key for key, result in self.results.items() if result["status"] != "done"]
+        return sorted([*cells, *self.failed_models])
+
+    def outputs(self, seconds: float) -> dict[str, Any]:
         """Which cells there are, and a fingerprint of their results."""
-        return {"cells": {key: fingerprint(self.results[key]) for key in sorted(self.results)}}
+        failed = self._all_failed()
+        busy = self.timing.get("busy_s", 0.0)
+        slots = self.needs.slots
+        return {
+            "cells": {key: fingerprint(self.results[key]) for key in sorted(self.results)},
+            "metrics": {
+                "cells": len(self.results),
+                "failed": len(failed),
+                "seconds": seconds,
+                "device": "gpu" if self.needs.gpus else "cpu",
+                "device_hours": busy * (self.needs.gpus or self.needs.cpus) / 3600,
+                **self.timing,
+                "slots": slots,
+            },
+            "failed": failed,
+        }
 
 
 def label(model: str) -> str:

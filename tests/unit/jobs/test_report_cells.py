@@ -17,7 +17,8 @@ from jobs.report.pictures import size_picture
 from jobs.report.table import remarks
 from jobs.tracking.plan import plan
 from quant.cell import failed_cell
-from quant.spec import SweepSpec
+from quant.grid import grid
+from quant.sweepspec import SweepSpec
 
 FAST, SLOW = "int4pack", "dequantize+matmul"
 GRID: dict[str, Any] = {
@@ -34,7 +35,7 @@ def swept(root: Path, name: str = "swept", **changes: Any) -> Store:
     run.write_text("spec.yaml", yaml.safe_dump({**spec, "sweep": sweep}))
     student = {"name": "some/model", "parameters": 1000, "bytes": 2000, "accuracy": 0.5}
     run.write_json("evaluations/student.json", {**student, "resident_bytes": 2100})
-    for index, cell in enumerate(SweepSpec.model_validate(sweep).cells()):
+    for index, cell in enumerate(grid(SweepSpec.model_validate(sweep))):
         result = failed_cell(cell, "") | {"status": "done", "error": None}
         result |= {
             "bytes": 1000 + index,
@@ -44,7 +45,7 @@ def swept(root: Path, name: str = "swept", **changes: Any) -> Store:
             "decode_tokens_per_s": 50.0,
             "resident_bytes": 1234,
             "kernel_kl": 0.00012,
-            "kernel": FAST if cell.group_size == 64 and cell.bits == 4 else SLOW,
+            "kernel": FAST if cell.spec.group_size == 64 and cell.spec.bits == 4 else SLOW,
             "evaluated_with": "dequantized weights in bfloat16",
         }
         run.write_json(f"cells/{cell.key}/result.json", result)

@@ -9,17 +9,19 @@ import pytest
 
 from cluster.storage import open_store
 from jobs import inputs as stage_inputs
+from jobs.cells import prints
+from jobs.cells.given import absolute_paths, task_identity
+from jobs.cells.prints import cell_fingerprint
 from jobs.inputs import EVALUATION, Inputs, StageInputs
 from jobs.rundir import RunDir, StageRecord
 from jobs.schema import spec_of
-from jobs.stages import sweep as stage
-from jobs.stages.sweep import cell_fingerprint
 from jobs.todo import is_current
-from quant.spec import QuantSpec, SweepSpec
+from quant.grid import Cell, uniform
+from quant.spec import QuantSpec
+from quant.sweepspec import Task
 from tests import tiny
 from tests.material import save_model
 from trainer.corpus.tokenizer import train_tokenizer
-from trainer.fingerprint import fingerprint
 from trainer.job import resolve
 
 OUTPUTS: dict[str, dict[str, Any]] = {
@@ -27,32 +29,72 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "capture": {"cache": "two"},
     "distill": {"student": "three"},
 }
-CELL = QuantSpec(4, 32)
+CELL = uniform(QuantSpec(4, 32))
+BASE = {
+    "name": "job",
+    "teacher": {"model": "t"},
+    "student": {"model": "s"},
+    "data": {"train": [{"source": "builtin:python-docs"}]},
+}
 
 
-def of_cell(**sweep: Any) -> str:
-    return cell_fingerprint(CELL, SweepSpec(**sweep), {}, OUTPUTS)
+def of_cell(cell: Cell = CELL, **sweep: Any) -> str:
+    return cell_fingerprint(cell, spec_of({**BASE, "sweep": sweep}), "three", OUTPUTS)
 
 
-def test_what_stays_in_16_bits_is_part_of_a_cell() -> None:
-    before = {  # all that a cell depended on when the key did not exist
-        "evaluation": EVALUATION,
-        "cell": CELL.to_dict(),
-        "model": "three",
-        "corpus": "one",
-        "cache": "two",
-        "batch_sequences": 8,
-    }
-    assert of_cell() == of_cell(bits=[4], keep_16bit=[]) == fingerprint(before)
+def test_a_cell_depends_on_itself_and_on_how_it_is_measured() -> None:
+    assert of_cell() == of_cell(bits=[4], keep_16bit=[], keep_models="none", budgets_mb=[1])
     some = of_cell(keep_16bit=["*.down_proj", "lm_head"])
     assert some == of_cell(keep_16bit=["lm_head", "*.down_proj", "lm_head"])
-    assert len({of_cell(), some, of_cell(keep_16bit=["lm_head"])}) == 3
+    changed = [
+        of_cell(),
+        some,
+        of_cell(keep_16bit=["lm_head"]),
+        of_cell(batch_sequences=4),
+        of_cell(tasks=["arc_easy"]),
+        of_cell(tasks=[{"task": "arc_easy", "limit": 3}]),
+        of_cell(uniform(QuantSpec(4, 32), "teacher")),
+        of_cell(uniform(QuantSpec(4, 64))),
+    ]
+    assert len(set(changed)) == len(changed)
+
+
+def test_only_recovered_cells_depend_on_how_they_are_recovered() -> None:
+    few, many = {"steps": 3, "bits": [4]}, {"steps": 4, "bits": [4]}
+    assert of_cell(recover=few) == of_cell(recover=many) == of_cell()
+    cell = uniform(QuantSpec(4, 32), recovered=True)
+    assert len({of_cell(cell, recover=few), of_cell(cell, recover=many), of_cell()}) == 3
+    wider = {**few, "bits": [4, 2]}
+    assert of_cell(cell, recover=few) == of_cell(cell, recover=wider)
 
 
 def test_another_way_to_evaluate_makes_every_cell_again(monkeypatch: Any) -> None:
     now = of_cell()
-    monkeypatch.setattr(stage, "EVALUATION", EVALUATION - 1)
+    monkeypatch.setattr(prints, "EVALUATION", EVALUATION - 1)
     assert of_cell() != now
+
+
+def test_a_task_is_its_content_wherever_it_lies(tmp_path: Path) -> None:
+    for name, text in (("a", "task: x"), ("b", "task: x"), ("c", "task: y")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "task.yaml").write_text(text)
+    a, b, c = (task_identity(Task(folder=str(tmp_path / name))) for name in "abc")
+    assert a == b != c
+
+
+def test_what_a_sweep_is_given_is_named_absolutely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "Other Model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    sweep = {"extra": [{"path": "Other Model"}], "tasks": [{"folder": "task"}, "arc_easy"]}
+    found = absolute_paths(spec_of({**BASE, "sweep": sweep})).sweep
+    assert found is not None
+    assert [(item.path, item.label) for item in found.extra] == [
+        (str(tmp_path / "Other Model"), "other-model")
+    ]
+    assert [task.folder for task in found.tasks] == [str(tmp_path / "task"), None]
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from quant.artifact import load_quantized
+from quant.beside import evaluate_extra, evaluate_model, failed_extra
 from quant.bytes import parameter_count, true_bytes
-from quant.cell import evaluate_model, failed_cell, load_model, measure_cell, run_cell
+from quant.cell import failed_cell, measure_cell, run_cell, select_kl
 from quant.evaluate import evaluate, teacher_metrics
+from quant.grid import Cell, uniform
 from quant.kernels import kernel_names
 from quant.linear import quant_linears
+from quant.measured import Part, load_model
+from quant.quantize import quantize
 from quant.spec import QuantSpec
 from quant.speed import resident_bytes
 from tests.unit.quant.families import tiny
@@ -56,6 +62,12 @@ EVALUATION_KEYS = {
     "versions",
 }
 SPEC = QuantSpec(4, 32)
+CELL = uniform(SPEC)
+
+
+def part(batches, records=None, reference=None) -> Part:
+    """A part of a corpus that may be read again and again."""
+    return Part(lambda: iter(batches), None if records is None else lambda: records, reference)
 
 
 @pytest.fixture
@@ -73,7 +85,7 @@ def test_a_cell_is_quantized_saved_and_evaluated(
 ):
     out, teacher = str(tmp_path / "cell"), make_llama(seed=9)
     records = make_records(teacher, batches, 16)
-    result = run_cell(SPEC, student, iter(batches), iter(records), out)
+    result = run_cell(CELL, student, part(batches, records), None, out)
     assert result.keys() >= RESULT_KEYS
     json.dumps(result, allow_nan=False)
     assert result["status"] == "done" and result["spec"] == SPEC.to_dict()
@@ -92,19 +104,19 @@ def test_a_cell_is_quantized_saved_and_evaluated(
     whole = evaluate(original, batches)["accuracy"]
     assert result["retention"] == pytest.approx(100 * result["accuracy"] / whole)
     assert whole > 0.2
-    half = run_cell(SPEC, student, batches, student_accuracy=2 * whole)
-    assert half["retention"] == pytest.approx(result["retention"] / 2)
-    assert half["kl_to_teacher"] is None
+    alone = run_cell(CELL, student, part(batches))
+    assert alone["kl_to_teacher"] is None
+    assert alone["kl_to_student"] == result["kl_to_student"]
 
 
 def test_an_impossible_cell_raises_for_the_caller_to_record(student, batches):
     with pytest.raises(ValueError, match="group_size 48"):
-        run_cell(QuantSpec(4, 48), student, batches)
+        run_cell(uniform(QuantSpec(4, 48)), student, part(batches))
 
 
 def test_speed_is_measured_beside_the_16_bit_model(student, tmp_path, batches):
     out = str(tmp_path / "cell")
-    run_cell(SPEC, student, batches, out_folder=out)
+    run_cell(CELL, student, part(batches), out_folder=out)
     found = measure_cell(out, student, prompt_tokens=8, decode_tokens=4, repeats=2)
     fast = load_quantized(out, prefer="speed")
     assert found["kernel"] == kernel_names(fast)
@@ -128,7 +140,7 @@ ALL = [
 @pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.key)
 def test_every_kind_of_cell_is_evaluated_and_measured(spec, student, tmp_path, batches):
     out = str(tmp_path / "cell")
-    result = run_cell(spec, student, batches, out_folder=out)
+    result = run_cell(uniform(spec), student, part(batches), out_folder=out)
     result |= measure_cell(out, student, prompt_tokens=8, decode_tokens=2, repeats=1)
     json.dumps(result, allow_nan=False)
     assert result.keys() >= RESULT_KEYS and result["status"] == "done"
@@ -148,8 +160,8 @@ def test_experts_stay_in_16_bits_where_they_are_listed(family, tmp_path, batches
     model = tiny(family)
     model.save_pretrained(source)
     with pytest.raises(ValueError, match="cannot be quantized"):
-        run_cell(SPEC, source, batches)
-    result = run_cell(SPEC, source, batches, out_folder=out, keep_16bit=["*.experts*"])
+        run_cell(CELL, source, part(batches))
+    result = run_cell(CELL, source, part(batches), out_folder=out, keep_16bit=["*.experts*"])
     assert result["keep_16bit"] == ["*.experts*"]
     result |= measure_cell(out, source, prompt_tokens=8, decode_tokens=2, repeats=1)
     assert result["status"] == "done" and result["decode_tokens_per_s"] > 0
@@ -165,7 +177,7 @@ def test_what_is_evaluated_is_what_the_kernels_run(student, tmp_path, batches):
     """The evaluation's dense matmuls and the kernels agree far below the quantization's error."""
     for spec in (QuantSpec(4, 32), QuantSpec(8, "channel", "int8-dynamic")):
         out = str(tmp_path / spec.key)
-        result = run_cell(spec, student, batches, out_folder=out)
+        result = run_cell(uniform(spec), student, part(batches), out_folder=out)
         fast = evaluate(load_quantized(out), batches, load_model(student))
         assert fast["perplexity"] == pytest.approx(result["perplexity"], rel=0.02), spec.key
         kl = pytest.approx(result["kl_to_student"], rel=0.1, abs=2e-4)
@@ -173,8 +185,8 @@ def test_what_is_evaluated_is_what_the_kernels_run(student, tmp_path, batches):
 
 
 def test_a_failed_cell_has_every_key(student, batches):
-    done = run_cell(SPEC, student, batches)
-    failed = failed_cell(QuantSpec(4, "channel"), "ValueError: no")
+    done = run_cell(CELL, student, part(batches))
+    failed = failed_cell(uniform(QuantSpec(4, "channel")), "ValueError: no")
     assert failed.keys() == done.keys()
     assert failed["spec"]["group_size"] == "channel" and failed["kernel"] is None
 
@@ -183,7 +195,7 @@ def test_unquantized_models(student, tmp_path, make_llama, batches, make_records
     teacher = make_llama(seed=9, num_hidden_layers=3)
     records = make_records(teacher, batches, 16)
     teacher.config.save_pretrained(tmp_path / "teacher")  # its weights are never needed
-    top = evaluate_model(str(tmp_path / "teacher"), iter(batches), iter(records), "teacher")
+    top = evaluate_model(str(tmp_path / "teacher"), part(batches, records), None, "teacher")
     numbers = teacher_metrics(batches, records)
     assert top.keys() >= EVALUATION_KEYS
     assert (top["role"], top["name"]) == ("teacher", "teacher")
@@ -191,7 +203,7 @@ def test_unquantized_models(student, tmp_path, make_llama, batches, make_records
     assert top["accuracy"] == numbers["accuracy"] and top["perplexity"] == numbers["perplexity"]
     assert top["kl_to_teacher"] is top["retention"] is top["top1_agreement"] is None
 
-    low = evaluate_model(student, iter(batches), iter(records), "student", name="small")
+    low = evaluate_model(student, part(batches, records), None, "student", name="small")
     found = evaluate(load_model(student), batches, None, records)
     assert low.keys() >= EVALUATION_KEYS and low["name"] == "small"
     assert low["kl_to_teacher"] == found["kl_to_teacher"] > 0.1
@@ -200,4 +212,97 @@ def test_unquantized_models(student, tmp_path, make_llama, batches, make_records
     assert low["retention"] == expected
     json.dumps([top, low], allow_nan=False)
     with pytest.raises(ValueError, match="from its records"):
-        evaluate_model(student, batches, None, "teacher")
+        evaluate_model(student, part(batches), None, "teacher")
+
+
+def test_a_stored_reference_gives_the_numbers_of_the_model_beside(
+    student, tmp_path, batches, make_records, make_llama
+):
+    records = make_records(make_llama(seed=9), batches, 16)
+    parts = {"report": part(batches, records), "select": part(batches[:1], records[:1])}
+    stored = {name: str(tmp_path / name) for name in parts}
+    low = evaluate_model(student, parts["report"], parts["select"], "student", references=stored)
+    assert low["select"]["tokens"] < low["tokens"]
+    beside = run_cell(CELL, student, parts["report"], parts["select"])
+    found = run_cell(
+        CELL,
+        student,
+        part(batches, records, stored["report"]),
+        part(batches[:1], records[:1], stored["select"]),
+    )
+    timed = ("quantize_s", "eval_s", "eval_peak_bytes")
+    assert {k: v for k, v in found.items() if k not in timed} == {
+        k: v for k, v in beside.items() if k not in timed
+    }
+    assert found["select"]["kl_to_student"] != found["kl_to_student"] > 0
+    assert found["kl_kinds"]["kl_to_student"] == "exact"
+    assert found["kl_kinds"]["kl_to_teacher"].startswith("coarsened")
+
+
+def test_a_cell_of_the_teacher_is_exactly_compared_with_it(student, batches, make_records):
+    """`student` plays the teacher here: its records give the same divergence, but coarsened."""
+    records = make_records(load_model(student), batches, 16)
+    result = run_cell(uniform(SPEC, "teacher"), student, part(batches, records))
+    assert result["kl_to_student"] is None and result["model"] == "teacher"
+    assert result["kl_kinds"] == {"kl_to_teacher": "exact"}
+    plain = run_cell(CELL, student, part(batches, records))
+    assert result["kl_to_teacher"] == plain["kl_to_student"] >= plain["kl_to_teacher"] > 0
+
+
+def test_layers_of_their_own_bits_are_a_cell(student, tmp_path, batches):
+    layers = {"model.layers.0.mlp.down_proj": QuantSpec(8, 32), "model.layers.1.mlp.up_proj": None}
+    cell = Cell("allocated-1mb", "student", QuantSpec(2, 32), layers, budget_mb=1.0)
+    result = run_cell(cell, student, part(batches), out_folder=str(tmp_path / "cell"))
+    assert result["layers"] == {
+        "model.layers.0.mlp.down_proj": {"bits": 8, "group_size": 32},
+        "model.layers.1.mlp.up_proj": None,
+    }
+    saved = load_quantized(tmp_path / "cell", prefer="plain")
+    assert quant_linears(saved)["model.layers.0.mlp.down_proj"].bits == 8
+    assert result["bytes"] == true_bytes(saved)
+    uniform_2 = run_cell(uniform(QuantSpec(2, 32)), student, part(batches))
+    assert result["kl_to_student"] < uniform_2["kl_to_student"]
+    assert select_kl(cell, student, part(batches))["kl"] == result["kl_to_student"]
+
+
+def test_extra_models_are_loaded_as_what_they_are(student, tmp_path, batches, make_llama):
+    quantized = str(tmp_path / "ours")
+    model = quantize(load_model(student), SPEC)
+    model.save_pretrained(quantized)
+    ours = evaluate_extra(quantized, student, part(batches), part(batches), "ours")
+    cell = run_cell(CELL, student, part(batches), part(batches))
+    assert ours["kl_to_student"] == cell["kl_to_student"]
+    assert ours["role"] == "extra" and ours["technique"] == "quantized elsewhere (hqq-4b-g32)"
+    assert ours["parameters"] == cell["parameters"]
+    assert abs(ours["bytes"] - cell["bytes"]) < 16384, "of its file, with the header"
+    other = tmp_path / "other"
+    make_llama(seed=5, tied=True).save_pretrained(other)
+    plain = evaluate_extra(str(other), student, part(batches), None, "other")
+    assert plain["technique"] == "as given, in float32" and plain["kl_to_student"] > 0.1
+    same = evaluate_extra(student, student, part(batches), None, "itself")
+    assert same["kl_to_student"] == 0.0 and same["retention"] == 100.0
+    (other / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="transformers cannot load it"):
+        evaluate_extra(str(other), student, part(batches), None, "broken")
+    assert failed_extra("x", "why").keys() >= plain.keys()
+
+
+def test_a_16_bit_model_is_mapped_not_copied(tmp_path, make_llama):
+    """Processes of one machine share the pages of its file."""
+    folder = str(tmp_path / "model")
+    size = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 4}
+    make_llama(**size).to(torch.bfloat16).save_pretrained(folder)
+    script = (
+        "import sys, quant.measured\n"
+        "def anonymous():\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return int(next(l for l in lines if l.startswith('RssAnon')).split()[1]) * 1024\n"
+        "before = anonymous()\n"
+        "model = quant.measured.load_model(sys.argv[1])\n"
+        "total = sum(float(p.sum()) for p in model.parameters())\n"
+        "print(anonymous() - before, sum(p.nbytes for p in model.parameters()))\n"
+    )
+    command = [sys.executable, "-c", script, folder]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    held, weights = map(int, out.split()[-2:])
+    assert weights > 50_000_000 and held < 0.4 * weights

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from quant.evaluate import evaluate, teacher_metrics
+from quant.intervals import mean_interval, ratio_of_perplexities
 from quant.logits import CountedLogits
 from quant.quantize import quantize
 from quant.spec import QuantSpec
@@ -23,7 +25,7 @@ from quant.spec import QuantSpec
 
 def in_float64(model, reference, batches, whole_logprobs) -> dict[str, float]:
     """The same numbers, position by position, from the definition."""
-    nll, correct, kl, agree = [], [], [], []
+    nll, correct, kl, agree, change, reference_nll = [], [], [], [], [], []
     for batch in batches:
         q, p = whole_logprobs(model, batch).numpy(), whole_logprobs(reference, batch).numpy()
         for row, at in zip(*np.nonzero(batch.loss_mask), strict=True):
@@ -32,6 +34,8 @@ def in_float64(model, reference, batches, whole_logprobs) -> dict[str, float]:
             correct.append(q[row, at].argmax() == token)
             kl.append(float((np.exp(p[row, at]) * (p[row, at] - q[row, at])).sum()))
             agree.append(q[row, at].argmax() == p[row, at].argmax())
+            change.append(np.exp(q[row, at, token]) - np.exp(p[row, at, token]))
+            reference_nll.append(-p[row, at, token])
     return {
         "tokens": len(nll),
         "nll": float(np.mean(nll)),
@@ -39,8 +43,28 @@ def in_float64(model, reference, batches, whole_logprobs) -> dict[str, float]:
         "accuracy": float(np.mean(correct)),
         "kl_to_reference": float(np.mean(kl)),
         "kl_to_reference_max": max(kl),
+        "kl_to_reference_p99": float(np.quantile(kl, 0.99)),
         "top1_agreement": float(np.mean(agree)),
+        "reference_nll": float(np.mean(reference_nll)),
+        "reference_perplexity": math.exp(np.mean(reference_nll)),
+        "perplexity_ratio": math.exp(np.mean(nll)) / math.exp(np.mean(reference_nll)),
+        "true_prob_change": float(np.mean(change)),
+        "true_prob_change_rms": float(np.sqrt(np.mean(np.square(change)))),
     }
+
+
+OF_TEACHERS = [
+    "kl_to_teacher",
+    "kl_to_teacher_low",
+    "kl_to_teacher_high",
+    "kl_to_teacher_p99",
+    "kl_to_teacher_max",
+    "teacher_top1_agreement",
+    "teacher_accuracy",
+    "teacher_nll",
+    "teacher_perplexity",
+    "teacher_true_prob_change",
+]
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
@@ -54,11 +78,14 @@ def test_is_what_float64_over_full_logits_gives(
     assert expected["accuracy"] > 0.2 and expected["tokens"] == 5 * 19 - 2 * 5 - 2
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-5), name
-    assert found["kl_to_teacher"] is None and found["teacher_accuracy"] is None
+    assert found["sequences"] == 5 and found["batch_sizes"] == [3, 2]
+    assert [name for name, value in found.items() if value is None] == OF_TEACHERS
+    assert found["kl_kinds"] == {"kl_to_reference": "exact"}
     mirrored = evaluate(reference, batches)
     assert found["reference_accuracy"] == mirrored["accuracy"]
     assert found["reference_perplexity"] == pytest.approx(mirrored["perplexity"], rel=1e-6)
-    assert mirrored["kl_to_reference"] is None
+    assert mirrored["kl_to_reference"] is mirrored["perplexity_ratio_low"] is None
+    assert mirrored["kl_kinds"] == {}
 
 
 def test_an_evaluation_of_unshifted_positions_would_differ(make_llama, batches, whole_logprobs):
@@ -80,12 +107,19 @@ def test_sums_per_sequence_add_up(make_llama, batches, make_records):
     found = evaluate(model, batches, reference, make_records(reference, batches, 8))
     parts = found["per_sequence"]
     assert parts["tokens"] == [int(n) for b in batches for n in b.loss_mask.sum(1)]
-    for name, total in (
-        ("nll", "nll"),
-        ("correct", "accuracy"),
-        *[(k, k) for k in parts if "kl" in k],
-    ):
-        assert sum(parts[name]) / found["tokens"] == pytest.approx(found[total], abs=1e-12)
+    totals = {"correct": "accuracy", "reference_correct": "reference_accuracy"}
+    assert set(parts) - {"tokens"} == {
+        "nll",
+        "correct",
+        "kl_to_reference",
+        "kl_to_teacher",
+        "reference_nll",
+        "reference_correct",
+        "teacher_nll",
+    }
+    for name in set(parts) - {"tokens"}:
+        total = found[totals.get(name, name)]
+        assert sum(parts[name]) / found["tokens"] == pytest.approx(total, abs=1e-12)
     single = evaluate(model, [batches[1]])
     assert parts["nll"][3:] == pytest.approx(single["per_sequence"]["nll"], rel=1e-6)
 
@@ -103,13 +137,17 @@ def test_positions_that_do_not_count_change_nothing(make_llama, batches):
     model = make_llama(seed=1)
     before = evaluate(model, [batches[0]])
     batches[0].input_ids[0, 15:] = 0  # sequence 0 counts up to position 13, token 14
-    assert evaluate(model, [batches[0]]) == before
+    after = evaluate(model, [batches[0]])
+    assert after.pop("data_hash") != before.pop("data_hash") and after == before
 
 
 def test_kl_of_a_model_to_itself_is_zero(make_llama, batches, make_records):
     model = make_llama()
     found = evaluate(model, batches, make_llama(), make_records(model, batches, 8))
-    assert found["kl_to_reference"] == 0 and found["kl_to_reference_max"] == 0
+    for name in ("", "_low", "_high", "_p99", "_max"):
+        assert found[f"kl_to_reference{name}"] == 0.0
+    for name in ("", "_low", "_high"):
+        assert found[f"true_prob_change{name}"] == 0.0 and found[f"perplexity_ratio{name}"] == 1.0
     assert found["top1_agreement"] == found["teacher_top1_agreement"] == 1
     assert abs(found["kl_to_teacher"]) < 1e-6
     assert found["accuracy"] == found["teacher_accuracy"] == found["reference_accuracy"]
@@ -155,10 +193,73 @@ def test_teacher_metrics_need_no_model(make_llama, batches, foretell, make_recor
     own = evaluate(teacher, batches)
     assert found["accuracy"] == own["accuracy"] > 0.2
     assert found["perplexity"] == pytest.approx(own["perplexity"], rel=1e-6)
-    assert found["tokens"] == own["tokens"]
+    for name in ("tokens", "sequences", "accuracy_low", "accuracy_high", "data_hash"):
+        assert found[name] == own[name]
+    assert found["per_sequence"]["correct"] == own["per_sequence"]["correct"]
+    assert found["per_sequence"]["nll"] == pytest.approx(own["per_sequence"]["nll"], rel=1e-6)
+    json.dumps(found, allow_nan=False)
     logprobs = [whole_logprobs(teacher, b).numpy()[b.loss_mask > 0] for b in batches]
     entropy = np.concatenate([-(np.exp(p) * p).sum(-1) for p in logprobs]).mean()
     assert found["entropy"] == pytest.approx(entropy, rel=1e-5)
+
+
+def test_changes_of_the_true_tokens_probability_against_a_teacher(
+    make_llama, batches, make_records, whole_logprobs
+):
+    model, teacher = make_llama(seed=1), make_llama(seed=2)
+    found = evaluate(model, batches, None, make_records(teacher, batches, 4))
+    expected = in_float64(model, teacher, batches, whole_logprobs)
+    assert found["teacher_true_prob_change"] == pytest.approx(expected["true_prob_change"], 1e-4)
+    assert found["teacher_nll"] == pytest.approx(expected["reference_nll"], rel=1e-6)
+    assert found["true_prob_change"] is None and found["kl_kinds"].keys() == {"kl_to_teacher"}
+    assert "a lower bound" in found["kl_kinds"]["kl_to_teacher"]
+
+
+def test_intervals_are_over_sequences(make_llama, batches, foretell, make_records):
+    """Those of the sums per sequence, so that tables made of those alone agree."""
+    model, reference = make_llama(seed=1), make_llama(seed=2)
+    foretell(model, batches)
+    found = evaluate(model, batches, reference, make_records(reference, batches, 8))
+    json.dumps(found, allow_nan=False)
+    parts = found["per_sequence"]
+    tokens = parts["tokens"]
+    for name, key in (
+        ("accuracy", "correct"),
+        ("kl_to_reference", "kl_to_reference"),
+        ("kl_to_teacher", "kl_to_teacher"),
+    ):
+        expected = mean_interval(parts[key], tokens).within(
+            0, 1 if name == "accuracy" else math.inf
+        )
+        assert found[name] == expected.value
+        assert (found[f"{name}_low"], found[f"{name}_high"]) == (expected.low, expected.high)
+        assert 0 <= found[f"{name}_low"] < found[name] < found[f"{name}_high"]
+    ratio = ratio_of_perplexities(parts["nll"], parts["reference_nll"], tokens)
+    assert found["perplexity_ratio_low"] == ratio.low < ratio.high == found["perplexity_ratio_high"]
+    assert found["true_prob_change_low"] < found["true_prob_change"]
+    assert found["true_prob_change"] < found["true_prob_change_high"]
+    assert found["intervals"]["unit"] == "sequence" and found["intervals"]["level"] == 0.95
+
+
+def test_one_sequence_leaves_no_interval(make_llama, batches):
+    one = dataclasses.replace(
+        batches[1],
+        **{name: each[:1] for name, each in dataclasses.asdict(batches[1]).items()},
+    )
+    found = evaluate(make_llama(seed=1), [one], make_llama(seed=2))
+    assert found["kl_to_reference"] > 0 and found["sequences"] == 1
+    ends = [name for name in found if name.endswith(("_low", "_high"))]
+    assert len(ends) == 10 and all(found[name] is None for name in ends)
+
+
+def test_blocks_of_logits_change_nothing(make_llama, batches, make_records, monkeypatch):
+    import quant.evaluate
+
+    model, reference = make_llama(seed=1), make_llama(seed=2)
+    records = make_records(reference, batches, 8)
+    whole = evaluate(model, batches, reference, records)
+    monkeypatch.setattr(quant.evaluate, "BLOCK", 5 * 256)
+    assert evaluate(model, batches, reference, records) == whole
 
 
 TINY = {

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 from pydantic import ValidationError
 
-from quant.spec import BITS, CHANNEL, METHODS, QuantSpec, SweepSpec
+from quant.spec import BITS, CHANNEL, METHODS, QuantSpec
+from quant.sweepspec import SweepSpec
 
 
 def keys(**settings) -> list[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,11 +9,21 @@ import torch
 import quant.speed
 from quant.bytes import true_bytes
 from quant.codes import Codes
+from quant.energy import EnergyMeter
 from quant.kernels import use_kernels
 from quant.linear import QuantLinear
 from quant.quantize import quantize
 from quant.spec import QuantSpec
-from quant.speed import generation_seconds, measure_speed, resident_bytes
+from quant.speed import (
+    energy_per_token,
+    generation_seconds,
+    measure_speed,
+    peak_memory,
+    random_prompt,
+    resident_bytes,
+)
+
+MB = 1 << 20
 
 
 def watch(model, calls: list[tuple[str, int]], name: str = ""):
@@ -25,13 +36,17 @@ def watch(model, calls: list[tuple[str, int]], name: str = ""):
 
 
 def test_speed_counts_the_tokens_it_ran_in_turns(make_llama):
-    """Each model sees the prompt once per round, then single tokens with a growing cache."""
+    """Each model sees the prompt once per round, then single tokens with a growing cache; memory
+    and energy have generations of their own, before and after."""
     calls: list[tuple[str, int]] = []
     one, other = watch(make_llama(), calls, "A"), watch(make_llama(), calls, "B")
     found = measure_speed(one, other, prompt_tokens=5, decode_tokens=3, repeats=2)
     warm_up = [(name, n) for name in "AB" for n in (5, 1, 1)]
     rounds = [(name, n) for name in "AB" for n in (5, 1, 1, 1)]
-    assert calls == warm_up + 2 * rounds
+    assert calls[: len(warm_up) + 3 * len(rounds)] == warm_up + 3 * rounds
+    if found["energy_per_token_j"] is None:
+        assert len(calls) == len(warm_up) + 3 * len(rounds)
+        assert found["energy_note"].startswith("not measurable: ")
     assert found["speedup"] == found["decode_tokens_per_s"] / found["baseline_decode_tokens_per_s"]
     assert (found["prompt_tokens"], found["decode_tokens"], found["repeats"]) == (5, 3, 2)
 
@@ -108,3 +123,112 @@ def test_resident_bytes_are_those_of_a_kernels_layout(bits, prefer):
     least = rows * columns * taken // 8 + 4 * groups
     own = 0 if kernel.startswith("plain") else 8  # bytes of the kernel's own per group
     assert least <= resident_bytes(layer) <= least + own * groups
+
+
+def linux() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+needs_marks = pytest.mark.skipif(not linux(), reason="no high-water mark of this process")
+
+
+@needs_marks
+@pytest.mark.parametrize("pieces", [1, 1024])
+def test_peak_memory_is_the_weights_and_what_a_pass_takes(make_llama, pieces):
+    """64 MB that each pass of a token takes for itself, at once or in pieces that the heap keeps
+    after they are freed; they were taken once before."""
+    model = make_llama()
+    prompt = random_prompt(model, 5)
+    held: list[torch.Tensor] = []
+
+    def take(module, arguments, keywords):
+        if keywords["input_ids"].shape[1] == 1:
+            held.extend(torch.ones(64 * MB // 4 // pieces) for _ in range(pieces))
+
+    def give(*_):
+        held.clear()
+
+    generation_seconds(model, prompt, 3)
+    small, how = peak_memory(model, prompt, 3)
+    assert how == "weights, and what the process took on top"
+    assert small is not None and resident_bytes(model) <= small < resident_bytes(model) + 8 * MB
+    hooks = [
+        model.register_forward_pre_hook(take, with_kwargs=True),
+        model.register_forward_hook(give),
+    ]
+    generation_seconds(model, prompt, 3)
+    keep = torch.ones(10)  # something small above what was freed
+    large, _ = peak_memory(model, prompt, 3)
+    for hook in hooks:
+        hook.remove()
+    assert large is not None and abs(large - small - 64 * MB) < 6 * MB, keep.sum()
+
+
+@needs_marks
+def test_what_else_a_process_holds_or_held_is_not_in_a_models_peak(make_llama):
+    """Beside a large model, and after a pass that took much."""
+    model = make_llama()
+    prompt = random_prompt(model, 5)
+    generation_seconds(model, prompt, 3)
+    other = torch.ones(200 * MB // 4)
+    before = torch.ones(300 * MB // 4)
+    del before
+    found, _ = peak_memory(model, prompt, 3)
+    assert found is not None and found < resident_bytes(model) + 8 * MB
+    assert other.sum() > 0
+
+
+def test_peaks_of_both_models_are_in_the_result(make_llama):
+    model, original = quantize(make_llama(), QuantSpec(4, 32)), make_llama()
+    found = measure_speed(model, original, prompt_tokens=5, decode_tokens=2, repeats=1)
+    if found["peak_memory_bytes"] is None:
+        assert found["memory_note"].startswith("not measurable: ")
+    else:
+        assert found["peak_memory_bytes"] >= found["resident_bytes"]
+        assert found["baseline_peak_memory_bytes"] >= found["baseline_resident_bytes"]
+
+
+def test_where_the_system_tells_no_peak_the_note_says_why(make_llama, monkeypatch, tmp_path):
+    monkeypatch.setattr(quant.speed, "PROC", tmp_path / "gone")
+    model = make_llama()
+    found, why = peak_memory(model, random_prompt(model, 5), 2)
+    assert found is None and why.startswith(f"not measurable: {tmp_path}/gone/clear_refs")
+
+
+def test_energy_is_that_of_decoded_tokens_alone(make_llama, monkeypatch, tmp_path):
+    """By counters and a clock that only the model's passes move: a prompt takes 1000 J, a token
+    2 J and half a second."""
+    folder = tmp_path / "intel-rapl:0"
+    folder.mkdir()
+    for name, text in {"name": "package-0", "max_energy_range_uj": str(10**12)}.items():
+        (folder / name).write_text(text)
+    energy, passed, prompts = 0, 0.0, 0
+    (folder / "energy_uj").write_text("0")
+
+    def work(_, arguments, keywords):
+        nonlocal energy, passed, prompts
+        if keywords["input_ids"].shape[1] > 1:
+            energy, passed, prompts = energy + 1000 * 10**6, passed + 100, prompts + 1
+        else:
+            energy, passed = energy + 2 * 10**6, passed + 0.5
+        (folder / "energy_uj").write_text(str(energy))
+
+    model = make_llama(num_hidden_layers=1)
+    model.register_forward_pre_hook(work, with_kwargs=True)
+    monkeypatch.setattr(quant.speed, "time", SimpleNamespace(perf_counter=lambda: passed))
+    meter = EnergyMeter("cpu", tmp_path)
+    found = energy_per_token(model, random_prompt(model, 6), 3, meter)
+    assert found == (2.0, "CPU packages by RAPL")
+    assert prompts == 2, "1.5 seconds of decoding are too few for a counter, 3 are enough"
+
+
+def test_energy_that_is_not_measurable_costs_no_pass(make_llama, tmp_path):
+    calls: list[tuple[str, int]] = []
+    model = watch(make_llama(), calls)
+    found = energy_per_token(model, random_prompt(model, 6), 3, EnergyMeter("cpu", tmp_path))
+    assert found[0] is None and calls == []
+    assert found[1].startswith(f"not measurable: no RAPL counters in {tmp_path}")

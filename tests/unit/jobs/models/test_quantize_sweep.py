@@ -59,7 +59,7 @@ def test_wrong_options_of_a_sweep(pipeline: list[Any], capsys: pytest.CaptureFix
     ]
     assert told(capsys, "quantize model --bits 4 steps=3 x") == [
         'override "x": may be key=value, e.g. distill.steps=100',
-        "steps: unknown key; did you mean distill.steps?",
+        "steps: unknown key; did you mean distill.steps or sweep.recover.steps?",
     ]
     assert told(capsys, "quantize model --bits 4,4") == ["--bits: got 4, 4; give each value once"]
     assert told(capsys, "quantize model --bits 4,3 --group-size 128 --method int8-dynamic") == [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.storage import Attempt, open_store
-from jobs.stages.evaluation import _publish
+from jobs.cells.work import upload
 
 
 def test_a_cell_made_again_keeps_nothing_of_the_one_before(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_a_cell_made_again_keeps_nothing_of_the_one_before(tmp_path: Path) -> No
     (made / "additional_chat_templates").mkdir(parents=True)
     for name in ("quantized.safetensors", "quant.json", "additional_chat_templates/tools.jinja"):
         (made / name).write_text("new")
-    _publish(Attempt.claim(store), made, place)
+    upload(Attempt.claim(store), made, place)
     found = {name: store.read_text(name) for name in store.glob(f"{place}/**")}
     assert found == {
         f"{place}/{name}": "new"

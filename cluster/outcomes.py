@@ -1,0 +1,140 @@
+"""How a task of the fan-out can end: what failed in one line, of which kind, and when it ran."""
+
+from __future__ import annotations
+
+import errno
+import re
+import traceback
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["error", "lost", "memory", "time", "resources", "dependency"]
+
+# By name: this floor imports neither torch nor pyarrow.
+_MEMORY_CLASSES = ("MemoryError", "OutOfMemoryError")
+_MEMORY_TEXTS = (
+    "can't allocate memory",  # torch on a CPU
+    "out of memory",  # CUDA's own errors
+    "cannot allocate memory",
+    "alloc_failed",  # cuBLAS, cuDNN
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A task that failed: one line for the user, the traceback, and what it was.
+
+    kind: "error" the function raised; "lost" its workers or nodes died; "memory" there was not
+    enough; "time" it was ended at its limit; "resources" no node can hold it; "dependency" it was
+    not started because another one failed.
+    """
+
+    error: str
+    detail: str
+    kind: Kind = "error"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When a task ran, in seconds since the epoch.
+
+    submitted: first handed to Ray, by the driver's clock; None if it never was. started, ended: of
+    its last attempt, by the clock of its node; `ended` of a task that did not end by itself is when
+    the driver learnt of it. node, pid: where that was.
+    """
+
+    submitted: float | None
+    started: float | None
+    ended: float
+    node: str | None
+    pid: int | None
+    attempts: int
+
+
+def one_line(text: str, limit: int = 500) -> str:
+    """The text with all white space as single blanks, cut to `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def gigabytes(count: float) -> str:
+    """Bytes in GB (10^9), as errors say them."""
+    return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"
+
+
+def of_exception(error: BaseException) -> Failure:
+    """What a function raised: "error", or "memory" where it could not have what it asked for."""
+    text = str(error)
+    name = type(error).__name__
+    detail = "".join(traceback.format_exception(error))
+    kind: Kind = "memory" if _is_memory(error) else "error"
+    return Failure(one_line(f"{name}: {text}" if text.strip() else name), detail, kind)
+
+
+def _is_memory(error: BaseException | None) -> bool:
+    while error is not None:
+        if any(base.__name__ in _MEMORY_CLASSES for base in type(error).__mro__):
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return True
+        text = str(error).lower()
+        if isinstance(error, RuntimeError) and any(part in text for part in _MEMORY_TEXTS):
+            return True
+        error = error.__cause__
+    return False
+
+
+def of_ray(error: Exception, pid: int | None) -> tuple[Failure, bool]:
+    """What Ray says of a task that did not answer, and whether a new attempt can mend it.
+
+    pid: the process that ran it, None if it is not known. A lost worker, node or object can be
+    mended. What Ray's memory monitor killed can not, unless another process took more: since
+    version 2.56 Ray kills the newest tasks of a node until there is memory enough, and so some that
+    are not to blame.
+    """
+    from ray import exceptions
+
+    text = str(error)
+    if isinstance(error, exceptions.OutOfMemoryError):
+        line, blameless = _killed_for_memory(text, pid)
+        return Failure(one_line(line), text, "memory"), blameless
+    if isinstance(error, exceptions.RayTaskError):
+        # Around the function: a result that cannot be pickled.
+        cause = error.cause if isinstance(error.cause, Exception) else error
+        return Failure(of_exception(cause).error, text, of_exception(cause).kind), False
+    name = type(error).__name__
+    if isinstance(error, exceptions.ObjectStoreFullError):
+        return Failure(one_line(f"{name}: {text}"), text, "memory"), False
+    lost = (
+        exceptions.WorkerCrashedError,
+        exceptions.NodeDiedError,
+        exceptions.ObjectLostError,
+        exceptions.LocalRayletDiedError,
+    )
+    if isinstance(error, lost):
+        return Failure(one_line(f"{name}: {text}"), text, "lost"), True
+    return Failure(one_line(f"{name}: {text}"), text, "error"), False
+
+
+def _killed_for_memory(text: str, pid: int | None) -> tuple[str, bool]:
+    """The one line on a kill by Ray's memory monitor, and whether another one is to blame."""
+    # Ray says GB for 2^30 bytes.
+    node = re.search(r"was ([\d.]+)GB used / ([\d.]+)GB limit", text)
+    found = re.findall(r"pid=(\d+), actual memory used=([\d.]+)GB", text)
+    used = {int(process): float(amount) * 2**30 for process, amount in found}
+    if node is None or pid not in used:
+        return f"killed by Ray because its node ran out of memory: {text}", False
+    there, limit = (float(amount) * 2**30 for amount in node.groups())
+    line = (
+        f"killed by Ray because its node ran out of memory ({gigabytes(there)} of "
+        f"{gigabytes(limit)} in use); it used {gigabytes(used[pid])}"
+    )
+    other = max(used, key=lambda process: used[process])
+    if used[other] <= used[pid]:
+        return line, False
+    return f"{line}, another task {gigabytes(used[other])}", True
+
+
+def where(start: Any) -> str:
+    """A process of the cluster, for people."""
+    return f"{start.host} (node {start.node[:8]}, pid {start.pid})"

@@ -1,0 +1,84 @@
+"""What runs on the workers of the fan-out: a task's function, and the end of one that hangs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.outcomes import of_exception
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first word of a task: where it runs, since when (seconds since the epoch).
+
+    born: when its process was created. A pid alone may be another process's by now.
+    """
+
+    node: str  # Ray's id
+    host: str
+    pid: int
+    born: float
+    time: float
+
+
+@dataclass(frozen=True)
+class End:
+    """The last word of a task: what its function returned, or a Failure, and when."""
+
+    value: Any
+    time: float
+
+
+def perform(call: bytes) -> Iterator[Start | End]:
+    """Runs the pickled (function, arguments) of `call`; yields its Start, then its End.
+
+    What the function raises comes back as a Failure: an exception may be unknown to the driver, or
+    not fit for pickling. It is unpickled after the Start is out, so that imports count as running.
+    """
+    import psutil
+    import ray
+
+    pid = os.getpid()
+    node = ray.get_runtime_context().get_node_id()
+    born = psutil.Process(pid).create_time()
+    yield Start(node, socket.gethostname(), pid, born, time.time())
+    value: Any
+    try:
+        function, arguments = pickle.loads(call)
+        value = function(*arguments)
+    except (Exception, SystemExit) as error:  # not KeyboardInterrupt: so Ray cancels
+        value = of_exception(error)
+    yield End(value, time.time())
+
+
+def end_process(pid: int, born: float, name: str) -> bool:
+    """Kills a worker of this node, and its children, if it still is at the task `name`.
+
+    SIGKILL also ends a process that is stopped or does not come back from C. pid, born: as in
+    Start. Returns whether it was there.
+    """
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        title = "".join(process.cmdline()[:1])
+        # Ray titles its workers by the task that they are at; the system may cut a title short.
+        titled = len(title) > len("ray::") and f"ray::{name}".startswith(title)
+        if abs(process.create_time() - born) > 1 or not titled:
+            return False
+        children = process.children(recursive=True)
+        process.kill()
+    except psutil.NoSuchProcess:
+        return False
+    for child in children:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+    return True

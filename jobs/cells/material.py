@@ -1,0 +1,142 @@
+"""What all tasks of one sweep share: corpus, teacher's records, stored references. Picklable.
+
+This is where the wings meet: the corpus and the teacher's records are `trainer`'s, the models'
+quality is `quant`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cluster.storage import Attempt, Store
+from quant.sweepspec import SweepSpec
+from trainer.corpus.corpus import Batch, open_corpus
+from trainer.logits.positions import read_along
+from trainer.logits.reader import CacheReader
+from trainer.models import find_model
+from trainer.spec import CacheSpec, DataSpec, DistillSpec
+
+PARTS = ("select", "report")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A 16-bit model that cells are made of.
+
+    role: student or teacher. model: a folder of the run, or a name with its revision. name: how
+    tables call it. identity: what it is, for fingerprints. references: the folder of the run with
+    its stored references.
+    """
+
+    role: str
+    model: Store | str
+    revision: str
+    name: str
+    identity: Any
+    references: str
+
+    def folder(self) -> str:
+        """A local folder of the model; on a machine it is fetched once."""
+        if isinstance(self.model, Store):
+            return str(self.model.fetch_folder(""))
+        return str(find_model(f"{self.role}.model", self.model, self.revision))
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all tasks of one sweep share.
+
+    vocab: ids that exist. threads, speed_threads: of torch, for evaluations and for speeds. gpus:
+    of a task. distill, cache_spec, data, seed: of the training, for recovery.
+    """
+
+    sweep: SweepSpec
+    corpus: Store
+    cache: Store | None
+    attempt: Attempt
+    vocab: int
+    threads: int
+    speed_threads: int
+    gpus: float
+    sequence_length: int
+    seed: int = 0
+    data: DataSpec | None = None
+    distill: DistillSpec | None = None
+    cache_spec: CacheSpec | None = None
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+    def on(self, gpus: float, threads: int | None = None) -> Material:
+        """The same for a task with so many GPUs, and threads."""
+        return replace(self, gpus=gpus, threads=threads or self.threads)
+
+    def batches(self, part: str = "report") -> Iterator[Batch]:
+        """A part in batches of fixed size."""
+        found = open_corpus(self.corpus).part(part)
+        size = self.sweep.batch_sequences
+        for start in range(0, len(found), size):
+            yield found.batch(np.arange(start, min(start + size, len(found))))
+
+    def records(self, part: str = "report") -> Iterator[TeacherBatch]:
+        """The teacher's records of the same batches. Raises ValueError without a teacher."""
+        if self.cache is None:
+            raise ValueError("there are no records: the spec has no teacher")
+        reader = CacheReader(self.cache, "eval")
+        return (teacher_batch(reader, batch) for batch in self.batches(part))
+
+    def part(self, name: str, source: Source | None = None, here: bool = True) -> Any:
+        """A `quant.measured.Part`; with the stored reference of `source` where there is one."""
+        from functools import partial
+
+        from quant.measured import Part
+
+        reference = None
+        if source is not None and here:
+            reference = str(self.attempt.store.fetch_folder(f"{source.references}/{name}"))
+        records = None if self.cache is None else partial(self.records, name)
+        return Part(partial(self.batches, name), records, reference)
+
+    def setting(self) -> Any:
+        """A `quant.measured.Setting`."""
+        from quant.measured import Setting
+
+        return Setting(
+            self.threads,
+            self.device,
+            self.vocab,
+            self.sweep.tasks,
+            self.sweep.batch_sequences,
+            None,
+        )
+
+
+@dataclass(frozen=True)
+class TeacherBatch:
+    """The teacher's records of a batch: [batch, seq, k] and [batch, seq]; tail is a probability."""
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    tail: np.ndarray
+    entropy: np.ndarray
+    true_logprob: np.ndarray
+
+
+def teacher_batch(reader: CacheReader, batch: Batch) -> TeacherBatch:
+    """The cached records of a batch, by sequence, where they count; the tail at temperature 1."""
+    keys = [key.tobytes() for key in batch.keys]
+    found = read_along(reader, keys, batch.loss_mask, reader.positions)
+    assert found.entropy is not None and found.true_log_prob is not None  # the kind is eval
+    shape = batch.input_ids.shape
+    return TeacherBatch(
+        found.ids.reshape(*shape, -1),
+        found.log_probs.reshape(*shape, -1),
+        np.exp(found.log_tails[:, 0]).reshape(shape),
+        found.entropy.reshape(shape),
+        found.true_log_prob.reshape(shape),
+    )

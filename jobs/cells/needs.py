@@ -1,0 +1,139 @@
+"""What the tasks of a sweep take of the cluster: CPUs, GPUs, memory, time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.fanout import Need
+from cluster.session import Cluster
+from cluster.spec import CellResources
+from jobs.cells.material import Source
+from jobs.errors import SpecErrors
+from jobs.stages.base import Context
+from quant.grid import Cell
+from quant.memory import Forecast, cell_memory
+from quant.sweepspec import SweepSpec
+
+# Below so many weights a CPU core is as quick as a GPU, whose kernels take longer to start.
+GPU_WEIGHTS = 100_000_000
+
+
+def cell_resources(
+    asked: CellResources, cluster: Cluster, weights: int | None = None
+) -> tuple[int, float]:
+    """CPUs and GPUs of one cell, `auto` resolved. Raises SpecErrors if none could ever start.
+
+    weights: of the largest model that cells are made of; None: enough to want a GPU.
+    """
+    cpus = 1 if asked.cpus_per_cell == "auto" else asked.cpus_per_cell
+    wants = weights is None or weights >= GPU_WEIGHTS
+    gpus: float = 1 if cluster.gpus and wants else 0
+    if asked.gpus_per_cell != "auto":
+        gpus = asked.gpus_per_cell
+    if not cluster.room(cpus, gpus):
+        there = ", ".join(f"{c} CPUs and {g} GPUs" for c, g in cluster.nodes)
+        raise SpecErrors(
+            [
+                f"resources.sweep: a cell of {cpus} CPUs and {gpus:g} GPUs fits no node ({there}); "
+                "set cpus_per_cell or gpus_per_cell lower"
+            ]
+        )
+    return cpus, gpus
+
+
+@dataclass
+class Needs:
+    """Needs of this sweep's tasks. limit_s: seconds that one may run. slots: tasks at once."""
+
+    sweep: SweepSpec
+    asked: CellResources
+    cluster: Cluster
+    sequence_length: int
+    cpus: int
+    gpus: float
+    models: dict[str, Any]  # by role, without weights
+
+    @staticmethod
+    def of(context: Context, sources: dict[str, Source]) -> Needs:
+        """Those of a run on its cluster. Raises SpecErrors if no cell could ever start."""
+        from quant.bytes import parameter_count
+
+        spec = context.spec
+        assert spec.sweep is not None and spec.data is not None
+        asked = spec.resources.sweep
+        models: dict[str, Any] = {role: _model(sources[role]) for role in spec.sweep.models}
+        weights = max(parameter_count(model) for model in models.values())
+        cpus, gpus = cell_resources(asked, context.cluster, weights)
+        length = spec.data.sequence_length
+        return Needs(spec.sweep, asked, context.cluster, length, cpus, gpus, models)
+
+    @property
+    def limit_s(self) -> float:
+        return 60.0 * self.asked.minutes_per_cell
+
+    @property
+    def slots(self) -> int:
+        return self.cluster.room(self.cpus, self.gpus)
+
+    def task(self) -> Need:
+        """A task that needs no memory worth mentioning."""
+        return Need(self.cpus, self.gpus)
+
+    def cell(self, cell: Cell, source: Source) -> Need:
+        """A cell's."""
+        return Need(self.cpus, self.gpus, self._memory(cell, source))
+
+    def model(self, sources: dict[str, Source], key: str) -> Need:
+        """A task's that evaluates a 16-bit model, or quantizes single layers of it."""
+        role = key.partition("/")[2]
+        source = sources.get(role, sources["student"])
+        if key == "model/teacher" and "teacher" not in self.sweep.models and not self.sweep.tasks:
+            return self.task()  # its records alone
+        return Need(self.cpus, self.gpus, self._memory(None, source))
+
+    def _memory(self, cell: Cell | None, source: Source) -> int:
+        if self.asked.memory_gb_per_cell != "auto":
+            return int(self.asked.memory_gb_per_cell * 1e9)
+        return self.forecast(cell, source).host
+
+    def forecast(self, cell: Cell | None, source: Source) -> Forecast:
+        """What a cell takes; of evaluating the 16-bit model where there is no cell."""
+        kept = dict.fromkeys(self.sweep.keep_16bit)
+        return cell_memory(
+            self.meta(source),
+            None if cell is None else cell.spec,
+            self.sweep.batch_sequences,
+            self.sequence_length,
+            kept if cell is None else {**cell.layers, **kept},
+            cuda=self.gpus > 0,
+            training=cell is not None and cell.recovered,
+            tasks=bool(self.sweep.tasks),
+        )
+
+    def meta(self, source: Source) -> Any:
+        """The model of a source, without weights."""
+        if source.role not in self.models:
+            self.models[source.role] = _model(source)
+        return self.models[source.role]
+
+    def cost(self, cell: Cell, source: Source) -> float:
+        """How long a cell takes beside others, roughly: the longest go first."""
+        size = 2.0 if cell.model == "teacher" else 1.0
+        return size + (100.0 if cell.recovered else 0.0)
+
+    def exclusive(self) -> tuple[Need, int]:
+        """What a task takes that is to be alone on its machine, and how many machines there are."""
+        nodes = [node for node in self.cluster.nodes if node[1] >= self.gpus]
+        most = max(nodes, default=(self.cpus, 0))
+        alike = [node for node in nodes if node == most]
+        gpus = 1 if self.gpus else 0
+        return Need(float(most[0]), gpus), max(1, min(len(alike), self.cluster.machines))
+
+
+def _model(source: Source) -> Any:
+    from quant.targets import meta_model
+    from trainer.models import read_config
+
+    return meta_model(read_config(Path(source.folder())))

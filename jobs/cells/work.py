@@ -1,0 +1,235 @@
+"""What the sweep's tasks do on their machines: evaluate, quantize, measure. Run by Ray.
+
+Each publishes its own result, under the fence of its attempt, and returns it to the driver.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.storage import Attempt
+from jobs.cells.material import PARTS, Material, Source
+from quant.grid import Cell
+from quant.memory import Forecast
+from quant.sweepspec import ExtraModel
+from trainer.models import find_model
+from trainer.spec import TeacherSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def reference_task(material: Material, source: Source, print_: str) -> dict[str, Any]:
+    """Evaluates a 16-bit model that cells are made of, and stores its final hidden states.
+
+    Publishes evaluations/<role>.json and the references; the evaluation comes last.
+    """
+    from quant.beside import evaluate_model
+
+    store = material.attempt.store
+    with tempfile.TemporaryDirectory(prefix="stillhouse-reference-") as temporary:
+        todo = {
+            part: f"{temporary}/{part}"
+            for part in PARTS
+            if not store.exists(f"{source.references}/{part}/meta.json")
+        }
+        result = evaluate_model(
+            source.folder(),
+            material.part("report"),
+            material.part("select"),
+            source.role,  # type: ignore[arg-type]
+            source.name,
+            setting=material.setting(),
+            references=todo,
+        )
+        for part, folder in todo.items():
+            upload(material.attempt, Path(folder), f"{source.references}/{part}", "meta.json")
+    result["fingerprint"] = print_
+    material.attempt.write_json(f"evaluations/{source.role}.json", result)
+    return result
+
+
+def model_task(material: Material, source: Source, print_: str) -> dict[str, Any]:
+    """Evaluates an unquantized model and publishes evaluations/<role>.json."""
+    from quant.beside import evaluate_model
+
+    result = evaluate_model(
+        source.folder(),
+        material.part("report"),
+        material.part("select"),
+        source.role,  # type: ignore[arg-type]
+        source.name,
+        setting=material.setting(),
+    )
+    result["fingerprint"] = print_
+    material.attempt.write_json(f"evaluations/{source.role}.json", result)
+    return result
+
+
+def teacher_task(
+    material: Material, name: str, teacher: TeacherSpec, print_: str
+) -> dict[str, Any]:
+    """Evaluates the teacher from its records alone and publishes evaluations/teacher.json."""
+    from quant.beside import evaluate_model
+
+    result = evaluate_model(
+        str(find_model("teacher.model", teacher.model, teacher.revision)),
+        material.part("report"),
+        material.part("select"),
+        "teacher",
+        name,
+        setting=material.setting(),
+    )
+    result["fingerprint"] = print_
+    material.attempt.write_json("evaluations/teacher.json", result)
+    return result
+
+
+def extra_task(
+    material: Material, extra: ExtraModel, source: Source, print_: str
+) -> dict[str, Any]:
+    """Evaluates a model quantized elsewhere and publishes evaluations/extra-<name>.json."""
+    from quant.beside import evaluate_extra
+
+    result = evaluate_extra(
+        str(find_model("sweep.extra", extra.path)),
+        source.folder(),
+        material.part("report", source),
+        material.part("select", source),
+        extra.label,
+        setting=material.setting(),
+        reference_tasks=_reference_tasks(material, source),
+    )
+    result["fingerprint"] = print_
+    material.attempt.write_json(f"evaluations/extra-{extra.label}.json", result)
+    return result
+
+
+def cell_task(
+    material: Material, cell: Cell, print_: str, source: Source, need: Forecast
+) -> dict[str, Any]:
+    """One cell: quantizes, evaluates, publishes the model and then its result.json.
+
+    need: what it is foretold to take. Raises MemoryError, with the numbers, where the GPU has less.
+    """
+    from functools import partial
+
+    from quant.cell import run_cell
+    from quant.tokenizer_files import copy_tokenizer
+
+    began = time.perf_counter()
+    _check_gpu(material, need)
+    folder = Path(source.folder())
+    recover = None
+    if cell.recovered:
+        recover = partial(_recover, material, source)
+    with tempfile.TemporaryDirectory(prefix="stillhouse-cell-") as temporary:
+        result = run_cell(
+            cell,
+            str(folder),
+            material.part("report", source),
+            material.part("select", source),
+            temporary,
+            setting=material.setting(),
+            keep_16bit=material.sweep.keep_16bit,
+            recover=recover,
+            reference_tasks=_reference_tasks(material, source),
+        )
+        copy_tokenizer(folder, Path(temporary))
+        upload(material.attempt, Path(temporary), f"cells/{cell.key}/model")
+    seconds = time.perf_counter() - began
+    result |= {
+        "fingerprint": print_,
+        "model_kept": True,
+        "predicted_memory_bytes": need.device or need.host,
+        "cell_s": seconds,
+        "device": "gpu" if material.gpus else "cpu",
+        "device_hours": seconds * (material.gpus or material.threads) / 3600,
+    }
+    material.attempt.write_json(f"cells/{cell.key}/result.json", result)
+    return result
+
+
+def _recover(material: Material, source: Source, model: PreTrainedModel) -> dict[str, Any]:
+    """Trains the scales of a quantized model; see `jobs.cells.recovery`."""
+    from jobs.cells.recovery import recover
+
+    assert material.sweep.recover is not None
+    return recover(
+        model,
+        material.sweep.recover,
+        corpus=material.corpus,
+        cache=material.cache,
+        cache_spec=material.cache_spec,
+        data=material.data,
+        distill=material.distill,
+        select=material.part("select", source),
+        reference_folder=source.folder(),
+        vocab=material.vocab,
+        seed=material.seed,
+        threads=material.threads,
+        device=material.device,
+    )
+
+
+def _check_gpu(material: Material, need: Forecast) -> None:
+    """Raise MemoryError unless the GPU can hold the cell: better now than in its middle."""
+    if not material.gpus:
+        return
+    import torch
+
+    _, total = torch.cuda.mem_get_info()
+    if need.device > total:
+        raise MemoryError(
+            f"needs about {need} on the GPU, which has {total / 1e9:.2f} GB; set "
+            "sweep.batch_sequences lower, or give it a larger GPU"
+        )
+
+
+def _reference_tasks(material: Material, source: Source) -> dict[str, Any] | None:
+    """What the 16-bit model answers in the benchmark tasks."""
+    if not material.sweep.tasks:
+        return None
+    found = material.attempt.store.read_json(f"evaluations/{source.role}.json")
+    tasks: dict[str, Any] | None = found.get("tasks")
+    return tasks
+
+
+def upload(attempt: Attempt, folder: Path, place: str, last: str | None = None) -> None:
+    """Uploads a folder. What an earlier version had left there under other names goes: programs
+    that look for those names would take it for theirs. The file `last` comes last."""
+    attempt.upload_folder(folder, place) if last is None else _upload_in_order(
+        attempt, folder, place, last
+    )
+    for name in attempt.store.sizes(place).keys() - {path.name for path in folder.iterdir()}:
+        attempt.store.delete(f"{place}/{name}")
+
+
+def _upload_in_order(attempt: Attempt, folder: Path, place: str, last: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="stillhouse-last-", dir=folder.parent) as aside:
+        held = Path(aside) / last
+        (folder / last).rename(held)
+        attempt.upload_folder(folder, place)
+        attempt.write_bytes(f"{place}/{last}", held.read_bytes())
+        held.rename(folder / last)
+
+
+def speed_task(material: Material, key: str, source: Source) -> dict[str, Any]:
+    """The speed of a finished cell beside the 16-bit model; adds it to the cell's result.json."""
+    from quant.cell import measure_cell
+
+    store = material.attempt.store
+    speeds = measure_cell(
+        str(store.fetch_folder(f"cells/{key}/model")),
+        source.folder(),
+        material.sweep.speed_prompt_tokens,
+        material.sweep.speed_decode_tokens,
+        threads=material.speed_threads,
+        device=material.device,
+    )
+    path = f"cells/{key}/result.json"
+    material.attempt.write_json(path, {**store.read_json(path), **speeds})
+    return speeds

@@ -1,0 +1,520 @@
+"""Benchmark tasks by lm-eval: run for one model, and two models compared document by document.
+
+lm-eval (github.com/EleutherAI/lm-evaluation-harness) is an optional dependency: it is imported
+when tasks are asked for. A local task, a folder of YAML files and data, needs no network.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import logging
+import math
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quant.sweepspec import Task
+
+SEED = 1234  # lm-eval's own: which examples stand in a prompt, and anything that a task draws
+LOADERS = ("json", "csv", "parquet", "arrow", "text")  # of files, in the place of a hub's dataset
+HASH_DIGITS = 16  # of lm-eval's 64: enough to join documents by
+KEY = "sweep.tasks"
+
+
+def require_lm_eval() -> None:
+    """Raises ValueError, one line, where lm-eval is not installed."""
+    if find_spec("lm_eval") is None:
+        raise ValueError(f"{KEY}: needs lm-eval; install it: pip install 'stillhouse[tasks]'")
+
+
+def check_tasks(tasks: Sequence[Task]) -> list[str]:
+    """What is wrong with the tasks, one line each, as far as that shows without a model.
+
+    Local folders are read without a network. For names the index of lm-eval's own tasks is made,
+    which takes seconds; whether their data can be had is not looked at.
+    """
+    if not tasks:
+        return []
+    try:
+        require_lm_eval()
+    except ValueError as error:
+        return [str(error)]
+    faults: list[str] = []
+    seen: dict[str, int] = {}
+    for number, task in enumerate(tasks):
+        with _quiet():
+            found, wrong = _look_at_folder(task) if task.folder else _look_at_name(task)
+        for name, config in found.items():
+            if name in seen and seen[name] != number:
+                wrong.append(f"{name} is in {KEY}.{seen[name]} already; list every task once")
+            seen.setdefault(name, number)
+            if task.num_fewshot and config.get("num_fewshot") == 0:
+                wrong.append(
+                    f"num_fewshot is {task.num_fewshot}, but {name} fixes 0 itself; leave "
+                    "num_fewshot out"
+                )
+        faults += [f"{KEY}.{number}: {line}" for line in wrong]
+    return faults
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    batch_size: int,
+    max_length: int | None = None,
+) -> dict[str, Any]:
+    """The results of a model in benchmark tasks, by the tasks' own names; JSON throughout.
+
+    Each: metric (the one that says right or wrong per document: acc, exact_match..; None: none
+    does), accuracy (its mean; 0 to 1), accuracy_norm where the task has acc_norm, metrics (all of
+    lm-eval's numbers, as `metric` or `metric,filter`), documents, num_fewshot, limit, batch_size,
+    max_length, truncated_texts (prompts with an answer that lost their beginning to max_length),
+    seed, version (of the task), task_hash (of documents, prompts and targets), lm_eval, and aligned
+    lists doc_hashes and correct (0 or 1). A group has an entry of its own, over all documents of
+    its `tasks`.
+
+    batch_size: texts per forward pass, fixed: numbers may change with it in their last digits.
+    max_length: tokens; None: the model's positions. Log-probabilities are summed from a softmax in
+    float32, whatever the model's dtype. Random generators are left as they were found.
+    Raises ValueError, one line, for a task that does not load or a text that does not fit.
+    """
+    if not tasks:
+        return {}
+    require_lm_eval()
+    from lm_eval.evaluator import evaluate
+
+    results: dict[str, Any] = {}
+    groups: dict[str, list[str]] = {}
+    with _quiet(), _seeded(), tempfile.TemporaryDirectory() as cache:
+        harness = _harness(model, copy.deepcopy(tokenizer), batch_size, max_length)
+        for spec in tasks:
+            loaded, found = _load(spec, Path(cache))
+            groups.update(found)
+            for name, task in loaded.items():
+                if name in results:
+                    raise ValueError(f"{KEY}: {name} is listed twice; list every task once")
+                _set_fewshot(task, spec.num_fewshot)
+                harness.truncated = 0
+                evaluated = evaluate(
+                    lm=harness,
+                    task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
+                    limit=spec.limit,
+                    bootstrap_iters=0,
+                    log_samples=True,
+                )
+                results[name] = {
+                    **_scores(name, evaluated),
+                    "limit": spec.limit,
+                    "batch_size": batch_size,
+                    "max_length": harness.max_length,
+                    "truncated_texts": harness.truncated,
+                    "seed": SEED,
+                    "lm_eval": version("lm_eval"),
+                }
+    return {**results, **_group_scores(results, groups)}
+
+
+def compare_tasks(reference: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """What `run_tasks` found for a model beside what it found for its reference, by task.
+
+    Each: accuracy, reference_accuracy, right_to_wrong and wrong_to_right (documents that flipped,
+    seen from the reference: accuracy - reference_accuracy = (wrong_to_right - right_to_wrong) /
+    documents), mcnemar_p (exact two-sided binomial test that both flips are as likely; McNemar
+    1947), retention (accuracy over reference_accuracy in percent; None over 0). Tasks that say
+    right or wrong of no document are left out. Raises ValueError where the documents differ.
+    """
+    from scipy.stats import binomtest
+
+    compared = {}
+    for name, found in model.items():
+        if found["metric"] is None:
+            continue
+        if name not in reference or reference[name]["metric"] != found["metric"]:
+            raise ValueError(f"task {name}: the reference was not measured in it; run it again")
+        before, after = _documents(reference, name), _documents(model, name)
+        if [key for key, _ in before] != [key for key, _ in after]:
+            raise ValueError(
+                f"task {name}: the reference saw {len(before)} documents and the model "
+                f"{len(after)}, not the same ones; run both again with the same task and limit"
+            )
+        pairs = [(old, new) for (_, old), (_, new) in zip(before, after, strict=True)]
+        lost, won = pairs.count((1, 0)), pairs.count((0, 1))
+        right, was_right = sum(new for _, new in pairs), sum(old for old, _ in pairs)
+        flips = lost + won
+        compared[name] = {
+            "accuracy": right / len(pairs),
+            "reference_accuracy": was_right / len(pairs),
+            "right_to_wrong": lost,
+            "wrong_to_right": won,
+            "mcnemar_p": float(binomtest(lost, flips, 0.5).pvalue) if flips else 1.0,
+            "retention": 100 * right / was_right if was_right else None,
+        }
+    return compared
+
+
+def _documents(results: Mapping[str, Any], name: str) -> list[tuple[str, int]]:
+    """(hash, right or wrong) of a task's documents, or a group's, in an order that hashes give."""
+    found = results[name]
+    pairs: list[tuple[str, int]] = []
+    for member in found.get("tasks", [name]):
+        one = results[member]
+        keys = (f"{member}/{key}" for key in one["doc_hashes"])
+        pairs += zip(keys, one["correct"], strict=True)
+    return sorted(pairs, key=lambda pair: pair[0])
+
+
+def _scores(name: str, evaluated: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's part of what lm-eval's `evaluate` returned."""
+    from lm_eval.utils import hash_string
+
+    metrics = {
+        key.removesuffix(",none"): float(value) if math.isfinite(value) else None
+        for key, value in evaluated["results"][name].items()
+        if "," in key and "_stderr," not in key and isinstance(value, int | float)
+    }
+    samples = evaluated["samples"][name]
+    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+    first = sorted(
+        (sample for sample in samples if sample["filter"] == filters[0]),
+        key=lambda sample: sample["doc_id"],
+    )
+    metric = _right_or_wrong(first)
+    correct = None if metric is None else [int(sample[metric]) for sample in first]
+    parts = ("doc_hash", "prompt_hash", "target_hash")
+    return {
+        "metric": metric,
+        "accuracy": None if correct is None else sum(correct) / len(correct),
+        **({"accuracy_norm": metrics["acc_norm"]} if "acc_norm" in metrics else {}),
+        "metrics": metrics,
+        "documents": len(first),
+        "num_fewshot": evaluated["n-shot"][name],
+        "version": evaluated["versions"][name],
+        "task_hash": hash_string("".join(sample[part] for sample in first for part in parts)),
+        "doc_hashes": [sample["doc_hash"][:HASH_DIGITS] for sample in first],
+        "correct": correct,
+    }
+
+
+def _right_or_wrong(samples: Sequence[Mapping[str, Any]]) -> str | None:
+    """The metric that is 0 or 1 for every document; acc before others."""
+    names = sorted(samples[0]["metrics"], key=lambda name: name != "acc")
+    for name in names:
+        values = [sample.get(name) for sample in samples]
+        if all(isinstance(value, int | float) and value in (0, 1) for value in values):
+            return str(name)
+    return None
+
+
+def _group_scores(
+    results: Mapping[str, Any], groups: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Of groups whose tasks share a metric: how many of all their documents are right."""
+    scores = {}
+    for group, members in groups.items():
+        metrics = {results[member]["metric"] for member in members}
+        if len(metrics) == 1 and None not in metrics and group not in results:
+            right = sum(sum(results[member]["correct"]) for member in members)
+            documents = sum(results[member]["documents"] for member in members)
+            scores[group] = {
+                "metric": metrics.pop(),
+                "accuracy": right / documents,
+                "documents": documents,
+                "tasks": list(members),
+            }
+    return scores
+
+
+# Tasks as lm-eval has them: found, checked, loaded.
+
+
+def _look_at_folder(task: Task) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The tasks and groups of a local folder by name, as its YAML files have them; faults."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    root = Path(str(task.folder))
+    if not root.is_dir():
+        return {}, [f"{root} is no folder; give that of a task's YAML files and data"]
+    paths = [path for path in sorted(root.rglob("*.yaml")) if "__pycache__" not in path.parts]
+    if not paths:
+        return {}, [f"{root} holds no .yaml file; give the folder of a task of lm-eval"]
+    named: dict[str, dict[str, Any]] = {}
+    wrong: list[str] = []
+    for path in paths:
+        try:
+            config = load_yaml(path, resolve_func=False)
+        except Exception as error:  # of the parser, or an include that is not there
+            wrong.append(f"{path} cannot be read ({_line(error)}); mend the file")
+            continue
+        name = config.get("group", config.get("task"))
+        if not isinstance(name, str):
+            continue  # a file for others to include
+        if name in named:
+            wrong.append(f"{path} names the task {name}, as another file does; rename one")
+            continue
+        named[name] = config
+        for one in _with_inline(config):
+            for file in _files(one.get("dataset_kwargs")) if _loads_files(one) else []:
+                if "://" not in file and not _found(file, [path.parent, root]):
+                    wrong.append(f"{path} names {file}, which is not in {path.parent}; add it")
+    if not named and not wrong:
+        wrong.append(f"no file in {root} names a task; add `task: NAME` to one")
+    tags = {tag for config in named.values() for tag in _listed(config.get("tag"))}
+    for name, config in named.items():
+        for member in _members(config):
+            if member not in named and member not in tags:
+                wrong.append(f"group {name} names {member}, which is not in {root}; add its YAML")
+    return named, wrong
+
+
+def _look_at_name(task: Task) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The named task of lm-eval, as its YAML file has it, or the fault that there is none."""
+    name, index = str(task.task), _built_in().task_index
+    if name in index:
+        return {name: index[name].cfg or {}}, []
+    near = difflib.get_close_matches(name, index, n=3)
+    meant = f"; did you mean {' or '.join(near)}?" if near else "; see `lm_eval ls tasks`"
+    return {}, [f"lm-eval {version('lm_eval')} has no task {name}{meant}"]
+
+
+@functools.cache
+def _built_in() -> Any:
+    """lm-eval's own tasks: many thousand files are read, once per process."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _load(task: Task, cache: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """(lm-eval's task objects with their data by name, the names in each group) of an entry."""
+    with ExitStack() as stack:
+        if task.folder is not None:
+            import datasets
+
+            stack.enter_context(_swapped(datasets.config, "HF_HUB_OFFLINE", True))
+            named, wrong = _look_at_folder(task)
+            if wrong:
+                raise ValueError(f"{KEY}: {wrong[0]}")
+            manager = _local_manager(Path(task.folder).resolve(), cache)
+            inside = {member for config in named.values() for member in _members(config)}
+            # What a group says of its members holds, so groups are first, and outer ones before.
+            wanted = sorted(named, key=lambda name: ("group" not in named[name], name in inside))
+        else:
+            manager, wanted = _built_in(), [str(task.task)]
+        tasks: dict[str, Any] = {}
+        groups: dict[str, list[str]] = {}
+        for name in wanted:
+            if name in tasks or name in groups:
+                continue
+            try:
+                loaded = manager.load([name])
+            except Exception as error:  # of lm-eval, of datasets, of a task's own functions
+                raise ValueError(
+                    f"{KEY}: {task.folder or 'task'} {name} does not load ({_line(error)}); its "
+                    "data must be in its folder, in the cache of Hugging Face, or on the network"
+                ) from error
+            for key, one in loaded["tasks"].items():
+                tasks.setdefault(key, one)
+            for key, group in loaded.get("groups", {}).items():
+                groups.setdefault(key, [one.task_name for one in group.get_all_tasks()])
+    return tasks, groups
+
+
+def _local_manager(root: Path, cache: Path) -> Any:
+    """A TaskManager of one folder, whose files are found wherever the process stands."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._factory import TaskFactory
+
+    class AtHome(TaskFactory):
+        def _load_full_config(self, entry: Any, overrides: Any = None) -> dict[str, Any]:
+            config = super()._load_full_config(entry, overrides)
+            bases = [entry.yaml_path.parent, root] if entry.yaml_path else [root]
+            for one in _with_inline(config):
+                _settle(one, bases, cache)
+            return config
+
+    manager = TaskManager(include_path=str(root), include_defaults=False)
+    manager._factory = AtHome()
+    return manager
+
+
+def _settle(config: dict[str, Any], bases: Sequence[Path], cache: Path) -> None:
+    """Names the data of a task absolutely, and keeps what `datasets` makes of it in `cache`."""
+    path = config.get("dataset_path")
+    if isinstance(path, str) and path not in LOADERS and (home := _found(path, bases)):
+        config["dataset_path"] = home
+    if not _loads_files(config):
+        return
+    given = dict(config.get("dataset_kwargs") or {})
+    for key in ("data_files", "data_dir"):
+        if key in given:
+            given[key] = _map_files(given[key], bases)
+    config["dataset_kwargs"] = {"cache_dir": str(cache), **given}
+
+
+def _loads_files(config: Mapping[str, Any]) -> bool:
+    return config.get("dataset_path") in LOADERS
+
+
+def _with_inline(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A configuration, and those that stand inside a group's."""
+    yield config
+    for member in _listed(config.get("task")):
+        if isinstance(member, dict):
+            yield from _with_inline(member)
+
+
+def _members(config: Mapping[str, Any]) -> list[str]:
+    """What a group names that is defined elsewhere."""
+    found = []
+    for member in config["task"] if isinstance(config.get("task"), list) else []:
+        if isinstance(member, str):
+            found.append(member)
+        elif "group" in member:
+            found += _members(member)
+        elif "dataset_path" not in member:
+            found.append(member["task"])
+    return found
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _files(kwargs: Mapping[str, Any] | None) -> list[str]:
+    """The names in a `data_files`, which may be one, a list, or lists by split."""
+    value = (kwargs or {}).get("data_files")
+    parts = value.values() if isinstance(value, dict) else [value]
+    return [str(name) for part in parts for name in _listed(part)]
+
+
+def _map_files(value: Any, bases: Sequence[Path]) -> Any:
+    if isinstance(value, dict):
+        return {key: _map_files(part, bases) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_map_files(part, bases) for part in value]
+    return _found(value, bases) or value
+
+
+def _found(name: str, bases: Sequence[Path]) -> str | None:
+    """The absolute name of a file, folder or pattern in the first of `bases` that has it."""
+    for base in bases:
+        place = base / name  # an absolute name stays what it is
+        if place.exists() or (not Path(name).is_absolute() and any(base.glob(name))):
+            return str(place.absolute())
+    return None
+
+
+def _set_fewshot(task: Any, wanted: int | None) -> None:
+    """lm-eval's own rule: a task that fixes 0 examples keeps them."""
+    own = task.get_config("num_fewshot")
+    if own is None or (wanted is not None and own != 0):
+        task.set_config(key="num_fewshot", value=wanted or 0)
+    task.set_fewshot_seed(seed=SEED)
+
+
+# How lm-eval runs.
+
+
+def _harness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_length: int | None,
+) -> Any:
+    """The model as lm-eval calls it."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Harness(HFLM):
+        truncated = 0
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **named: Any) -> Any:
+            for _, context, answer in requests:
+                if len(answer) > self.max_length:  # else an assertion without a word
+                    raise ValueError(
+                        f"{KEY}: an answer of {len(answer)} tokens exceeds the {self.max_length} "
+                        "that the model is given; leave the task out"
+                    )
+                # The last token is only predicted, never read.
+                self.truncated += len(context) + len(answer) > self.max_length + 1
+            return super()._loglikelihood_tokens(requests, *args, **named)
+
+    return Harness(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=max_length,
+        softmax_dtype=torch.float32,
+    )
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Within the block all random generators start from `SEED`; afterwards they are as before."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(SEED)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the block lm-eval and datasets neither log nor draw progress bars."""
+    import datasets
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+    from tqdm import tqdm
+    from transformers.utils import logging as transformers_logging
+
+    def no_bar(*args: Any, **named: Any) -> Any:
+        return tqdm(*args, **{**named, "disable": True})
+
+    logger = logging.getLogger("lm_eval")
+    level, drawn = logger.level, not datasets.are_progress_bars_disabled()
+    said = transformers_logging.get_verbosity()
+    with ExitStack() as stack:
+        for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
+            stack.enter_context(_swapped(module, "tqdm", no_bar))
+        logger.setLevel(logging.ERROR)
+        transformers_logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            transformers_logging.set_verbosity(said)
+            if drawn:
+                datasets.enable_progress_bars()
+
+
+@contextmanager
+def _swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the block an attribute has another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,320 @@
+"""The fan-out on one node of two CPUs: what ends how, in what order, and what runs how often."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from cluster.fanout import Cancelled, Failure, FanOut, Need, fan_out
+
+pytestmark = pytest.mark.timeout(120)
+
+MEMORY = 1_000_000_000
+ONE = Need(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray() -> Iterator[Any]:
+    """Two CPUs and a gigabyte of Ray's logical memory."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        _memory=MEMORY,
+        object_store_memory=100_000_000,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    yield ray
+    ray.shutdown()
+
+
+class Unsendable(Exception):
+    """Cannot be unpickled: it wants two arguments and keeps one."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+def work(folder: Path, key: str, what: str = "", seconds: float = 0) -> Any:
+    """A task of many kinds that leaves a line in `folder` when it begins and when it ends."""
+    mark(folder, key, "began")
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:  # Ray's interrupts come between two lines of Python
+        time.sleep(0.02)
+    if what == "raise":
+        raise ValueError(f"{key} is\nwrong")
+    if what == "unsendable":
+        raise Unsendable(1, 2)
+    if what == "exit":
+        raise SystemExit(3)
+    if what == "memory":
+        raise MemoryError
+    if what == "cuda":
+        raise OutOfMemoryError("Tried to allocate 2.00 GiB")
+    if what == "lambda":
+        return lambda: (yield)  # goes over
+    if what == "lock":
+        import threading
+
+        return threading.Lock()  # does not
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "die once" and count(folder, key, "began") == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if what == "stuck":
+        ctypes.PyDLL(None).sleep(600)  # in C, and holds the interpreter's lock
+    if what == "child":
+        child = subprocess.Popen(["sleep", "600"])
+        (folder / "child").write_text(str(child.pid))
+        child.wait()
+    mark(folder, key, "ended")
+    return key, what, os.getpid()
+
+
+def mark(folder: Path, key: str, word: str) -> None:
+    with open(folder / f"{key}.{word}", "a") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def count(folder: Path, key: str, word: str) -> int:
+    path = folder / f"{key}.{word}"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_all_ends_are_named_and_the_others_go_on(tmp_path: Path) -> None:
+    kinds = ["raise", "unsendable", "exit", "memory", "cuda", "lock"]
+    retried: list[Any] = []
+    pool = FanOut(work, need=ONE, on_retry=lambda *told: retried.append(told))
+    for index in range(6):
+        pool.add(f"good{index}", tmp_path, f"good{index}")
+        pool.add(kinds[index], tmp_path, kinds[index], kinds[index])
+    found = dict(pool)
+    assert len(found) == 12 and not retried
+    for key, result in found.items():
+        assert count(tmp_path, key, "began") == 1
+        if key.startswith("good"):
+            assert result[:2] == (key, "") and count(tmp_path, key, "ended") == 1
+        else:
+            assert isinstance(result, Failure) and "work" in result.detail or key == "lock"
+    failures = {key: (found[key].error, found[key].kind) for key in kinds}
+    assert failures["raise"] == ("ValueError: raise is wrong", "error")
+    assert failures["unsendable"] == ("Unsendable: 1 and 2", "error")
+    assert failures["exit"] == ("SystemExit: 3", "error")
+    assert failures["memory"] == ("MemoryError", "memory")
+    assert failures["cuda"] == ("OutOfMemoryError: Tried to allocate 2.00 GiB", "memory")
+    assert failures["lock"][0].startswith("TypeError: ") and failures["lock"][1] == "error"
+
+
+def test_the_order_is_by_priority_and_by_what_comes_after_what(tmp_path: Path) -> None:
+    began: list[str] = []
+    pool = FanOut(
+        work, need=ONE, in_flight=1, on_start=lambda key, where: began.append(f"{key} {where}")
+    )
+    pool.add("base", tmp_path, "base", "", 0.2)
+    pool.add("behind", tmp_path, "behind", after=("base",), priority=9)
+    for key, priority in (("a", 1.0), ("b", 5.0), ("c", 1.0), ("d", float("inf"))):
+        pool.add(key, tmp_path, key, priority=priority)
+    ended = [key for key, _ in pool]
+    assert ended == [line.split()[0] for line in began] == ["d", "b", "a", "c", "base", "behind"]
+    assert f"pid {pool.timings['a'].pid})" in began[2]
+
+
+def test_results_decide_what_comes_next(tmp_path: Path) -> None:
+    pool = FanOut(work, need=ONE)
+    pool.add("0", tmp_path, "0")
+    seen = []
+    for key, _ in pool:
+        seen.append(key)
+        if int(key) < 3:
+            name = str(int(key) + 1)
+            pool.add(name, tmp_path, name, after=(key,))  # ended already
+    assert seen == ["0", "1", "2", "3"]
+    with pytest.raises(ValueError, match="task 2 was added already"):
+        pool.add("2", tmp_path, "2")
+    with pytest.raises(ValueError, match="task 9 is to run after 8, which was not added"):
+        pool.add("9", tmp_path, "9", after=("8",))
+    pool.add("4", tmp_path, "4", "raise")
+    pool.add("5", tmp_path, "5", after=("4", "0"))
+    pool.add("6", tmp_path, "6", after=("5",))
+    found = dict(pool)
+    pool.add("7", tmp_path, "7", after=("6",))  # failed already
+    found |= dict(pool)
+    assert [found[key].error for key in "4567"] == [
+        "ValueError: 4 is wrong",
+        "not started: 4 failed",
+        "not started: 5 failed",
+        "not started: 6 failed",
+    ]
+    assert [found[key].kind for key in "567"] == 3 * ["dependency"]
+    assert "ValueError: 4 is wrong" in found["5"].detail
+    assert not (tmp_path / "5.began").exists() and pool.timings["5"].submitted is None
+
+
+def test_a_lost_worker_is_made_good_and_one_that_always_dies_is_lost(tmp_path: Path) -> None:
+    retried: list[tuple[str, str, int]] = []
+    pool = FanOut(work, need=ONE, retries=2, on_retry=lambda *told: retried.append(told))
+    for key in ("die once", "die", "good"):
+        pool.add(key, tmp_path, key, key)
+    pool.add("behind", tmp_path, "behind", after=("die",))
+    found = dict(pool)
+    assert found["die once"][0] == "die once" and found["good"][0] == "good"
+    assert found["die"].kind == "lost"
+    assert found["die"].error.startswith("its worker or node was lost 3 times: WorkerCrashedError")
+    assert found["behind"].kind == "dependency"
+    began = {key: count(tmp_path, key, "began") for key in ("die once", "die", "good", "behind")}
+    assert began == {"die once": 2, "die": 3, "good": 1, "behind": 0}
+    assert sorted((key, attempt) for key, _, attempt in retried) == [
+        ("die", 2),
+        ("die", 3),
+        ("die once", 2),
+    ]
+    assert pool.timings["die once"].attempts == 2
+
+
+def test_what_fits_on_no_node_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    pool = FanOut(work, need=ONE)
+    pool.add("large", tmp_path, "large", need=Need(1, 0, 12_300_000_000))
+    pool.add("wide", tmp_path, "wide", need=Need(3))
+    pool.add("gpu", tmp_path, "gpu", need=Need(1, 1))
+    pool.add("good", tmp_path, "good", need=Need(2, 0, MEMORY))
+    found = dict(pool)
+    assert found["good"][0] == "good"
+    assert found["large"].kind == "memory"
+    assert found["large"].error == "needs 12.3 GB of memory, the largest node has 1.0 GB"
+    assert (found["wide"].kind, found["gpu"].kind) == ("resources", "resources")
+    there = "no node has that (nodes: 1 of 2 CPUs, 0 GPUs, 1.0 GB)"
+    assert found["wide"].error == f"needs 3 CPUs, {there}"
+    assert found["gpu"].error == f"needs 1 CPUs and 1 GPUs, {there}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good.began", "good.ended"]
+
+
+@pytest.mark.parametrize(("share", "together"), [(0.6, False), (0.4, True)])
+def test_tasks_wait_for_memory(tmp_path: Path, share: float, together: bool) -> None:
+    pool = FanOut(work, need=Need(0.5, 0, int(share * MEMORY)))
+    for key in "abc":
+        pool.add(key, tmp_path, key, "", 0.5)
+    assert not any(isinstance(result, Failure) for _, result in pool)
+    spans = sorted((time.started, time.ended) for time in pool.timings.values())
+    overlaps = [later[0] < earlier[1] for earlier, later in zip(spans, spans[1:], strict=False)]
+    assert any(overlaps) is together
+
+
+def test_a_task_that_hangs_is_ended_at_its_limit(tmp_path: Path) -> None:
+    """Stopped, stuck in C, and waiting for a child; the time in the queue does not count."""
+    pool = FanOut(work, need=ONE, in_flight=9, limit_s=2)
+    hang = ("stop", "stuck", "child")
+    for key in hang:
+        pool.add(key, tmp_path, key, key, priority=1)
+    for index in range(4):  # the last of these waits for more than 2 s
+        pool.add(f"good{index}", tmp_path, f"good{index}", "", 0.5)
+    pool.add("patient", tmp_path, "patient", "", 3, limit_s=30)
+    found = dict(pool)
+    for key in hang:
+        assert (found[key].error, found[key].kind) == ("took longer than 0.0333333 minutes", "time")
+        time_ = pool.timings[key]
+        assert 2 <= time_.ended - time_.started < 12
+        assert not psutil.pid_exists(time_.pid) and time_.attempts == 1
+        assert f"pid {time_.pid})" in found[key].detail
+    child = int((tmp_path / "child").read_text())
+    wait_for(lambda: not psutil.pid_exists(child), 5)
+    good = [key for key in found if key not in hang]
+    assert len(good) == 5 and all(found[key][0] == key for key in good)
+    assert all(count(tmp_path, key, "began") == 1 for key in found)
+
+
+def test_a_stop_ends_it_soon(tmp_path: Path) -> None:
+    stop: list[bool] = []
+    pool = FanOut(work, need=ONE, should_stop=lambda: bool(stop))
+    pool.add("first", tmp_path, "first")
+    for index in range(9):
+        pool.add(f"long{index}", tmp_path, f"long{index}", "", 60)
+    with pytest.raises(Cancelled):
+        for key, _ in pool:
+            assert key == "first"
+            wait_for(lambda: any(tmp_path.glob("long*.began")))
+            stop.append(True)
+            began = time.monotonic()
+    assert time.monotonic() - began < 2
+    before = sorted(tmp_path.glob("long*"))
+    # The CPUs are free again: those that ran were interrupted, those that waited never begin.
+    assert dict(fan_out(work, {"next": (tmp_path, "next")}, cpus=2))["next"][0] == "next"
+    assert time.monotonic() - began < 20
+    assert sorted(tmp_path.glob("long*")) == before and len(before) <= 2
+
+
+def test_leaving_the_loop_cancels_what_runs(tmp_path: Path) -> None:
+    items = {"first": (tmp_path, "first"), "long": (tmp_path, "long", "", 60)}
+    for key, _ in fan_out(work, items, cpus=1):
+        assert key == "first"
+        wait_for((tmp_path / "long.began").exists)
+        break
+    assert dict(fan_out(work, {"next": (tmp_path, "next")}, cpus=2))["next"][0] == "next"
+    assert not (tmp_path / "long.ended").exists()
+
+
+def test_fan_out_maps_as_before(tmp_path: Path) -> None:
+    started: list[str] = []
+    items = {str(index): (tmp_path, str(index)) for index in range(20)}
+    found = dict(fan_out(work, items, cpus=0.5, retries=1, in_flight=4, on_start=started.append))
+    assert {key: result[0] for key, result in found.items()} == {key: key for key in items}
+    assert sorted(started) == sorted(items)
+
+
+def test_arguments_and_results_may_be_large(ray: Any) -> None:
+    """Above what Ray keeps in messages they go through its object store, and leave it again."""
+    block = np.arange(1_000_000, dtype=np.float64)  # 8 MB; the store has 100
+    pool = FanOut(double, need=ONE)
+    for index in range(16):
+        pool.add(str(index), block, index)
+    total = 0.0
+    for _, result in pool:
+        total += result[-1]
+    del result
+    assert total == sum(2 * block[-1] + index for index in range(16))
+    store = "object_store_memory"
+    wait_for(lambda: ray.available_resources()[store] > ray.cluster_resources()[store] - 1e6)
+
+
+def double(block: Any, index: int) -> Any:
+    return 2 * block + index
+
+
+def test_times_add_up(tmp_path: Path) -> None:
+    pool = FanOut(work, need=ONE)
+    assert (pool.busy_s(), pool.makespan_s()) == (0, 0)
+    for index in range(4):
+        pool.add(str(index), tmp_path, str(index), "", 0.5)
+    began = time.time()
+    for _ in pool:
+        pass
+    took = time.time() - began
+    assert 2.0 <= pool.busy_s() < 2.6  # four of half a second
+    assert 1.0 <= pool.makespan_s() <= took
+    first = min(time.started for time in pool.timings.values())
+    assert began <= min(time.submitted for time in pool.timings.values()) <= first
+
+
+def wait_for(fact: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < end
+        time.sleep(0.05)
