@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo bench-demo bench-cache bench-cache-angle bench-train bench-quant test test-all check format lock clean
+.PHONY: help setup demo bench-demo bench-cache bench-cache-angle bench-train bench-quant bench-sweep test test-all check format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ bench-train: $(READY) ## Measure training: speeds, memory, what students learn (
 bench-quant: $(READY) ## Measure quantized models: size, speed, memory, exports (minutes, after make demo)
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev,bench]'
 	$(BIN)/python -m tests.bench.quant
+
+bench-sweep: $(READY) ## Measure the sweep: fan-out, allocation, recovery, tasks (minutes, after make demo)
+	$(BIN)/python -m tests.bench.sweep
 
 # Unit tests take a core each; the others have processes of their own that want both.
 UNIT := $(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile

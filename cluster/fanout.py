@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.flight import Flight
@@ -16,6 +16,9 @@ from cluster.waiting import Job, Waiting
 __all__ = ["Cancelled", "Failure", "FanOut", "Need", "Timing", "fan_out"]
 
 _POLL_S = 0.3
+# Where memory ran out by no fault of a task it rests before its second attempt, twice so long
+# before its third: until then others may have ended.
+_REST_S = 5.0
 # A task whose process outlives so many kills is given up on.
 _KILLS = 3
 # Ray may hold so many times what the nodes can run: the next task is there when one ends.
@@ -31,7 +34,7 @@ class FanOut:
 
     A task that fails yields a `Failure` and the others go on. Ray itself retries nothing: a lost
     worker or node is made good by submitting the task again, never what the function raised, what
-    ran out of memory, or what ran out of time.
+    took too much memory, or what took too long.
     """
 
     def __init__(
@@ -49,7 +52,8 @@ class FanOut:
     ) -> None:
         """need, limit_s: of tasks that are added without their own; limit_s in seconds of running.
 
-        retries: new attempts of a task whose worker or node was lost. in_flight: tasks that Ray has
+        retries: new attempts of a task whose worker or node was lost, or that Ray killed because
+        others took its node's memory. in_flight: tasks that Ray has
         at once; None: twice what the nodes have room for, in CPUs, GPUs and memory. patience_s: a
         task that no living node can hold since a node was lost fails after so long. on_start(key,
         where) when it begins to run; on_retry(key, why, attempt) when it is to run again, with the
@@ -59,8 +63,12 @@ class FanOut:
         self._retries, self._in_flight, self._patience_s = retries, in_flight, patience_s
         self._should_stop, self._on_start, self._on_retry = should_stop, on_start, on_retry
         self._nodes = Nodes()
-        self._waiting = Waiting()
+        self._waiting = Waiting(self._lane)
+        self._changes = 0  # of the nodes, that the lanes are made for
         self._flying: dict[Any, Flight] = {}  # by stream
+        self._slots: list[int] = []  # numbers that are free
+        self._slots_made = 0
+        self._resting: list[tuple[float, Job]] = []  # until when, monotonic
         self._outcomes: deque[tuple[str, Any]] = deque()
         self._ends: dict[str, Failure | None] = {}
         self._known: set[str] = set()
@@ -100,7 +108,7 @@ class FanOut:
         when the iteration is left early; one that does not heed that ends with Ray's shutdown.
         """
         try:
-            while self._waiting or self._flying or self._outcomes:
+            while self._waiting or self._resting or self._flying or self._outcomes:
                 if self._should_stop():
                     raise Cancelled
                 if self._nodes.refresh():
@@ -130,25 +138,47 @@ class FanOut:
     # Tasks go to Ray.
 
     def _submit(self) -> None:
-        for lane in self._waiting.lanes():
-            flying = [f.job.need for f in self._flying.values() if (f.job.need.gpus > 0) == lane]
-            load = sum(self._share(need) for need in flying)
-            while (job := self._waiting.first(lane)) is not None:
-                homeless_s = self._nodes.homeless_s(job.need)
-                if homeless_s > self._patience_s:
-                    self._waiting.pop(lane)
-                    self._end(job, self._nodes.lacking(job.need))
-                    continue
-                share = self._share(job.need)
-                if self._in_flight is not None:
-                    full = len(self._flying) >= self._in_flight
-                else:
-                    full = load + share > _AHEAD + 1e-9
-                if full:
-                    break
-                flight = Flight.launch(self._function, self._waiting.pop(lane))
-                self._flying[flight.stream] = flight
-                load += share
+        if self._changes != self._nodes.changes:
+            self._changes = self._nodes.changes
+            self._waiting.regroup()
+        for item in [item for item in self._resting if item[0] <= time.monotonic()]:
+            self._resting.remove(item)
+            self._waiting.add(item[1])
+        loads: dict[Hashable, float] = {}
+        for flight in self._flying.values():
+            lane = self._lane(flight.job.need)
+            loads[lane] = loads.get(lane, 0.0) + self._share(flight.job.need)
+        full: set[Hashable] = set()
+        while self._in_flight is None or len(self._flying) < self._in_flight:
+            first = self._waiting.first(full)
+            if first is None:
+                break
+            lane, job = first
+            load = loads.get(lane, 0.0) + self._share(job.need)
+            if self._nodes.homeless_s(job.need) > self._patience_s:
+                self._waiting.pop(lane)
+                self._end(job, self._nodes.lacking(job.need))
+            elif self._in_flight is None and load > _AHEAD + 1e-9:
+                full.add(lane)
+            else:
+                loads[lane] = load
+                self._launch(self._waiting.pop(lane))
+
+    def _launch(self, job: Job) -> None:
+        if not self._slots:
+            self._slots.append(self._slots_made)
+            self._slots_made += 1
+        flight = Flight.launch(self._function, job, self._slots.pop())
+        self._flying[flight.stream] = flight
+
+    def _remove(self, flight: Flight) -> None:
+        del self._flying[flight.stream]
+        if not flight.kills:  # a kill under way must not meet another task of its name
+            self._slots.append(flight.slot)
+
+    def _lane(self, need: Need) -> Hashable:
+        """Tasks of equal lanes compete for the same nodes, and GPUs."""
+        return need.gpus > 0, self._nodes.holders(need)
 
     def _share(self, need: Need) -> float:
         """The part of the cluster that a task takes; of a task that has no place now, 1."""
@@ -161,7 +191,7 @@ class FanOut:
         import ray
 
         if not self._flying:
-            if self._waiting and not self._outcomes:
+            if not self._outcomes:
                 time.sleep(_POLL_S)
             return
         ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=_POLL_S)
@@ -180,7 +210,8 @@ class FanOut:
             why = "its task ended without an answer"
             self._failed(flight, Failure(why, why, "lost"), mendable=True)
         except ray.exceptions.RayError as error:
-            failure, mendable = of_ray(error, flight.start.pid if flight.start else None)
+            pid = flight.start.pid if flight.start else None
+            failure, mendable = of_ray(error, pid, flight.job.need.memory)
             self._failed(flight, failure, mendable)
         else:
             if isinstance(word, Start):
@@ -196,8 +227,9 @@ class FanOut:
         if flight.kills and failure.kind == "lost":
             self._land(flight, flight.too_long())
         elif mendable and job.attempts <= self._retries:
-            del self._flying[flight.stream]
-            self._waiting.add(job)
+            self._remove(flight)
+            rest_s = _REST_S * job.attempts if failure.kind == "memory" else 0.0
+            self._resting.append((time.monotonic() + rest_s, job))
             self._on_retry(job.key, failure.error, job.attempts + 1)
         elif failure.kind == "lost":
             error = f"its worker or node was lost {job.attempts} times: {failure.error}"
@@ -206,7 +238,7 @@ class FanOut:
             self._land(flight, failure)
 
     def _land(self, flight: Flight, value: Any, end: End | None = None) -> None:
-        del self._flying[flight.stream]
+        self._remove(flight)
         self._end(flight.job, value, flight.start, end)
 
     def _end(

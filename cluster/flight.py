@@ -17,9 +17,13 @@ _KILL_S = 20.0
 
 @dataclass(eq=False)
 class Flight:
-    """A job that Ray has. stream: of its Start and its End. name: as Ray and `ps` show it."""
+    """A job that Ray has. stream: of its Start and its End. name: as Ray and `ps` show it.
+
+    slot: a number that no other flight has at the same time, part of the name.
+    """
 
     job: Job
+    slot: int
     name: str
     stream: Any
     start: Start | None = None
@@ -29,14 +33,19 @@ class Flight:
     _killer: Any = None
 
     @staticmethod
-    def launch(function: Callable[..., Any], job: Job) -> Flight:
-        """Hands a job to Ray, which retries nothing by itself."""
+    def launch(function: Callable[..., Any], job: Job, slot: int) -> Flight:
+        """Hands a job to Ray, which retries nothing by itself.
+
+        Its name is made of the key's part before the first slash, else of the function's name.
+        """
         from ray import cloudpickle
 
         job.attempts += 1
         if job.submitted is None:
             job.submitted = time.time()
-        name = f"{job.key}#{job.attempts}"
+        kind, slash, _ = job.key.partition("/")
+        # Not the key: Ray keeps 10 kB in the driver, for ever, of every name that it has seen.
+        name = f"{kind if slash else getattr(function, '__name__', 'task')} {slot}"
         # A stream, because the driver must know when and where a task began to run: a time limit
         # that counted the time in Ray's queue would end tasks that wait for others.
         stream = _remote(perform).options(
@@ -49,7 +58,7 @@ class Flight:
             num_returns="streaming",
         )
         call = cloudpickle.dumps((function, job.arguments))
-        return Flight(job, name, stream.remote(call))
+        return Flight(job, slot, name, stream.remote(call))
 
     def hear(self) -> Start | End:
         """The next word of the task. Raises RayError, or StopIteration if there is none."""

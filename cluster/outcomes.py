@@ -20,6 +20,10 @@ _MEMORY_TEXTS = (
 )
 
 
+# A task that takes less of its node's memory is not why there is none left.
+_LITTLE = 0.05
+
+
 @dataclass(frozen=True)
 class Failure:
     """A task that failed: one line for the user, the traceback, and what it was.
@@ -84,19 +88,19 @@ def _is_memory(error: BaseException | None) -> bool:
     return False
 
 
-def of_ray(error: Exception, pid: int | None) -> tuple[Failure, bool]:
+def of_ray(error: Exception, pid: int | None, claim: int = 0) -> tuple[Failure, bool]:
     """What Ray says of a task that did not answer, and whether a new attempt can mend it.
 
-    pid: the process that ran it, None if it is not known. A lost worker, node or object can be
-    mended. What Ray's memory monitor killed can not, unless another process took more: since
-    version 2.56 Ray kills the newest tasks of a node until there is memory enough, and so some that
-    are not to blame.
+    pid: the process that ran it, None if it is not known. claim: bytes that it was said to need, 0
+    for not known. A lost worker, node or object can be mended. What Ray's memory monitor killed can
+    not, unless others are to blame: since version 2.56 Ray kills the newest tasks of a node until
+    there is memory enough, whatever they use.
     """
     from ray import exceptions
 
     text = str(error)
     if isinstance(error, exceptions.OutOfMemoryError):
-        line, blameless = _killed_for_memory(text, pid)
+        line, blameless = _killed_for_memory(text, pid, claim)
         return Failure(one_line(line), text, "memory"), blameless
     if isinstance(error, exceptions.RayTaskError):
         # Around the function: a result that cannot be pickled.
@@ -116,8 +120,11 @@ def of_ray(error: Exception, pid: int | None) -> tuple[Failure, bool]:
     return Failure(one_line(f"{name}: {text}"), text, "error"), False
 
 
-def _killed_for_memory(text: str, pid: int | None) -> tuple[str, bool]:
-    """The one line on a kill by Ray's memory monitor, and whether another one is to blame."""
+def _killed_for_memory(text: str, pid: int | None, claim: int) -> tuple[str, bool]:
+    """The one line on a kill by Ray's memory monitor, and whether others are to blame.
+
+    They are if another task of the node took more, or if this one kept to its claim or to little.
+    """
     # Ray says GB for 2^30 bytes.
     node = re.search(r"was ([\d.]+)GB used / ([\d.]+)GB limit", text)
     found = re.findall(r"pid=(\d+), actual memory used=([\d.]+)GB", text)
@@ -129,10 +136,12 @@ def _killed_for_memory(text: str, pid: int | None) -> tuple[str, bool]:
         f"killed by Ray because its node ran out of memory ({gigabytes(there)} of "
         f"{gigabytes(limit)} in use); it used {gigabytes(used[pid])}"
     )
-    other = max(used, key=lambda process: used[process])
-    if used[other] <= used[pid]:
-        return line, False
-    return f"{line}, another task {gigabytes(used[other])}", True
+    most = max(used.values())
+    if most > used[pid]:
+        return f"{line}, another task {gigabytes(most)}", True
+    if used[pid] <= claim:
+        return f"{line} and was to have {gigabytes(claim)}", True
+    return line, used[pid] < _LITTLE * limit
 
 
 def where(start: Any) -> str:

@@ -60,9 +60,11 @@ class Nodes:
         """every_s: seconds after which `refresh` asks Ray again."""
         self._every_s = every_s
         self._asked = -math.inf
-        self.living: dict[str, dict[str, float]] = {}  # resources in all, by Ray's id of the node
+        self.living: dict[str, dict[str, float]] = {}
+        self.changes = 0  # how often those were others
         self._seen: dict[str, dict[str, float]] = {}  # those that have gone too
         self._rooms: dict[Need, int] = {}
+        self._holders: dict[Need, frozenset[str]] = {}
         self._homeless: dict[Need, float] = {}  # since when no living node could hold it
 
     def refresh(self, now: bool = False) -> bool:
@@ -72,21 +74,34 @@ class Nodes:
         import ray
 
         self._asked = time.monotonic()
-        self.living = {
-            node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]
-        }
+        self.learn({node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]})
+        return True
+
+    def learn(self, living: Mapping[str, Mapping[str, float]]) -> None:
+        """Takes over the living nodes: their resources in all, by Ray's id."""
+        if living == self.living:
+            return
+        self.living = {node: dict(resources) for node, resources in living.items()}
         self._seen.update(self.living)
         self._rooms.clear()
+        self._holders.clear()
+        self.changes += 1
         for need in list(self._homeless):
             if self.room(need):
                 del self._homeless[need]
-        return True
 
     def room(self, need: Need) -> int:
         """How many tasks of this need the living nodes hold at once."""
         if need not in self._rooms:
             self._rooms[need] = sum(need.times(node) for node in self.living.values())
         return self._rooms[need]
+
+    def holders(self, need: Need) -> frozenset[str]:
+        """The living nodes that could hold a task of this need."""
+        if need not in self._holders:
+            living = self.living.items()
+            self._holders[need] = frozenset(name for name, node in living if need.times(node))
+        return self._holders[need]
 
     def homeless_s(self, need: Need) -> float:
         """For how many seconds no living node could hold it; infinite if none ever could."""

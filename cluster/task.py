@@ -58,7 +58,7 @@ def perform(call: bytes) -> Iterator[Start | End]:
 
 
 def end_process(pid: int, born: float, name: str) -> bool:
-    """Kills a worker of this node, and its children, if it still is at the task `name`.
+    """Kills a worker of this node, and its children, if it still is at the task of that name.
 
     SIGKILL also ends a process that is stopped or does not come back from C. pid, born: as in
     Start. Returns whether it was there.
@@ -67,9 +67,8 @@ def end_process(pid: int, born: float, name: str) -> bool:
 
     try:
         process = psutil.Process(pid)
-        title = "".join(process.cmdline()[:1])
-        # Ray titles its workers by the task that they are at; the system may cut a title short.
-        titled = len(title) > len("ray::") and f"ray::{name}".startswith(title)
+        # Ray titles its workers by the task that they are at.
+        titled = process.cmdline()[:1] == [f"ray::{name}"]
         if abs(process.create_time() - born) > 1 or not titled:
             return False
         children = process.children(recursive=True)

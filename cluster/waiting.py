@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Hashable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.room import Need
@@ -23,17 +23,20 @@ class Job:
     submitted: float | None = None
 
 
-@dataclass
 class Waiting:
-    """Jobs by priority, of equal ones the first added first; tasks with GPUs in a lane apart.
+    """Jobs by priority, of equal ones the first added first, in lanes.
 
-    So that jobs that wait for a GPU do not hold up those that need none.
+    Jobs of one lane compete for the same nodes. So those that wait for a GPU, or for the one large
+    node, do not hold up the others.
     """
 
-    _lanes: dict[bool, list[tuple[float, int, Job]]] = field(default_factory=dict)
-    _blocked: dict[str, tuple[Job, set[str]]] = field(default_factory=dict)
-    _behind: dict[str, list[str]] = field(default_factory=dict)
-    _count: int = 0
+    def __init__(self, lane_of: Callable[[Need], Hashable]) -> None:
+        """lane_of: the lane of a need, as the nodes are now."""
+        self._lane_of = lane_of
+        self._lanes: dict[Hashable, list[tuple[float, int, Job]]] = {}
+        self._blocked: dict[str, tuple[Job, set[str]]] = {}
+        self._behind: dict[str, list[str]] = {}
+        self._count = 0
 
     def __len__(self) -> int:
         return len(self._blocked) + sum(len(lane) for lane in self._lanes.values())
@@ -43,12 +46,21 @@ class Waiting:
         missing = set(after)
         if not missing:
             self._count += 1
-            lane = self._lanes.setdefault(job.need.gpus > 0, [])
-            heapq.heappush(lane, (-job.priority, self._count, job))
+            self._push((-job.priority, self._count, job))
             return
         self._blocked[job.key] = (job, missing)
         for key in missing:
             self._behind.setdefault(key, []).append(job.key)
+
+    def _push(self, entry: tuple[float, int, Job]) -> None:
+        heapq.heappush(self._lanes.setdefault(self._lane_of(entry[-1].need), []), entry)
+
+    def regroup(self) -> None:
+        """Puts the jobs in their lanes anew: the nodes are others."""
+        lanes, self._lanes = self._lanes, {}
+        for lane in lanes.values():
+            for entry in lane:
+                self._push(entry)
 
     def ended(self, key: str, failed: bool) -> list[tuple[Job, str]]:
         """Frees what waited for `key`.
@@ -73,14 +85,17 @@ class Waiting:
                     self.add(job)
         return dropped
 
-    def lanes(self) -> list[bool]:
-        """The lanes that hold jobs: True is that of GPUs."""
-        return [gpus for gpus, lane in self._lanes.items() if lane]
+    def first(self, full: Container[Hashable] = ()) -> tuple[Hashable, Job] | None:
+        """The job whose turn it is, and its lane, of lanes that are not `full`; None if none is."""
+        heads = [(lane[0], key) for key, lane in self._lanes.items() if lane and key not in full]
+        if not heads:
+            return None
+        (_, _, job), key = min(heads, key=lambda head: head[0][:2])
+        return key, job
 
-    def first(self, lane: bool) -> Job | None:
-        """The job of a lane whose turn it is."""
-        return self._lanes[lane][0][-1] if self._lanes.get(lane) else None
-
-    def pop(self, lane: bool) -> Job:
-        """Takes it out."""
-        return heapq.heappop(self._lanes[lane])[-1]
+    def pop(self, lane: Hashable) -> Job:
+        """Takes out the first job of a lane."""
+        job = heapq.heappop(self._lanes[lane])[-1]
+        if not self._lanes[lane]:
+            del self._lanes[lane]
+        return job

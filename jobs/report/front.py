@@ -9,9 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.report.source import number
-from quant.intervals import Interval, difference_interval, mean_interval
+import numpy as np
 
+from jobs.report.source import number
+from quant.intervals import FEW, Interval, difference_interval, mean_interval
+
+CLEAR = 25  # standard errors
 OWN, TEACHER = "kl_to_reference", "kl_to_teacher"  # as `per_sequence` calls them
 
 
@@ -100,8 +103,26 @@ def difference(a: Candidate, b: Candidate) -> Interval | None:
 def tied(a: Candidate, b: Candidate) -> bool:
     """Whether the paired interval of their difference contains 0; without one, whether they are
     equal."""
+    if _far_apart(a, b):
+        return False
     found = difference(a, b)
     return a.kl == b.kl if found is None else bool(found.holds_zero)
+
+
+def _far_apart(a: Candidate, b: Candidate) -> bool:
+    """Whether the difference is so many standard errors that no resampling is needed to tell.
+
+    Most pairs of many cells are; the interval of each would take milliseconds. One sequence that
+    stands out makes a difference of about one standard error, so all of them have to agree.
+    """
+    if a.sums is None or b.sums is None or a.tokens is None or a.tokens != b.tokens:
+        return False
+    tokens = np.asarray(a.tokens)
+    change = np.asarray(a.sums) - np.asarray(b.sums)
+    count = len(change)
+    left = change - change.sum() / tokens.sum() * tokens
+    error = np.sqrt(count / max(1, count - 1) * float(left @ left))
+    return count >= FEW and abs(float(change.sum())) > CLEAR * error
 
 
 def front(results: Mapping[str, Mapping[str, Any]], measure: str | None = None) -> list[OnFront]:

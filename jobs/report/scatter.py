@@ -91,10 +91,12 @@ def scatter(
         [(x, y, name) for (x, y), name in zip(where, named, strict=True)], frame, line
     )
     for (x, y), point, placed in zip(where, points, labels, strict=True):
+        # On a phone, lines to names far off would cover a crowd; tooltips have them.
+        told = bool(placed.text) and not (placed.far and width < 500 and len(points) > LABELS)
         leader = svg.element("line", x1=x, y1=y, x2=placed.x, y2=placed.y - 4, class_="leader")
-        children = [leader] if placed.far and placed.text else []
+        children = [leader] if placed.far and told else []
         children.append(_mark(point, x, y))
-        if placed.text:
+        if told:
             children.append(
                 svg.element("text", placed.text, x=placed.x, y=placed.y, text_anchor=placed.anchor)
             )

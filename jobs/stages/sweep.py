@@ -359,7 +359,9 @@ class _Sweep:
             "energy_per_token_j",
         )
         middle = sorted(measured, key=lambda item: item["baseline_decode_tokens_per_s"])
-        speeds = {name: middle[len(middle) // 2].get(f"baseline_{name}") for name in names}
+        chosen = middle[len(middle) // 2]
+        speeds = {name: chosen.get(f"baseline_{name}") for name in names}
+        speeds["device_name"] = chosen.get("device_name")
         self.context.attempt.write_json(path, {**store.read_json(path), **speeds})
 
     # The end.

@@ -28,9 +28,18 @@ RESULTS = (
     "accuracy",
     "retention",
     "perplexity",
+    "perplexity_ratio",
     "kl_to_student",
+    "kl_to_student_low",
+    "kl_to_student_high",
+    "kl_to_student_p99",
     "kl_to_teacher",
+    "kl_to_teacher_low",
+    "kl_to_teacher_high",
     "top1_agreement",
+    "true_prob_change",
+    "peak_memory_bytes",
+    "energy_per_token_j",
     "decode_tokens_per_s",
     "prefill_tokens_per_s",
     "speedup",
@@ -40,6 +49,7 @@ RESULTS = (
     "eval_s",
     "tokens",
 )
+CELLS = ("cell", "extra")  # a W&B run each
 ROLE_OF = {"capture": "teacher", "distill": "student", "control": "control"}
 TABLE = {  # heading -> key of the row, and what it is divided by
     "Bits": ("bits", 1),
@@ -98,7 +108,7 @@ def plan(data: RunData, html: str | None = None) -> list[Tracked]:
     """
     rows = rows_of(data)
     found = [_training(data, rows, stage) for stage in ("capture", *TRAININGS)]
-    found += [_cell(data, rows, row) for row in rows if row["role"] == "cell"]
+    found += [_cell(data, rows, row) for row in rows if row["role"] in CELLS]
     if rows:
         found.append(_report(data, rows, html))
     return [tracked for tracked in found if tracked is not None]
@@ -128,6 +138,9 @@ def _config(data: RunData, rows: list[Row], key: str, cell: Row | None = None) -
         "group_size": cell["group_size"] if cell else None,
         "embeddings": cell.get("embeddings") if cell else None,
         "head": cell.get("head") if cell else None,
+        "made_of": cell.get("of") if cell else None,
+        "recovered": bool(cell.get("recovered")) if cell else None,
+        "budget_mb": cell.get("budget_mb") if cell else None,
         "kernel": cell.get("kernel") if cell else None,
         "seed": spec.get("seed"),
         "sequence_length": _section(spec, "data").get("sequence_length"),
@@ -280,7 +293,10 @@ def _cell(data: RunData, rows: list[Row], row: Row) -> Tracked:
 
 
 def _results(row: Row) -> dict[str, Any]:
-    found = {key: row[key] for key in RESULTS if row[key] is not None}
+    found = {key: row[key] for key in RESULTS if row.get(key) is not None}
+    for name, task in (row.get("tasks") or {}).items():
+        if number(task.get("accuracy")) is not None:
+            found[f"task_{name}_accuracy"] = task["accuracy"]
     for name, version in _flat(row.get("versions") or {}).items():
         found[f"version_{name}"] = version
     return found
@@ -305,7 +321,7 @@ def _report(data: RunData, rows: list[Row], html: str | None) -> Tracked:
             value = number(row[key])
             line.append(None if value is None else value / unit)
         lines.append(line)
-    cells = [row for row in rows if row["role"] == "cell"]
+    cells = [row for row in rows if row["role"] in CELLS]
     failed = sum(row["status"] == "failed" for row in cells)
     return Tracked(
         id=run_id(data.url, data.name, "report"),

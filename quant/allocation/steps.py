@@ -51,12 +51,16 @@ class Steps:
         return max(0.0, *rates) if rates else 0.0
 
     def filled(self, chosen: Chosen, budget: int, fixed: Collection[str] = ()) -> dict[str, Option]:
-        """`chosen` with what it leaves of `budget` bytes spent: again and again the step that
-        gains most for its bytes, of those that fit. Layers of `fixed` are left as they are."""
+        """`chosen` with what it leaves of `budget` bytes spent: first what is better in as few
+        bytes, then again and again the step that gains most for its bytes, of those that fit.
+        Layers of `fixed` are left as they are."""
         made = dict(chosen)
+        names = made.keys() - set(fixed)
+        for name in names:
+            made[name] = self._undominated(name, made[name])
         free = budget - self.options.total(made)
         heap: list[tuple[float, str, str, int]] = []
-        for name in made.keys() - set(fixed):
+        for name in names:
             for item in self._up(name, made[name]):
                 heapq.heappush(heap, item)
         while heap:
@@ -90,12 +94,20 @@ class Steps:
                     heapq.heappush(heap, item)
         return made if excess <= 0 else None
 
+    def _undominated(self, name: str, now: Option) -> Option:
+        """The option of least loss in as few bytes; `now` itself if none has less."""
+        loss, found = self.loss(name, now), now
+        for option, own in self.ladders[name]:
+            if option.bytes <= now.bytes and own < loss:
+                loss, found = own, option
+        return found
+
     def _up(self, name: str, now: Option) -> Iterator[tuple[float, str, str, int]]:
         """(-gain per byte, layer, key of now, place on the ladder) of the options of less loss."""
         for at, (option, loss) in enumerate(self.ladders[name]):
             gain, more = self.loss(name, now) - loss, option.bytes - now.bytes
-            if gain > 0:
-                yield (-gain / more if more > 0 else -float("inf")), name, now.key, at
+            if gain > 0:  # and more > 0: nothing beats `now` in both
+                yield -gain / more, name, now.key, at
 
     def _down(self, name: str, now: Option) -> Iterator[tuple[float, str, str, int]]:
         """(loss per byte saved, layer, key of now, place on the ladder) of the smaller options."""

@@ -61,7 +61,7 @@ def measure(storage: Store) -> dict[str, Any]:
         "student_retention >= 90": figures["student_retention"] >= 90,
         "student_perplexity < control_perplexity": student["perplexity"] < control["perplexity"],
         "cell_4b_g64_retention >= 98.2": figures["cell_4b_g64_retention"] >= 98.2,
-        "cells >= 8, none failed": len(cells) >= 8 and not figures["failed_cells"],
+        "cells >= 12, none failed": len(cells) >= 12 and not figures["failed_cells"],
     }
     return {
         "command": COMMAND,

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,13 +15,38 @@ from typing import Any
 
 import pytest
 
-from cluster.storage import Attempt, Store, read_events
+from cluster.storage import Attempt, Store, open_store, read_events
 from jobs.tracking.plan import run_id
 from tests import tiny
+from tests.task_material import write_task
 
 pytestmark = pytest.mark.timeout(900)
 
-CELLS = ["hqq-4b-g16", "hqq-4b-g32", "hqq-8b-g16", "hqq-8b-g32", "int8-dynamic-8b-channel"]
+CELLS = [
+    "allocated-0.034mb",
+    "hqq-4b-g16",
+    "hqq-4b-g16-recovered",
+    "hqq-4b-g32",
+    "hqq-4b-g32-recovered",
+    "hqq-8b-g16",
+    "hqq-8b-g32",
+    "int8-dynamic-8b-channel",
+    "teacher-hqq-4b-g32",
+]
+SWEEP = {
+    "bits": [8, 4],
+    "group_size": [16, 32],
+    "methods": ["hqq", "int8-dynamic"],
+    "models": ["teacher", "student"],
+    "exclude": [
+        {"model": "teacher", "bits": 8},
+        {"model": "teacher", "group_size": 16},
+    ],
+    "budgets_mb": [0.034],
+    "recover": {"steps": 4, "bits": [4]},
+    "speed_prompt_tokens": 16,
+    "speed_decode_tokens": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -45,12 +71,24 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     teacher = tiny.write_spec(tiny.teacher_spec(folder), folder)
     code, out, err = tiny.stillhouse("run", str(teacher), cwd=folder)
     assert code == 0, out + err
-    methods = ["hqq", "int8-dynamic"]
-    spec = tiny.job_spec(folder, tracking={"mode": "auto"}, sweep__methods=methods)
+    task = write_task(folder / "task", [row["text"] for row in documents(folder)][:120])
+    sweep = {**SWEEP, "tasks": [{"folder": str(task), "limit": 60}]}
+    spec = tiny.job_spec(folder, tracking={"mode": "auto"}, sweep=sweep)
     path = tiny.write_spec(spec, folder)
     code, out, err = tiny.stillhouse("run", str(path), cwd=folder, WANDB_API_KEY="")
     assert code == 0, out + err
     return Done(folder, spec, path, tiny.run_store(spec), out)
+
+
+def documents(folder: Path) -> list[dict[str, Any]]:
+    """The made-up texts of the job."""
+    lines = (folder / "texts" / "0.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def cell_keys(done: Done) -> list[str]:
+    """The cells of the run: those that were asked for, and controls of the allocated one."""
+    return sorted(path.split("/")[1] for path in done.run.glob("cells/*/result.json"))
 
 
 def by_role(rows: list[dict[str, Any]], role: str) -> list[dict[str, Any]]:
@@ -60,15 +98,21 @@ def by_role(rows: list[dict[str, Any]], role: str) -> list[dict[str, Any]]:
 def test_every_model_has_its_row(done: Done) -> None:
     rows = done.rows
     assert [row["role"] for row in rows[:3]] == ["teacher", "student", "control"]
-    assert sorted(row["key"] for row in by_role(rows, "cell")) == CELLS
+    keys = [row["key"] for row in by_role(rows, "cell")]
+    assert sorted(keys) == cell_keys(done) and set(CELLS) <= set(keys)
+    for key in set(keys) - set(CELLS):  # uniform ones of its size that the grid has not
+        found = done.run.read_json(f"cells/{key}/result.json")
+        assert found["control_of"] == ["allocated-0.034mb"], key
     for row in by_role(rows, "cell"):
         assert row["status"] == "done" and row["error"] is None
         for name in (
             "bits_per_weight",
             "bytes",
             "perplexity",
-            "kl_to_student",
+            "perplexity_ratio",
             "kl_to_teacher",
+            "kl_to_teacher_low",
+            "kl_to_teacher_high",
             "top1_agreement",
             "accuracy",
             "retention",
@@ -80,9 +124,10 @@ def test_every_model_has_its_row(done: Done) -> None:
             assert math.isfinite(row[name]), name
         assert row["kernel"] and row["versions"]["hqq"]
         assert row["evaluated_with"] and row["resident_bytes"] > 0
-    student = by_role(rows, "student")[0]
     for row in by_role(rows, "cell"):
-        assert row["retention"] == pytest.approx(100 * row["accuracy"] / student["accuracy"])
+        (reference,) = by_role(rows, row["of"])
+        assert row["retention"] == pytest.approx(100 * row["accuracy"] / reference["accuracy"])
+        assert (row["kl_to_student"] is None) == (row["of"] == "teacher")
 
 
 def test_eight_bits_are_nearer_to_the_student_than_four(done: Done) -> None:
@@ -154,7 +199,8 @@ def test_chatter_goes_to_the_log(done: Done) -> None:
 
 def test_wandb_has_one_run_per_training_stage_and_cell(done: Done) -> None:
     stages = ["capture", "distill", "control", "report"]
-    ids = {run_id(done.run.url, "job", key): key for key in [*stages, *CELLS]}
+    cells = cell_keys(done)
+    ids = {run_id(done.run.url, "job", key): key for key in [*stages, *cells]}
     folders = {path.name.rpartition("-")[2]: path for path in done.folder.glob("wandb/offline-*")}
     assert set(folders) == set(ids) and len(folders) == len(ids)
     runs = {ids[name]: inspect(folder, "--summary") for name, folder in folders.items()}
@@ -163,7 +209,7 @@ def test_wandb_has_one_run_per_training_stage_and_cell(done: Done) -> None:
         assert runs[name]["summary"]["select_perplexity"] > 1
         folder = folders[run_id(done.run.url, "job", name)]
         assert [row["_step"] for row in history(folder)] == list(range(1, 31))
-    assert len({frozenset(runs[key]["config"]) for key in CELLS}) == 1, "flat, of one shape"
+    assert len({frozenset(runs[key]["config"]) for key in cells}) == 1, "flat, of one shape"
     for row in by_role(done.rows, "cell"):
         run = runs[row["key"]]
         for name in ("bits", "group_size", "method", "kernel"):
@@ -227,18 +273,107 @@ def test_edited_data_is_refused(done: Done) -> None:
     assert all("prepare" in line and "--redo prepare" in line for line in err.splitlines()), err
 
 
-def test_a_new_bit_width_runs_its_cells_alone(done: Done) -> None:
-    before = {key: done.run.read_text(f"cells/{key}/result.json") for key in CELLS}
+def test_recovery_is_chosen_on_select_and_never_worse_there(done: Done) -> None:
+    for size in (16, 32):
+        plain = done.run.read_json(f"cells/hqq-4b-g{size}/result.json")
+        found = done.run.read_json(f"cells/hqq-4b-g{size}-recovered/result.json")
+        assert plain["recovered"] is None and found["recovered"]["steps"] == 4
+        assert found["recovered"]["target"] == "teacher" and found["bytes"] == plain["bytes"]
+        assert found["select"]["kl_to_teacher"] <= plain["select"]["kl_to_teacher"] + 1e-9
+
+
+def test_the_allocated_cell_is_within_its_budget_and_was_chosen_on_select(done: Done) -> None:
+    found = done.run.read_json("cells/allocated-0.034mb/result.json")
+    decision = done.run.read_json("allocations/allocated-0.034mb.json")
+    assert found["bytes"] == decision["bytes"] <= 34_000 and found["budget_mb"] == 0.034
+    assert found["select"]["kl_to_student"] == pytest.approx(decision["select_kl"], rel=1e-9)
+    assert decision["select_kl"] == min(tried["select_kl"] for tried in decision["tried"])
+    controls = [f"hqq-{bits}b-g{size}" for bits, size in decision["controls"]]
+    sizes = [done.run.read_json(f"cells/{key}/result.json")["bytes"] for key in controls]
+    assert any(size >= found["bytes"] for size in sizes)
+
+
+def test_flips_add_up_with_accuracies(done: Done) -> None:
+    """The task needs no network: it is made of the job's own texts."""
+    references = {
+        role: done.run.read_json(f"evaluations/{role}.json") for role in ("student", "teacher")
+    }
+    for key in cell_keys(done):
+        found = done.run.read_json(f"cells/{key}/result.json")
+        task, own = found["tasks"]["heldout"], references[found["model"]]["tasks"]["heldout"]
+        assert task["documents"] == own["documents"] == 60
+        assert task["reference_accuracy"] == own["accuracy"]
+        flips = task["wrong_to_right"] - task["right_to_wrong"]
+        assert task["accuracy"] - own["accuracy"] == pytest.approx(flips / 60, abs=1e-12)
+        right = [a > b for a, b in zip(task["correct"], own["correct"], strict=True)]
+        assert sum(right) == task["wrong_to_right"]
+
+
+def test_references_are_gone_when_the_sweep_is_done(done: Done) -> None:
+    assert "references" not in done.run.list()
+
+
+def test_a_cell_is_recommended_and_can_be_exported(done: Done, tmp_path: Path) -> None:
     code, out, err = tiny.stillhouse(
-        "run", str(done.path), "sweep.bits=[8,4,2]", cwd=done.folder, WANDB_API_KEY=""
+        "report", str(done.run.local()), "--max-mb", "0.04", cwd=tmp_path
+    )
+    assert code == 0, err
+    (command,) = [line for line in out.splitlines() if line.startswith("stillhouse export")]
+    code, out, err = tiny.stillhouse(*shlex.split(command)[1:], cwd=tmp_path)
+    assert code == 0, out + err
+    code, out, err = tiny.stillhouse(
+        "report", str(done.run.local()), "--max-mb", "0.001", cwd=tmp_path
+    )
+    assert code == 2 and "the nearest is" in err
+
+
+def test_a_new_bit_width_and_an_extra_model_run_alone(done: Done, tmp_path: Path) -> None:
+    keys = cell_keys(done)
+    before = {key: done.run.read_text(f"cells/{key}/result.json") for key in keys}
+    student = str(done.run.local("student"))
+    other = str(tmp_path / "other")
+    code, out, err = tiny.stillhouse(
+        "quantize", student, "--bits", "3", "--group-size", "32", "--out", other, cwd=tmp_path
+    )
+    assert code == 0, out + err
+    # Its own bits and layers are those of an earlier decision: an allocated cell is decided anew.
+    code, out, err = tiny.stillhouse(
+        "run",
+        str(done.path),
+        "sweep.bits=[8,4,2]",
+        "sweep.budgets_mb=[]",
+        f"sweep.extra=[{{path: {other}}}]",
+        cwd=done.folder,
+        WANDB_API_KEY="",
     )
     assert code == 0, out + err
     assert "distill: done before, skipped" in out
     started = {
         e["key"] for e in read_events(done.run) if e["event"] == "cell_start" and e["attempt"] == 2
     }
-    assert started == {"hqq-2b-g16", "hqq-2b-g32"}
-    assert before == {key: done.run.read_text(f"cells/{key}/result.json") for key in CELLS}
+    assert started == {"hqq-2b-g16", "hqq-2b-g32", "teacher-hqq-2b-g32"}
+    assert before == {key: done.run.read_text(f"cells/{key}/result.json") for key in keys}
+    (extra,) = by_role(done.rows, "extra")
+    four, two = (
+        next(row for row in done.rows if row["key"] == f"hqq-{bits}b-g32") for bits in (4, 2)
+    )
+    assert extra["status"] == "done" and extra["technique"] == "quantized elsewhere (hqq-3b-g32)"
+    assert four["kl_to_student"] < extra["kl_to_student"] < two["kl_to_student"]
+
+
+def test_a_plain_folder_is_swept_by_one_command(done: Done, tmp_path: Path) -> None:
+    """No teacher, no training."""
+    command = ["quantize", str(done.run.local("student")), "--bits", "8,4", "--group-size", "32"]
+    settings = ["data.report_sequences=8", "data.select_sequences=8", "tracking.mode=disabled"]
+    recover = "sweep.recover={steps: 2, bits: [4]}"
+    texts = ["--data", str(done.folder / "texts" / "*.jsonl"), "--name", "alone"]
+    code, out, err = tiny.stillhouse(*command, *settings, recover, *texts, cwd=tmp_path)
+    assert code == 0, out + err
+    assert "hqq 8-bit g32" in out and "hqq 4-bit g32, recovered (2 steps)" in out
+    run = open_store(tmp_path / "runs" / "alone")
+    assert (
+        run.read_json("cells/hqq-4b-g32-recovered/result.json")["recovered"]["target"] == "student"
+    )
 
 
 def test_a_failing_cell_is_a_recorded_result(done: Done, tmp_path: Path) -> None:

@@ -90,6 +90,24 @@ def test_a_difference_is_tied_when_its_paired_interval_holds_zero() -> None:
     assert difference(first, candidates({"x": _shorter(a)}, OWN)[0]) is None  # other sequences
 
 
+def test_what_is_far_apart_is_no_tie_by_its_interval_either() -> None:
+    kls = np.geomspace(0.01, 0.02, 12)
+    cells = {str(kl): cell(float(kl), 100, i, 0.02 * i) for i, kl in enumerate(kls)}
+    known = candidates(cells, OWN)
+    answers = []
+    for a, b in zip(known, known[1:], strict=False):
+        found = difference(a, b)
+        assert found is not None and tied(a, b) == found.holds_zero
+        answers.append(found.holds_zero)
+    assert True in answers and False in answers
+    # One sequence that stands out, and 47 that are alike: that says nothing.
+    one = {**cells["0.01"], "select": {**cells["0.01"]["select"]}}
+    each = one["select"]["per_sequence"]
+    sums = [each["kl_to_reference"][0] + 1000, *each["kl_to_reference"][1:]]
+    one["select"]["per_sequence"] = {**each, "kl_to_reference": sums}
+    assert tied(*candidates({"a": one, "b": cells["0.01"]}, OWN))
+
+
 def _shorter(result: dict[str, Any]) -> dict[str, Any]:
     each = {name: values[:-1] for name, values in result["select"]["per_sequence"].items()}
     return {**result, "select": {**result["select"], "per_sequence": each}}

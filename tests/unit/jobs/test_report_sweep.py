@@ -131,6 +131,27 @@ def test_the_headline_is_of_the_students_plain_cells(rows: list[dict[str, Any]])
     assert "At 4 bits the teacher keeps" in headline(alone)
 
 
+def test_recovered_cells_are_not_in_the_headline_and_large_budgets_come_last(
+    tmp_path: Path,
+) -> None:
+    found = collect(
+        swept_run(
+            tmp_path,
+            bits=[4],
+            group_size=[64],
+            models=["student"],
+            budgets_mb=[5, 700],
+            recover={"steps": 9, "bits": [4]},
+        )
+    )
+    cells = {row["key"]: row for row in found if row["role"] == "cell"}
+    assert list(cells)[:2] == ["hqq-4b-g64", "hqq-4b-g64-recovered"]
+    assert list(cells)[-2:] == ["allocated-700mb", "allocated-5mb"]
+    kept = cells["hqq-4b-g64"]["retention"]
+    assert kept != cells["hqq-4b-g64-recovered"]["retention"]
+    assert f"At 4 bits it keeps {kept:.1f} % of its accuracy" in headline(found)
+
+
 @pytest.mark.parametrize("width", [80, 110, 160])
 def test_terminal_fits(rows: list[dict[str, Any]], width: int) -> None:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115

@@ -71,6 +71,15 @@ def test_rounded_bytes_never_exceed_the_budget(rows, free):
     assert sum(losses[name, option.key] for name, option in chosen.items()) >= expected[0]
 
 
+def test_rounding_that_adds_up_is_taken_back(monkeypatch):
+    """Every step of 149 bytes counts as one unit of 100; 12 such steps fit 12 units, not 1,200."""
+    monkeypatch.setattr(module, "UNITS", (1, 12))
+    options, losses = made([[(0, 1.0), (149 + (row == 0), 0.0)] for row in range(12)])
+    chosen = knapsack(options, losses, 1200)
+    assert options.total(chosen) <= 1200
+    assert sum(losses[name, option.key] for name, option in chosen.items()) <= 5  # 4 at best
+
+
 def large(seed: int, layers: int = 300, widths: int = 9) -> tuple[Options, dict]:
     """Layers of odd sizes whose losses fall with the bits, unevenly."""
     rng = np.random.default_rng(seed)
@@ -101,14 +110,14 @@ def test_300_layers_of_9_options_are_near_the_bound_in_no_time(share):
     options, losses = large(7)
     largest = options.fixed_bytes + sum(each[-1].bytes for each in options.layers.values())
     budget = options.smallest + int(share * (largest - options.smallest))
-    start = time.perf_counter()
+    start = time.process_time()
     chosen = knapsack(options, losses, budget)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     total = sum(losses[name, option.key] for name, option in chosen.items())
     bound = relaxed(options, losses, budget)
     assert bound * (1 - 1e-9) <= total <= 1.002 * bound, total / bound
     assert options.total(chosen) <= budget
-    assert seconds < 4, seconds  # 0.5 s on a quiet core
+    assert seconds < 2, seconds  # 0.4 s of one core
 
 
 def test_more_bytes_never_lose():

@@ -96,6 +96,21 @@ def test_the_model_is_afterwards_what_it_was(make_llama, batches):
     assert unchanged()
 
 
+def test_two_parameters_of_one_memory_are_one_weight(make_llama, batches):
+    base = QuantSpec(2, 32, "rtn", True, True)
+
+    def twofold():
+        model = make_llama(tied=True)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data, requires_grad=False)
+        return model
+
+    found = []
+    for make in (lambda: make_llama(tied=True), twofold):
+        options = layer_options(make(), base, [(2, 32)])
+        found.append(sensitivity(make(), make(), batches, pieces(options)))
+    assert found[0] == found[1]
+
+
 def test_weights_in_a_files_mapping_are_not_written_to(make_llama, batches, tmp_path):
     from quant.measured import load_model
 

@@ -28,6 +28,10 @@ def steps_of(rows: list[list[tuple[int, int]]]) -> Steps:
 
 def greedy(steps: Steps, chosen: dict, budget: int, fixed: set, up: bool) -> dict | None:
     made = dict(chosen)
+    for name in made.keys() - fixed if up else ():  # what is better in as few bytes
+        same = [(loss, o) for o, loss in steps.ladders[name] if o.bytes <= made[name].bytes]
+        if same and min(same, key=lambda pair: pair[0])[0] < steps.loss(name, made[name]):
+            made[name] = min(same, key=lambda pair: pair[0])[1]
     while up or steps.options.total(made) > budget:
         possible = []
         for name in made.keys() - fixed:
@@ -36,7 +40,7 @@ def greedy(steps: Steps, chosen: dict, budget: int, fixed: set, up: bool) -> dic
                 gain, more = steps.loss(name, now) - loss, option.bytes - now.bytes
                 fits = steps.options.total(made) + more <= budget
                 if up and gain > 0 and fits:
-                    possible.append((-gain / more if more > 0 else float("-inf"), name, option))
+                    possible.append((-gain / more, name, option))
                 if not up and more < 0:
                     possible.append((gain / more, name, option))
         if not possible:
