@@ -114,7 +114,7 @@ class Allocations:
             [(bits, size) for bits in self.sweep.bits for size in self.sweep.group_size],
             dict.fromkeys(self.sweep.keep_16bit),
         )
-        self.budgets = {key: _Budget(key, int(self.keys[key] * 1e6)) for key in todo}
+        self.budgets = {key: _Budget(key, round(self.keys[key] * 1e6)) for key in todo}
         found = self._read("allocations/sensitivities.json", fingerprint(self.inputs))
         if found is not None:
             self.losses = {(item["layer"], item["option"]): item for item in found["losses"]}
