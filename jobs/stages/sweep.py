@@ -297,8 +297,8 @@ class _Sweep:
 
     def _retried(self, key: str, why: str, attempt: int) -> None:
         name = key.partition("/")[2]
-        self.context.emit("cell_retry", stage="sweep", key=name, why=why, attempt=attempt)
-        self.context.reporter.say(f"sweep: {name} again (attempt {attempt}): {why}")
+        self.context.emit("cell_retry", stage="sweep", key=name, why=why, turn=attempt)
+        self.context.reporter.say(f"sweep: {name} runs again (attempt {attempt}): {why}")
 
     def _count(self) -> None:
         total = len(self.cells) + self.allocations.to_come()
