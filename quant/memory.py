@@ -19,6 +19,7 @@ from quant.targets import find_targets, meta_model
 PROCESS = 600_000_000
 CHUNK_TOKENS = 256  # of logits at a time, as in `quant.evaluate.evaluate`
 CHUNK_TENSORS = 7  # float32 tensors [chunk, vocab] at once: logits, log-probs and terms, two models
+TRAINING_TOKENS = 4096  # of a forward pass with gradients, as in recovery
 LAYER_TENSORS = 8  # tensors [batch, seq, hidden] at once in a block, besides its MLP's two
 
 
@@ -62,6 +63,8 @@ def cell_memory(
     model = meta_model(config)
     text = model.config.get_text_config()
     tokens = batch_sequences * sequence_length
+    if training:
+        tokens = max(TRAINING_TOKENS, sequence_length)
     weights = dense_bytes(model)
     codes, largest = 0, 0
     if spec is not None:

@@ -38,6 +38,7 @@ class _Budget:
     waiting: set[str] = field(default_factory=set)
     tried: dict[str, Any] = field(default_factory=dict)  # by task: the allocation
     measured: list[tuple[float, str]] = field(default_factory=list)
+    latest: set[str] = field(default_factory=set)  # of `tried`: the last round's
     rounds: int = 0
 
 
@@ -100,9 +101,9 @@ class Allocations:
 
     # Which tasks come next.
 
-    def first(self) -> list[Item]:
+    def first(self, anew: bool = False) -> list[Item]:
         """The first tasks of the budgets that are not decided: sensitivities, or candidates where
-        those are known."""
+        those are known and not to be measured anew."""
         from quant.allocate import layer_options, pieces_of
 
         todo = [key for key in self.keys if key not in self.decided]
@@ -115,7 +116,8 @@ class Allocations:
             dict.fromkeys(self.sweep.keep_16bit),
         )
         self.budgets = {key: _Budget(key, round(self.keys[key] * 1e6)) for key in todo}
-        found = self._read("allocations/sensitivities.json", fingerprint(self.inputs))
+        path = "allocations/sensitivities.json"
+        found = None if anew else self._read(path, fingerprint(self.inputs))
         if found is not None:
             self.losses = {(item["layer"], item["option"]): item for item in found["losses"]}
             return self._candidates()
@@ -187,12 +189,14 @@ class Allocations:
 
     def _measure(self, budget: _Budget, allocations: list[Any]) -> list[Item]:
         items: list[Item] = []
+        budget.latest = set()
         for allocation in allocations:
             if any(allocation.layers == other.layers for other in budget.tried.values()):
                 continue
             rest = str(len(budget.tried))
             budget.tried[rest] = allocation
             budget.waiting.add(rest)
+            budget.latest.add(rest)
             cell = self._cell(budget.key, allocation.layers)
             key = f"allocate/{budget.key}/{rest}"
             items.append((key, candidate_task, (self.source, cell), self._after()))
@@ -203,8 +207,7 @@ class Allocations:
         from quant.allocate import neighbours
 
         kl, best = min(budget.measured)
-        improved = int(best) >= len(budget.tried) - NEIGHBOURS or budget.rounds == 0
-        if budget.rounds < ROUNDS and improved:
+        if budget.rounds < ROUNDS and best in budget.latest:
             budget.rounds += 1
             near = neighbours(
                 self.options, budget.tried[best], self._kl(), budget.bytes, NEIGHBOURS

@@ -12,12 +12,14 @@ from cluster.spec import CellResources
 from jobs.cells.material import Source
 from jobs.errors import SpecErrors
 from jobs.stages.base import Context
+from quant.bytes import parameter_count
 from quant.grid import Cell
 from quant.memory import Forecast, cell_memory
 from quant.sweepspec import SweepSpec
 
 # Below so many weights a CPU core is as quick as a GPU, whose kernels take longer to start.
 GPU_WEIGHTS = 100_000_000
+RECOVERY = 10.0  # times as long as the cell alone, for the order of tasks
 
 
 def cell_resources(
@@ -58,8 +60,6 @@ class Needs:
     @staticmethod
     def of(context: Context, sources: dict[str, Source]) -> Needs:
         """Those of a run on its cluster. Raises SpecErrors if no cell could ever start."""
-        from quant.bytes import parameter_count
-
         spec = context.spec
         assert spec.sweep is not None and spec.data is not None
         asked = spec.resources.sweep
@@ -120,8 +120,8 @@ class Needs:
 
     def cost(self, cell: Cell, source: Source) -> float:
         """How long a cell takes beside others, roughly: the longest go first."""
-        size = 2.0 if cell.model == "teacher" else 1.0
-        return size + (100.0 if cell.recovered else 0.0)
+        weights = parameter_count(self.meta(source))
+        return weights * (RECOVERY if cell.recovered else 1.0)
 
     def exclusive(self) -> tuple[Need, int]:
         """What a task takes that is to be alone on its machine, and how many machines there are."""

@@ -144,14 +144,14 @@ class _Sweep:
             on_start=self._started,
             on_retry=self._retried,
         )
-        for cell in self.allocations.known():
+        for cell in [] if context.forced else self.allocations.known():
             self.cells.setdefault(cell.key, cell)
         todo = [cell for cell in self.cells.values() if not self._stands(cell)]
         again = keep.missing(self.sweep, self.results, context.run.store)
         todo += [self.cells[key] for key in again]
         for key in again:
             del self.results[key]
-        allocating = self.allocations.first()
+        allocating = self.allocations.first(anew=context.forced)
         loaded: set[str] = {cell.model for cell in todo}
         loaded |= {main_model(self.sweep)} if allocating else set()
         loaded |= {"student"} if self._extra_todo() else set()
@@ -243,7 +243,7 @@ class _Sweep:
         if kind == "cell":
             self._cell_ended(name, result)
         elif kind == "model" and failed:
-            raise RuntimeError(f"evaluating the {name}: {result.error}")
+            self._model_failed(name, result)
         elif kind == "extra" and failed:
             self._extra_failed(name, result)
         elif kind == "allocate":
@@ -281,6 +281,18 @@ class _Sweep:
         for key, error in self.allocations.take_failures():
             self.cells[key] = self.allocations.empty_cell(key)
             self._cell_ended(key, Failure(error, error, "error"))
+
+    def _model_failed(self, role: str, failure: Failure) -> None:
+        """Without the student there is nothing to compare; of the others what can be had is had."""
+        if role == "student":
+            raise RuntimeError(f"evaluating the {role}: {failure.error}")
+        self.failed_models[role] = failure.error
+        self.context.reporter.say(f"sweep: the {role} failed: {failure.error}")
+        if role == "teacher":  # its records are there, whatever its size
+            assert self.spec.teacher is not None
+            source = self.sources[role]
+            named = (source.name, self.spec.teacher, "")
+            self._add_task("model/teacher-records", teacher_task, named, ())
 
     def _extra_failed(self, name: str, failure: Failure) -> None:
         from quant.beside import failed_extra

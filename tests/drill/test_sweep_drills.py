@@ -215,7 +215,7 @@ def test_a_cell_killed_for_memory_is_recorded(folder: Path) -> None:
             assert balloon.stdout is not None and balloon.stdout.readline() == "full\n"
             tiny.wait_for(
                 run,
-                lambda e: e["event"] == "cell_done" and e["status"] == "failed",
+                lambda e: e["event"] == "cell_done" and "memory" in str(e["error"]),
                 process,
             )
         finally:
