@@ -8,20 +8,21 @@ from typing import Any
 from cluster.fanout import Cancelled, Failure, FanOut
 from jobs.cells import keep
 from jobs.cells.allocation import Allocations
-from jobs.cells.material import Material, Source
+from jobs.cells.exclusive import measure_speeds
+from jobs.cells.material import Material
 from jobs.cells.needs import Needs
 from jobs.cells.prints import (
     cell_fingerprint,
     extra_fingerprint,
     model_fingerprint,
-    reference_folder,
 )
+from jobs.cells.sources import sources_of
 from jobs.cells.work import (
+    call,
     cell_task,
     extra_task,
     model_task,
     reference_task,
-    speed_task,
     teacher_task,
 )
 from jobs.errors import Interrupted
@@ -52,7 +53,7 @@ class _Sweep:
         spec = context.spec
         assert spec.sweep is not None and spec.data is not None
         self.spec, self.sweep = spec, spec.sweep
-        self.sources = self._sources()
+        self.sources = sources_of(context)
         self.needs = Needs.of(context, self.sources)
         self.material = Material(
             sweep=spec.sweep,
@@ -79,31 +80,6 @@ class _Sweep:
         )
         self.pool: Any = None
         self.added: set[str] = set()  # tasks of this attempt
-
-    def _sources(self) -> dict[str, Source]:
-        """The 16-bit models of the run by role; the teacher only where it is loaded."""
-        spec, context = self.spec, self.context
-        assert spec.sweep is not None
-        trained = context.outputs.get("distill", {})
-        given = context.inputs.identities
-        student: Any = trained.get("student") or given.student
-        models: dict[str, tuple[Any, str, str, Any]] = {}
-        if spec.distill is not None:
-            store = context.run.store
-            models["student"] = (store.sub("student"), "main", spec.name, student)
-            if "control" in trained:
-                name = f"{spec.name} (control)"
-                models["control"] = (store.sub("control"), "main", name, trained["control"])
-        else:
-            model = str(spec.student.model)
-            models["student"] = (model, spec.student.revision, label(model), student)
-        if spec.teacher is not None:
-            model = spec.teacher.model
-            models["teacher"] = (model, spec.teacher.revision, label(model), given.teacher)
-        return {
-            role: Source(role, *told, reference_folder(role, spec, told[-1], context.outputs))
-            for role, told in models.items()
-        }
 
     # What is there already.
 
@@ -136,7 +112,7 @@ class _Sweep:
         """All cells that have no result yet, and the models beside them, as tasks."""
         context = self.context
         self.pool = FanOut(
-            _call,
+            call,
             need=self.needs.task(),
             retries=self.spec.resources.max_failures,
             limit_s=self.needs.limit_s,
@@ -317,64 +293,10 @@ class _Sweep:
         done = len(self.results)
         self.context.emit("progress", stage="sweep", done=done, total=total, unit="cells")
 
-    # Speed: the exclusive pass.
-
     def measure(self) -> None:
-        """Speeds of the cells that have none, one at a time on a machine, beside nothing else."""
-        context = self.context
-        todo = [
-            key
-            for key, result in self.results.items()
-            if result["status"] == "done"
-            and result.get("decode_tokens_per_s") is None
-            and result.get("model_kept")
-        ]
-        need, machines = self.needs.exclusive()
-        pool = FanOut(
-            _call,
-            need=need,
-            in_flight=machines,
-            limit_s=self.needs.limit_s,
-            should_stop=context.stop.is_set,
-        )
-        for key in todo:
-            source = self.sources[self.cells[key].model]
-            pool.add(key, speed_task, (self.material, key, source))
-        done = 0
-        for key, speeds in pool:
-            if isinstance(speeds, Failure):
-                context.reporter.say(f"sweep: no speed of {key}: {speeds.error}")
-                context.emit("speed_failed", stage="sweep", key=key, error=speeds.error)
-                print(speeds.detail)
-                continue
-            self.results[key] = {**self.results[key], **speeds}
-            done += 1
-            context.emit("progress", stage="speed", done=done, total=len(todo), unit="cells")
-        for role in self.sweep.models:
-            self._baseline(role)
-
-    def _baseline(self, role: str) -> None:
-        """The 16-bit model's own speed, measured beside its cells, goes to its evaluation."""
-        store = self.context.run.store
-        measured = [
-            result
-            for key, result in self.results.items()
-            if self.cells[key].model == role and result.get("baseline_decode_tokens_per_s")
-        ]
-        if not measured:
-            return
-        path = f"evaluations/{role}.json"
-        names = (
-            "decode_tokens_per_s",
-            "prefill_tokens_per_s",
-            "resident_bytes",
-            "energy_per_token_j",
-        )
-        middle = sorted(measured, key=lambda item: item["baseline_decode_tokens_per_s"])
-        chosen = middle[len(middle) // 2]
-        speeds = {name: chosen.get(f"baseline_{name}") for name in names}
-        speeds["device_name"] = chosen.get("device_name")
-        self.context.attempt.write_json(path, {**store.read_json(path), **speeds})
+        """Speeds of the cells that have none: the exclusive pass."""
+        models = {key: cell.model for key, cell in self.cells.items()}
+        measure_speeds(self.context, self.material, self.needs, self.sources, models, self.results)
 
     # The end.
 
@@ -409,15 +331,3 @@ class _Sweep:
             },
             "failed": failed,
         }
-
-
-def label(model: str) -> str:
-    """How a table calls a model: a hub id as it is, a folder by its last telling name."""
-    parts = [part for part in model.replace("\\", "/").split("/") if part]
-    if not model.startswith("/") and "://" not in model:
-        return model
-    return parts[-2] if len(parts) > 1 and parts[-1] in ("student", "control") else parts[-1]
-
-
-def _call(function: Any, arguments: tuple[Any, ...]) -> Any:
-    return function(*arguments)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-import quant.tasks  # noqa: E402
+import quant.taskfiles
+import quant.tasks
 from quant.linear import dense_weights
 from quant.quantize import quantize
 from quant.spec import QuantSpec
@@ -342,7 +343,7 @@ def test_tasks_by_name(monkeypatch, folder):
 
     arc = Path(lm_eval.tasks.__file__).parent / "arc"
     part = lm_eval.tasks.TaskManager(include_path=str(arc), include_defaults=False)
-    monkeypatch.setattr(quant.tasks, "_built_in", lambda: part)
+    monkeypatch.setattr(quant.taskfiles, "_built_in", lambda: part)
     assert check_tasks([Task(task="arc_easy"), Task(task="ai2_arc"), *local(folder)]) == []
     (found,) = check_tasks([Task(task="arc_easy"), Task(task="arc_esay")])
     assert found.startswith("sweep.tasks.1: lm-eval ") and "did you mean arc_easy" in found
