@@ -66,6 +66,10 @@ sweep:                     # null: stop after training
                            # activations in int8, one more cell
   embeddings: false        # true: quantize the input embeddings too, if tied together with head
   head: false              # true: quantize the output head too
+  models: [student]        # [teacher, student]: both quantized, and told which pays
+  budgets_mb: []           # for each size in 10^6 bytes a cell with bits chosen layer by layer
+  recover: null            # e.g. {{steps: 200}}: scales of 3- and 2-bit cells trained for a moment
+  tasks: []                # benchmarks of lm-eval, e.g. [arc_easy]
 
 resources:
   max_failures: 3          # lost workers and tasks that are replaced before the run fails

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,13 @@ class Source:
         if isinstance(self.model, Store):
             return str(self.model.fetch_folder(""))
         return str(find_model(f"{self.role}.model", self.model, self.revision))
+
+    def config_folder(self) -> Path:
+        """A local folder with the model's config, which may lack its weights."""
+        if isinstance(self.model, Store):
+            return self.model.fetch("config.json").parent
+        key = f"{self.role}.model"
+        return find_model(key, self.model, self.revision, weights=False)
 
 
 @dataclass(frozen=True)

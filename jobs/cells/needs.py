@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.fanout import Need
@@ -136,4 +135,4 @@ def _model(source: Source) -> Any:
     from quant.targets import meta_model
     from trainer.models import read_config
 
-    return meta_model(read_config(Path(source.folder())))
+    return meta_model(read_config(source.config_folder()))
