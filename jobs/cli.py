@@ -196,7 +196,7 @@ def report(
         str, typer.Option(metavar="URL", help="Where runs given by name are.")
     ] = "./runs",
 ) -> int:
-    """Rebuild the report of each RUN, compare them, and recommend a cell of one.
+    """Rebuild reports, compare runs, recommend a cell.
 
     Limits hold together; what is recommended is chosen on the part select alone.
     """

@@ -166,7 +166,7 @@ def test_all_mistakes_of_a_run_are_told_at_once(capsys: pytest.CaptureFixture[st
         "error: --until and --only: may not be given together; see stillhouse run --help",
         'error: --address: got "there"; may be auto, local or HOST:PORT; see stillhouse run --help',
         'error: override "x": may be key=value, e.g. distill.steps=100',
-        "error: steps: unknown key; did you mean distill.steps?",
+        "error: steps: unknown key; did you mean distill.steps or sweep.recover.steps?",
     ]
 
 

@@ -277,8 +277,8 @@ def test_a_wrong_value_of_responses_is_one_line(file: Path, override: str, line:
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
-        ("stpes", "did you mean distill.steps?"),
-        ("steps", "did you mean distill.steps?"),
+        ("stpes", "did you mean distill.steps or sweep.recover.steps?"),
+        ("steps", "did you mean distill.steps or sweep.recover.steps?"),
         ("model", "did you mean teacher.model, student.model or responses.from.model?"),
         ("studnet", "did you mean student?"),
         ("distill.stepz", "did you mean distill.steps?"),
@@ -307,7 +307,7 @@ student: {model: ./x, revision: v2}
 teacher: {model: a/b, dtype: fp16}
 data: {train: [{source: a, wieght: 2}], sequence_length: 100}
 distill: {zero_stage: true, micro_batch: 0, tokens_per_step: 1001, temperature: 2}
-sweep: {bits: [8], tasks: []}
+sweep: {bits: [8], cells: []}
 """,
     ) == [
         "name: missing; may be text",
@@ -315,9 +315,10 @@ sweep: {bits: [8], tasks: []}
         "data.train.0.wieght: unknown key; did you mean data.train.0.weight?",
         "distill.zero_stage: got true; may be 1, 2 or 3",
         "distill.micro_batch: got 0; may be auto or a whole number from 1",
-        "sweep.tasks: unknown key; may be bits, group_size, methods, embeddings, head, "
-        "keep_16bit, batch_sequences, speed_prompt_tokens or speed_decode_tokens",
-        "steps: unknown key; did you mean distill.steps?",
+        "sweep.cells: unknown key; may be bits, group_size, methods, embeddings, head, exclude, "
+        "models, extra, budgets_mb, recover, tasks, keep_models, keep_16bit, batch_sequences, "
+        "speed_prompt_tokens or speed_decode_tokens",
+        "steps: unknown key; did you mean distill.steps or sweep.recover.steps?",
         "distill.tokens_per_step: got 1001; may be a multiple of data.sequence_length (100), "
         "e.g. 1000",
         "distill.temperature: got 2.0; may be 1 with cache.method: sample; others need method: "

@@ -279,7 +279,7 @@ def test_only_results_with_select_have_a_recommendation(tmp_path: Path) -> None:
 
 def test_tracked_cells_keep_one_shape(run: Store) -> None:
     configs = [one.config for one in plan(load_run(run)) if one.job_type == "cell"]
-    assert len(configs) == 24 and len({frozenset(config) for config in configs}) == 1
+    assert len(configs) == 25 and len({frozenset(config) for config in configs}) == 1
     assert not any(isinstance(value, dict | list) for one in configs for value in one.values())
 
 

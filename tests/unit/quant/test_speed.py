@@ -165,7 +165,7 @@ def test_peak_memory_is_the_weights_and_what_a_pass_takes(make_llama, pieces):
     large, _ = peak_memory(model, prompt, 3)
     for hook in hooks:
         hook.remove()
-    assert large is not None and abs(large - small - 64 * MB) < 6 * MB, keep.sum()
+    assert large is not None and abs(large - small - 64 * MB) < 13 * MB, keep.sum()
 
 
 @needs_marks
