@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def reference_task(material: Material, source: Source, print_: str) -> dict[str, Any]:
-    """Evaluates a 16-bit model that cells are made of, and stores its final hidden states.
+def model_task(
+    material: Material, source: Source, print_: str, references: bool = False
+) -> dict[str, Any]:
+    """Evaluates a 16-bit model and publishes evaluations/<role>.json.
 
-    Publishes evaluations/<role>.json and the references; the evaluation comes last.
+    references: cells are made of it, so its final hidden states are stored too, before that.
     """
     from quant.beside import evaluate_model
 
@@ -34,7 +36,7 @@ def reference_task(material: Material, source: Source, print_: str) -> dict[str,
         todo = {
             part: f"{temporary}/{part}"
             for part in PARTS
-            if not store.exists(f"{source.references}/{part}/meta.json")
+            if references and not store.exists(f"{source.references}/{part}/meta.json")
         }
         result = evaluate_model(
             source.folder(),
@@ -47,23 +49,6 @@ def reference_task(material: Material, source: Source, print_: str) -> dict[str,
         )
         for part, folder in todo.items():
             upload(material.attempt, Path(folder), f"{source.references}/{part}", "meta.json")
-    result["fingerprint"] = print_
-    material.attempt.write_json(f"evaluations/{source.role}.json", result)
-    return result
-
-
-def model_task(material: Material, source: Source, print_: str) -> dict[str, Any]:
-    """Evaluates an unquantized model and publishes evaluations/<role>.json."""
-    from quant.beside import evaluate_model
-
-    result = evaluate_model(
-        source.folder(),
-        material.part("report"),
-        material.part("select"),
-        source.role,  # type: ignore[arg-type]
-        source.name,
-        setting=material.setting(),
-    )
     result["fingerprint"] = print_
     material.attempt.write_json(f"evaluations/{source.role}.json", result)
     return result

@@ -22,7 +22,6 @@ from jobs.cells.work import (
     cell_task,
     extra_task,
     model_task,
-    reference_task,
     teacher_task,
 )
 from jobs.errors import Interrupted
@@ -157,7 +156,7 @@ class _Sweep:
             )
             loads = role in references or (role == "teacher" and self.sweep.tasks)
             if role in references and not (done and stored):
-                self._add_task(f"model/{role}", reference_task, (source, print_), ())
+                self._add_task(f"model/{role}", model_task, (source, print_, True), ())
             elif done:
                 continue
             elif role == "teacher" and not loads:
