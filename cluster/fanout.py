@@ -101,6 +101,10 @@ class FanOut:
         else:
             self._waiting.add(job, (name for name in after if name not in self._ends))
 
+    def __contains__(self, key: str) -> bool:
+        """Whether a task of this key was added."""
+        return key in self._known
+
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Yields (key, what the function returned or a Failure) as tasks end, until none is left.
 

@@ -26,7 +26,7 @@ VERSION = 1
 CANDIDATES = 4  # measured whole, of each budget
 NEIGHBOURS = 4  # of the best of them, measured in each round
 ROUNDS = 2
-Item = tuple[str, Any, tuple[Any, ...], tuple[str, ...]]
+Item = tuple[str, Any, tuple[Any, ...]]  # key of a task, its function, and arguments
 
 
 @dataclass
@@ -126,13 +126,8 @@ class Allocations:
         for number, piece in enumerate(pieces):
             name = f"sensitivity/{number}"
             self.pieces.add(name)
-            items.append(
-                (f"allocate/{name}", sensitivity_task, (self.source, piece), self._after())
-            )
+            items.append((f"allocate/{name}", sensitivity_task, (self.source, piece)))
         return items
-
-    def _after(self) -> tuple[str, ...]:
-        return (f"model/{self.source.role}",)
 
     def ended(self, name: str, result: Any) -> tuple[list[Item], list[Cell]]:
         """Takes the result of a task; returns further tasks, and cells that are decided now."""
@@ -199,7 +194,7 @@ class Allocations:
             budget.latest.add(rest)
             cell = self._cell(budget.key, allocation.layers)
             key = f"allocate/{budget.key}/{rest}"
-            items.append((key, candidate_task, (self.source, cell), self._after()))
+            items.append((key, candidate_task, (self.source, cell)))
         return items
 
     def _next_round(self, budget: _Budget) -> tuple[list[Item], list[Cell]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.storage import Attempt, Store
+from jobs.report.front import front_keys
 from quant.sweepspec import SweepSpec
 
 
@@ -21,20 +22,13 @@ def complete(sweep: SweepSpec, result: dict[str, Any], store: Store, key: str) -
     return measured and sweep.keep_models != "all"
 
 
-def on_front(results: dict[str, dict[str, Any]]) -> set[str]:
-    """The cells that no other beats in true bytes and KL on select; ties are on it too."""
-    from jobs.report.recommend import front_keys
-
-    return front_keys(results)
-
-
 def missing(sweep: SweepSpec, results: dict[str, dict[str, Any]], store: Store) -> list[str]:
     """Cells on the front whose models an earlier sweep did not keep."""
     if sweep.keep_models != "pareto":
         return []
     return [
         key
-        for key in sorted(on_front(results))
+        for key in sorted(front_keys(results))
         if not store.exists(f"cells/{key}/model/config.json")
     ]
 
@@ -43,7 +37,7 @@ def drop(sweep: SweepSpec, results: dict[str, dict[str, Any]], attempt: Attempt)
     """Deletes the models that are not kept, of cells that are measured; returns their keys."""
     if sweep.keep_models == "all":
         return []
-    kept = on_front(results) if sweep.keep_models == "pareto" else set()
+    kept = front_keys(results) if sweep.keep_models == "pareto" else set()
     dropped = []
     for key, result in results.items():
         place = f"cells/{key}/model"

@@ -7,7 +7,7 @@ quality is `quant`'s.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,6 @@ class Material:
     threads: int
     speed_threads: int
     gpus: float
-    sequence_length: int
     seed: int = 0
     data: DataSpec | None = None
     distill: DistillSpec | None = None
@@ -79,10 +78,6 @@ class Material:
     @property
     def device(self) -> str:
         return "cuda" if self.gpus else "cpu"
-
-    def on(self, gpus: float, threads: int | None = None) -> Material:
-        """The same for a task with so many GPUs, and threads."""
-        return replace(self, gpus=gpus, threads=threads or self.threads)
 
     def batches(self, part: str = "report") -> Iterator[Batch]:
         """A part in batches of fixed size."""
@@ -98,14 +93,14 @@ class Material:
         reader = CacheReader(self.cache, "eval")
         return (teacher_batch(reader, batch) for batch in self.batches(part))
 
-    def part(self, name: str, source: Source | None = None, here: bool = True) -> Any:
-        """A `quant.measured.Part`; with the stored reference of `source` where there is one."""
+    def part(self, name: str, source: Source | None = None) -> Any:
+        """A `quant.measured.Part`; with the stored reference of `source` if one is given."""
         from functools import partial
 
         from quant.measured import Part
 
         reference = None
-        if source is not None and here:
+        if source is not None:
             reference = str(self.attempt.store.fetch_folder(f"{source.references}/{name}"))
         records = None if self.cache is None else partial(self.records, name)
         return Part(partial(self.batches, name), records, reference)
@@ -120,7 +115,6 @@ class Material:
             self.vocab,
             self.sweep.tasks,
             self.sweep.batch_sequences,
-            None,
         )
 
 

@@ -84,12 +84,8 @@ class Needs:
         """A cell's."""
         return Need(self.cpus, self.gpus, self._memory(cell, source))
 
-    def model(self, sources: dict[str, Source], key: str) -> Need:
+    def model(self, source: Source) -> Need:
         """A task's that evaluates a 16-bit model, or quantizes single layers of it."""
-        role = key.partition("/")[2]
-        source = sources.get(role, sources["student"])
-        if key == "model/teacher" and "teacher" not in self.sweep.models and not self.sweep.tasks:
-            return self.task()  # its records alone
         return Need(self.cpus, self.gpus, self._memory(None, source))
 
     def _memory(self, cell: Cell | None, source: Source) -> int:

@@ -186,9 +186,10 @@ def _reference_tasks(material: Material, source: Source) -> dict[str, Any] | Non
 def upload(attempt: Attempt, folder: Path, place: str, last: str | None = None) -> None:
     """Uploads a folder. What an earlier version had left there under other names goes: programs
     that look for those names would take it for theirs. The file `last` comes last."""
-    attempt.upload_folder(folder, place) if last is None else _upload_in_order(
-        attempt, folder, place, last
-    )
+    if last is None:
+        attempt.upload_folder(folder, place)
+    else:
+        _upload_in_order(attempt, folder, place, last)
     for name in attempt.store.sizes(place).keys() - {path.name for path in folder.iterdir()}:
         attempt.store.delete(f"{place}/{name}")
 

@@ -16,14 +16,13 @@ from jobs.report.front import (
     TEACHER,
     Candidate,
     candidates,
-    front_keys,
     model_of,
     tied,
     yardstick,
 )
 from jobs.report.source import RunData, number
 
-__all__ = ["Recommendation", "front_keys", "in_words", "recommend"]
+__all__ = ["Recommendation", "in_words", "recommend"]
 ENOUGH = 99.0  # percent of the accuracy that is to be kept where no limit is given
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from cluster.fanout import Cancelled, Failure, FanOut
 from jobs.cells import keep
-from jobs.cells.allocation import Allocations
+from jobs.cells.allocation import Allocations, Item
 from jobs.cells.exclusive import measure_speeds
-from jobs.cells.material import Material
+from jobs.cells.material import Material, Source
 from jobs.cells.needs import Needs
 from jobs.cells.prints import (
     cell_fingerprint,
@@ -50,7 +51,7 @@ class _Sweep:
     def __init__(self, context: Context) -> None:
         self.context = context
         spec = context.spec
-        assert spec.sweep is not None and spec.data is not None
+        assert spec.sweep is not None
         self.spec, self.sweep = spec, spec.sweep
         self.sources = sources_of(context)
         self.needs = Needs.of(context, self.sources)
@@ -63,7 +64,6 @@ class _Sweep:
             threads=self.needs.cpus,
             speed_threads=max(1, min(cpus for cpus, _ in context.cluster.nodes)),
             gpus=self.needs.gpus,
-            sequence_length=spec.data.sequence_length,
             seed=spec.seed,
             data=learnt_data(spec),
             distill=spec.distill,
@@ -78,7 +78,6 @@ class _Sweep:
             spec.sweep, self.material, self.sources[main], self.needs, context.outputs
         )
         self.pool: Any = None
-        self.added: set[str] = set()  # tasks of this attempt
 
     # What is there already.
 
@@ -134,7 +133,7 @@ class _Sweep:
         for cell in todo:
             self._add(cell)
         for item in allocating:
-            self._add_task(*item)
+            self._allocate(item)
         self._take_failures()
         self._count()
         for key, result in self.pool:
@@ -156,19 +155,20 @@ class _Sweep:
             )
             loads = role in references or (role == "teacher" and self.sweep.tasks)
             if role in references and not (done and stored):
-                self._add_task(f"model/{role}", model_task, (source, print_, True), ())
+                self._add_task(f"model/{role}", model_task, (source, print_, True), source)
             elif done:
                 continue
             elif role == "teacher" and not loads:
                 assert self.spec.teacher is not None
                 named = (source.name, self.spec.teacher, print_)
-                self._add_task(f"model/{role}", teacher_task, named, ())
+                self._add_task(f"model/{role}", teacher_task, named)
             else:
-                self._add_task(f"model/{role}", model_task, (source, print_), ())
+                self._add_task(f"model/{role}", model_task, (source, print_), source)
         for extra, print_ in self._extra_todo():
-            arguments = (extra, self.sources["student"], print_)
+            student = self.sources["student"]
             after = self._reference("student")
-            self._add_task(f"extra/{extra.label}", extra_task, arguments, after)
+            key = f"extra/{extra.label}"
+            self._add_task(key, extra_task, (extra, student, print_), student, after)
 
     def _extra_todo(self) -> list[tuple[Any, str]]:
         """Models quantized elsewhere that are not evaluated yet, with their fingerprints."""
@@ -183,12 +183,11 @@ class _Sweep:
     def _reference(self, role: str) -> tuple[str, ...]:
         """What has to end before cells of a model can start."""
         key = f"model/{role}"
-        return (key,) if key in self.added else ()
+        return (key,) if key in self.pool else ()
 
     def _add(self, cell: Cell) -> None:
         self.cells[cell.key] = cell
         source = self.sources[cell.model]
-        self.added.add(f"cell/{cell.key}")
         self.pool.add(
             f"cell/{cell.key}",
             cell_task,
@@ -198,17 +197,29 @@ class _Sweep:
             priority=self.needs.cost(cell, source),
         )
 
-    def _add_task(self, key: str, task: Any, arguments: tuple[Any, ...], after: Any) -> None:
-        waits = tuple(name for name in after if name in self.added)
-        self.added.add(key)
+    def _add_task(
+        self,
+        key: str,
+        task: Any,
+        arguments: tuple[Any, ...],
+        loads: Source | None = None,
+        after: Sequence[str] = (),
+    ) -> None:
+        """A task beside the cells; loads: the 16-bit model that it takes the memory of."""
         self.pool.add(
             key,
             task,
             (self.material, *arguments),
-            need=self.needs.model(self.sources, key),
-            after=waits,
+            need=self.needs.task() if loads is None else self.needs.model(loads),
+            after=after,
             priority=float("inf"),
         )
+
+    def _allocate(self, item: Item) -> None:
+        """A task that an allocation asks for."""
+        key, task, arguments = item
+        main = main_model(self.sweep)
+        self._add_task(key, task, arguments, self.sources[main], self._reference(main))
 
     def _ended(self, key: str, result: Any) -> None:
         kind, _, name = key.partition("/")
@@ -224,7 +235,7 @@ class _Sweep:
         elif kind == "allocate":
             more, cells = self.allocations.ended(name, result)
             for item in more:
-                self._add_task(*item)
+                self._allocate(item)
             for cell in cells:
                 if cell.key not in self.cells and not self._stands(cell):
                     self._add(cell)
@@ -267,7 +278,7 @@ class _Sweep:
             assert self.spec.teacher is not None
             source = self.sources[role]
             named = (source.name, self.spec.teacher, "")
-            self._add_task("model/teacher-records", teacher_task, named, ())
+            self._add_task("model/teacher-records", teacher_task, named)
 
     def _extra_failed(self, name: str, failure: Failure) -> None:
         from quant.beside import failed_extra
