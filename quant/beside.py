@@ -26,7 +26,7 @@ from quant.measured import (
     versions,
 )
 from quant.memory import Peak
-from quant.reference import write_reference
+from quant.reference import StoredReference, write_reference
 from quant.spec import QuantSpec
 
 Role = Literal["teacher", "student", "control"]
@@ -55,10 +55,13 @@ def evaluate_model(
     model = None
     if role != "teacher" or references or setting.tasks:
         model = load_model(model_folder, setting.device)
+    stored: dict[str, Any] = {}
     for part_name, folder in (references or {}).items():
         part = parts[part_name]
         assert part is not None and model is not None
-        write_reference(model, part.batches(), folder, setting.device)
+        meta = write_reference(model, part.batches(), folder, setting.device)
+        if meta["kind"] == "hidden":  # its answers, without running it a second time
+            stored[part_name] = StoredReference(folder, model_folder, setting.device)
     found: dict[str, dict[str, Any] | None] = {}
     for part_name, part in parts.items():
         if part is None:
@@ -71,7 +74,7 @@ def evaluate_model(
             assert model is not None
             found[part_name] = metrics(
                 evaluate(
-                    model,
+                    stored.get(part_name, model),
                     part.batches(),
                     None,
                     part.records() if part.records is not None else None,

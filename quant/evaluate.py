@@ -32,7 +32,7 @@ BLOCK = 1 << 18  # logits whose distributions are compared at a time: what a CPU
 
 @torch.inference_mode()
 def evaluate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StoredReference,
     batches: Iterable[Batch],
     reference: PreTrainedModel | StoredReference | None = None,
     teacher_records: Iterable[TeacherRecords] | None = None,
@@ -43,7 +43,7 @@ def evaluate(
     """Measure `model`, also against an unquantized `reference` and a teacher's records.
 
     Models are moved to `device`, put into eval mode, and run in the dtype they have; softmax and
-    divergences are float32, sums float64. A reference may be a model, or what was stored of one.
+    divergences are float32, sums float64. Both may be models, or what was stored of one.
     `teacher_records` is aligned with `batches`. `chunk_tokens` bounds memory: a few float32 tensors
     `[chunk_tokens, vocab]`. Ids from `vocab` on do not exist: rows that a head has beyond its
     tokenizer are left out, as in training.
@@ -68,11 +68,9 @@ def evaluate(
     Raises ValueError when no position counts, records and batches differ in shape or number, or a
     stored reference was made of other batches; FloatingPointError when a loss is not finite.
     """
-    models: list[nn.Module] = [
-        model,
-        *([reference] if isinstance(reference, PreTrainedModel) else []),
-    ]
-    for module in models:
+    stored = [each for each in (model, reference) if isinstance(each, StoredReference)]
+    live: list[nn.Module] = [each for each in (model, reference) if isinstance(each, nn.Module)]
+    for module in live:
         module.to(device).eval()
     columns: list[Columns] = []
     data = DataHash()
@@ -80,13 +78,9 @@ def evaluate(
         sequences, index = sum(data.batch_sizes), len(data.batch_sizes)
         seen = data.add(batch)
         ids, counted, targets = inputs(batch, device)
-        positions = place(batch.position_ids, device)
-        own: HeadLogits = CountedLogits(model, ids, positions, counted)
-        other: HeadLogits | None = None
-        if isinstance(reference, StoredReference):
-            other = reference.batch(index, seen)
-        elif reference is not None:
-            other = CountedLogits(reference, ids, positions, counted)
+        tokens = (ids, place(batch.position_ids, device), counted)
+        own = _logits(model, index, seen, *tokens)
+        other = None if reference is None else _logits(reference, index, seen, *tokens)
         teacher = {} if records is None else _teacher_columns(batch, records)
         record = () if records is None else sparse(records, counted, device)
         rows = counted.nonzero()[:, 0] + sequences
@@ -100,9 +94,23 @@ def evaluate(
             )
             found["sequence"] = rows[first:last].cpu().numpy()
             columns.append(found | {name: each[first:last] for name, each in teacher.items()})
-    if isinstance(reference, StoredReference):
-        reference.check_end(len(data.batch_sizes))
+    for each in stored:
+        each.check_end(len(data.batch_sizes))
     return summary(joined(columns), data)
+
+
+def _logits(
+    of: PreTrainedModel | StoredReference,
+    index: int,
+    seen: str,
+    ids: Tensor,
+    positions: Tensor,
+    counted: Tensor,
+) -> HeadLogits:
+    """Logits of batch `index`: of a model run now, or of what was stored of one."""
+    if isinstance(of, StoredReference):
+        return of.batch(index, seen)
+    return CountedLogits(of, ids, positions, counted)
 
 
 def teacher_metrics(

@@ -66,7 +66,7 @@ class Part:
 class Setting:
     """How models are evaluated: threads of torch, device, ids that exist, benchmark tasks.
 
-    batch_sequences: sequences of a batch, of tasks too. max_length: of a task's texts, in tokens.
+    batch_sequences: texts of a batch in a task.
     """
 
     threads: int = 1
@@ -74,7 +74,6 @@ class Setting:
     vocab: int | None = None
     tasks: Sequence[Task] = ()
     batch_sequences: int = 8
-    max_length: int | None = None
 
 
 def versions() -> dict[str, str]:
@@ -165,8 +164,7 @@ def tasks_of(
     from quant.tasks import compare_tasks, run_tasks
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    length = setting.max_length
-    found = run_tasks(model, tokenizer, list(setting.tasks), setting.batch_sequences, length)
+    found = run_tasks(model, tokenizer, setting.tasks, setting.batch_sequences)
     if reference is None:
         return found
     compared = compare_tasks(dict(reference), found)

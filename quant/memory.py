@@ -82,19 +82,18 @@ def cell_memory(
     activations = block + scores
     if training:
         activations *= max(1, getattr(text, "num_hidden_layers", 1))
-    parts = {
+    parts: dict[str, int] = {
         "16-bit weights": weights if spec is not None or cuda else 0,
         "codes": codes,
-        "quantizing a layer": 12 * largest,
+    }
+    quantizing = {"quantizing a layer": 12 * largest}
+    evaluating = {
         "activations": activations,
         "logits": (CHUNK_TENSORS * CHUNK_TOKENS * 4 + 6 * tokens * tasks) * text.vocab_size,
     }
     # Quantizing is over when the evaluation begins: the larger of the two counts.
-    later = parts["activations"] + parts["logits"]
-    smaller = "quantizing a layer" if parts["quantizing a layer"] < later else "logits"
-    if smaller == "logits":
-        parts["activations"] = 0
-    parts[smaller] = 0
+    later = sum(evaluating.values()) >= sum(quantizing.values())
+    parts |= evaluating if later else quantizing
     if training:
         parts["gradients"] = 4 * largest * 4
     parts = {name: size for name, size in parts.items() if size}

@@ -223,6 +223,8 @@ def test_a_stored_reference_gives_the_numbers_of_the_model_beside(
     stored = {name: str(tmp_path / name) for name in parts}
     low = evaluate_model(student, parts["report"], parts["select"], "student", references=stored)
     assert low["select"]["tokens"] < low["tokens"]
+    # Evaluated from what was stored: the numbers of a pass of its own.
+    assert low == evaluate_model(student, parts["report"], parts["select"], "student")
     beside = run_cell(CELL, student, parts["report"], parts["select"])
     found = run_cell(
         CELL,
