@@ -6,11 +6,21 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Any
 
-# What travels to the workers of a running cluster, and what must not.
-_EXCLUDES = [".git", ".venv", "runs", "wandb", "**/__pycache__", ".*_cache", "*.egg-info"]
+from cluster.package import check_size, checkout, ray_excludes, travelling
+
+# After Ray's end its processes have so long to go by themselves.
+END_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """CPUs and GPUs, shares included."""
+
+    cpus: float
+    gpus: float
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,7 @@ class Cluster:
     nodes: tuple[tuple[int, int], ...]  # CPUs and GPUs of each
     embedded: bool
     machines: int = 1  # hosts; several nodes of a test may be on one
+    gpu_types: tuple[str, ...] = ()  # of the nodes that have GPUs, as Ray calls them; each once
 
     @property
     def cpus(self) -> int:
@@ -50,7 +61,8 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
     """Connects to Ray for the time of the block; an embedded cluster ends with it.
 
     address: None (RAY_ADDRESS if set, else embedded), "local" (embedded), "auto", or HOST:PORT.
-    Raises ConnectionError if there is no cluster at the address.
+    Raises ConnectionError if there is no cluster at the address, TooLarge for a checkout that
+    would have to travel there and is too large.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -61,53 +73,89 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
 
     where = target(address)
     embedded = where == "local"
+    before = _children()
     if embedded:
         # Not RAY_ADDRESS: with it set, a plain init would join that cluster instead.
         ray.init(address="local", dashboard_host="127.0.0.1", logging_level=logging.INFO)
     else:
-        inside_job = "RAY_JOB_ID" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-        root = Path(__file__).resolve().parent.parent
-        environment = None if inside_job else {"working_dir": str(root), "excludes": _EXCLUDES}
         try:
-            ray.init(address=where, runtime_env=environment, logging_level=logging.INFO)
+            ray.init(address=where, runtime_env=_environment(), logging_level=logging.INFO)
         except ConnectionError as error:
             raise ConnectionError(
                 f"no Ray cluster at {where}; start one with `ray start --head`, or leave "
                 "--address out for an embedded one"
             ) from error
+    started = [process for process in _children() if process not in before] if embedded else []
     try:
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        nodes = tuple(
-            (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
-            for node in alive
-        )
-        machines = len({node["NodeManagerHostname"] for node in alive})
-        yield Cluster(where, nodes, embedded, machines)
+        yield refresh(Cluster(where, (), embedded))
     finally:
+        started += [child for process in started for child in _children(process)]
         ray.shutdown()
+        _outlive(started)
 
 
-def nodes_without(path: str, cluster: Cluster) -> list[str]:
-    """Addresses of the cluster's nodes on which the file `path` is not there."""
-    if len(cluster.nodes) == 1 and cluster.embedded:
-        return []
+def inside_job() -> bool:
+    """Whether this process is the driver of a Ray job, to which the checkout has travelled."""
+    return "RAY_JOB_ID" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def refresh(cluster: Cluster) -> Cluster:
+    """The cluster with the nodes that it has now."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(_exists)
-    asked = [
-        (
-            node["NodeManagerAddress"],
-            look.options(
-                num_cpus=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-            ).remote(path),
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-    return [address for address, reference in asked if not ray.get(reference)]
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    resources = [node["Resources"] for node in alive]
+    types = {name.partition(":")[2] for each in resources for name in each if _is_type(name)}
+    return replace(
+        cluster,
+        nodes=tuple((int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in resources),
+        machines=len({node["NodeManagerHostname"] for node in alive}),
+        gpu_types=tuple(sorted(types)),
+    )
 
 
-def _exists(path: str) -> bool:
-    return os.path.exists(path)
+def free() -> tuple[Resources, Resources]:
+    """What the cluster that this process is connected to has, and what of that is free now."""
+    import ray
+
+    both = ray.cluster_resources(), ray.available_resources()
+    has, idle = (Resources(each.get("CPU", 0), each.get("GPU", 0)) for each in both)
+    return has, idle
+
+
+def _is_type(resource: str) -> bool:
+    return resource.startswith("accelerator_type:")
+
+
+def _environment() -> dict[str, Any] | None:
+    """The runtime environment of this driver's workers: the checkout, unless a job brought it."""
+    if inside_job():
+        return None
+    root = checkout()
+    check_size(travelling(root), root)
+    return {"working_dir": str(root), "excludes": ray_excludes()}
+
+
+def _children(process: Any = None) -> list[Any]:
+    """Processes that this one, or `process`, has started; of the latter also theirs."""
+    import psutil
+
+    if process is None:
+        return psutil.Process().children()
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _outlive(processes: list[Any]) -> None:
+    """Returns when the processes of an embedded Ray are gone; ends those that linger."""
+    import psutil
+
+    _, alive = psutil.wait_procs(processes, timeout=END_SECONDS)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=END_SECONDS)

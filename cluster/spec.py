@@ -100,3 +100,20 @@ class ResourcesSpec(Section):
     max_failures: int = Field(
         3, ge=0, description="How often a lost worker or task is replaced before the run fails."
     )
+    growth_minutes: float = Field(
+        0.0,
+        ge=0,
+        description="How long a cluster that is too small for the job may take to grow, in "
+        "minutes. 0: the job is refused at once.",
+    )
+    placement_minutes: float = Field(
+        60.0,
+        gt=0,
+        description="How long workers may take to be placed and to start, in minutes; e.g. while "
+        "other jobs hold the GPUs.",
+    )
+    collective_minutes: float = Field(
+        30.0,
+        gt=0,
+        description="Ranks that wait for each other longer end with an error, in minutes.",
+    )

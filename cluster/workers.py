@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.losses import loss_callback
 from cluster.session import Cluster
 from cluster.spec import WorkerResources
-
-# Ranks that wait for each other longer end with an error.
-COLLECTIVE_TIMEOUT_MINUTES = 30.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,19 @@ def fit_group(key: str, asked: WorkerResources, cluster: Cluster) -> Group:
     return Group(workers, cpus, gpus, fewest)
 
 
+def is_pending(group: Group) -> bool:
+    """Whether workers like those of `group` wait to be placed, on the cluster joined."""
+    from ray.util import placement_group_table
+
+    shape = {"CPU": float(group.cpus), **({"GPU": float(group.gpus)} if group.gpus else {})}
+    for each in placement_group_table().values():
+        waits = each["state"] in ("PENDING", "RESCHEDULING")
+        bundles = [dict(bundle) for bundle in each["bundles"].values()]
+        if waits and any(bundle == shape for bundle in bundles):
+            return True
+    return False
+
+
 class Launch:
     """A worker group at work, in the background of this process."""
 
@@ -82,17 +94,26 @@ class Launch:
         group: Group,
         name: str,
         max_failures: int,
+        *,
+        collective_minutes: float,
+        on_loss: Callable[[str, str], None],
     ) -> None:
         """Starts `function(config)` on every worker, with torch.distributed set up.
 
-        A lost worker restarts the whole group, at most `max_failures` times; an elastic group
+        A lost worker restarts the whole group, at most `max_failures` times, and not counting nodes
+        that were taken away with notice; an elastic group
         then has as many workers as there is room for, and is restarted when there is room for more.
         The function has to find its way back by itself. `name` is for Ray's own files.
+        collective_minutes: how long ranks wait for each other. on_loss(what, why): called in
+        another process, so it must pickle, when the group has lost workers; what: "a lost node",
+        "a lost worker" or "an error", why: one line.
         """
         self._error: BaseException | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="stillhouse-ray-train-")
         self._thread = threading.Thread(
-            target=self._fit, args=(function, config, group, name, max_failures), daemon=True
+            target=self._fit,
+            args=(function, config, group, name, max_failures, collective_minutes, on_loss),
+            daemon=True,
         )
         self._thread.start()
 
@@ -103,6 +124,8 @@ class Launch:
         group: Group,
         name: str,
         max_failures: int,
+        collective_minutes: float,
+        on_loss: Callable[[str, str], None],
     ) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -124,13 +147,14 @@ class Launch:
                 ),
                 torch_config=TorchConfig(
                     backend="nccl" if group.gpus else "gloo",
-                    timeout_s=int(COLLECTIVE_TIMEOUT_MINUTES * 60),
+                    timeout_s=math.ceil(collective_minutes * 60),
                 ),
                 run_config=RunConfig(
                     name=name,
                     # Ray Train's own book-keeping; the state of the job is on the run's storage.
                     storage_path=self._scratch.name,
                     failure_config=FailureConfig(max_failures=max_failures),
+                    callbacks=[loss_callback(on_loss)],
                 ),
             ).fit()
         except BaseException as error:  # handed to the waiting thread

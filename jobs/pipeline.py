@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import signal
+import os
 import sys
-import threading
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
-from cluster.session import Cluster, connect, nodes_without
+from cluster.session import Cluster, connect
 from cluster.storage import EventTail, EventWriter, Fenced, open_store
-from jobs import checks
+from jobs import checks, preflight
 from jobs.cells.given import absolute_paths
 from jobs.errors import Interrupted, SpecErrors, StageFailed
 from jobs.inputs import Inputs
+from jobs.live.beacon import Beacon
+from jobs.live.stopping import Interruptible, StopWatch
 from jobs.load import dump_spec
 from jobs.progress import Reporter
 from jobs.rundir import RunDir
@@ -30,6 +31,9 @@ from trainer.job import resolve
 
 # How long the end of a run waits for Weights & Biases.
 TRACKING_SECONDS = 120.0
+# Names, for the driver of a submitted job, the id under which Ray knows it.
+JOB_VARIABLE = "STILLHOUSE_JOB"
+_ENDS = {"done": "done", "failed": "failed", "stopped": "interrupted"}  # in the events
 
 
 def run_pipeline(
@@ -45,6 +49,30 @@ def run_pipeline(
     Raises SpecErrors (wrong input; before Ray starts wherever that can be known), StageFailed, or
     Interrupted after a clean stop.
     """
+    job = prepare_job(spec, until, only, redo)
+    if not job.plan.todo:
+        console = Console(highlight=False)
+        for stage in job.plan.skipped:
+            console.print(f"{stage}: done before, skipped", markup=False)
+        show_result(console, job.run)
+        return 0
+    return _Attempt(job, address).go()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that has passed all checks that need no cluster."""
+
+    spec: JobSpec  # resolved
+    run: RunDir
+    inputs: Inputs
+    plan: Plan
+
+
+def prepare_job(
+    spec: JobSpec, until: str | None = None, only: str | None = None, redo: str | None = None
+) -> Job:
+    """Checks a job and says what is left of it. Raises SpecErrors; nothing is started."""
     faults = checks.storage_faults(spec)
     if faults:
         raise SpecErrors(faults)
@@ -58,73 +86,113 @@ def run_pipeline(
     faults = checks.spec_faults(spec, plan.todo)
     if faults:
         raise SpecErrors(faults)
-    if not plan.todo:
-        console = Console(highlight=False)
-        for stage in plan.skipped:
-            console.print(f"{stage}: done before, skipped", markup=False)
-        show_result(console, run)
+    return Job(spec, run, inputs, plan)
+
+
+class _Attempt:
+    """One start of a run, from its number to its last word."""
+
+    def __init__(self, job: Job, address: str | None) -> None:
+        self.job, self.address = job, address
+        self.attempt = job.run.claim()
+        self.log = log_file(job.run.store, self.attempt.number)
+        self.began = time.time()
+        self.tracking: _Tracking | None = _Tracking(job.spec, job.run)
+
+    def go(self) -> int:
+        """Runs what is left; see `run_pipeline`."""
+        job, store, number = self.job, self.job.run.store, self.attempt.number
+        with (
+            chatter_to(self.log) as console,
+            EventWriter(store, number) as events,
+            Beacon(store, number, job=os.environ.get(JOB_VARIABLE)) as beacon,
+        ):
+            self.attempt.write_bytes("spec.yaml", dump_spec(job.spec).encode())
+            events.emit("run_start", name=job.spec.name, spec=job.spec.model_dump(mode="json"))
+            status, error = "failed", None
+            try:
+                with (
+                    Reporter(console) as reporter,
+                    Interruptible() as signals,
+                    StopWatch(store, number, signals.stop),
+                ):
+                    self._stages(events, beacon, reporter, signals)
+                status = "done"
+            except Interrupted as stop_error:
+                status, error = "stopped", str(stop_error)
+                told = f"{stop_error}; continue with: {_command(job.spec)}"
+                raise Interrupted(told) from stop_error
+            except KeyboardInterrupt:
+                status, self.tracking = "stopped", None
+                raise
+            except ConnectionError as failure:
+                error = f"--address: {failure}"
+                raise SpecErrors([error]) from failure
+            except Exception as failure:
+                error = " ".join(str(failure).split())[:1000]
+                raise
+            finally:
+                with contextlib.suppress(Exception):  # never hide the error that ended the run
+                    seconds = time.time() - self.began
+                    events.emit("run_end", status=_ENDS[status], seconds=seconds)
+                    events.flush()
+                beacon.end(status, error)
+                note = self.tracking.finish() if self.tracking is not None else ""
+                if note:
+                    console.print(note, markup=False, soft_wrap=True)
+                if status == "stopped":
+                    console.print(f"log: {self.log}", markup=False, soft_wrap=True)
+            if "summarize" in job.plan.todo:
+                show_result(console, job.run)
+            console.print(f"log: {self.log}", markup=False, soft_wrap=True)
         return 0
-    return _run(spec, run, inputs, plan, address)
 
+    def _stages(
+        self, events: EventWriter, beacon: Beacon, reporter: Reporter, signals: Interruptible
+    ) -> None:
+        """Connects to the cluster, looks at it, and runs the stages in order."""
+        job = self.job
+        reporter.say(f"run {job.run.store.url}, attempt {self.attempt.number}, log {self.log}")
+        for stage in job.plan.skipped:
+            events.emit("stage_skip", stage=stage)
+            reporter.say(f"{stage}: done before, skipped")
+        beacon.tell(waits="connecting to Ray")
+        with connect(self.address) as cluster:
+            signals.install()  # Ray has put its own handler of SIGTERM in place
+            from jobs.stages.base import Context
 
-def _run(spec: JobSpec, run: RunDir, inputs: Inputs, plan: Plan, address: str | None) -> int:
-    attempt = run.claim()
-    log = log_file(run.store, attempt.number)
-    began = time.time()
-    tracking: _Tracking | None = _Tracking(spec, run)
-    with chatter_to(log) as console, EventWriter(run.store, attempt.number) as events:
-        run.current().write_bytes("spec.yaml", dump_spec(spec).encode())
-        values = spec.model_dump(mode="json")
-        events.emit("run_start", name=spec.name, spec=values)
-        status = "failed"
-        try:
-            with _Interruptible() as signals, Reporter(console) as reporter:
-                reporter.say(f"run {run.store.url}, attempt {attempt.number}, log {log}")
-                for stage in plan.skipped:
-                    events.emit("stage_skip", stage=stage)
-                    reporter.say(f"{stage}: done before, skipped")
-                with connect(address) as cluster:
-                    signals.install()  # Ray has put its own handler of SIGTERM in place
-                    from jobs.stages.base import Context
+            cluster = self._look(cluster, beacon, reporter, signals)
+            tail = EventTail(job.run.store)
+            tail.poll()  # what earlier attempts said is not news
+            context = Context(
+                job.spec,
+                job.run,
+                job.inputs,
+                dict(job.plan.outputs),
+                events,
+                tail,
+                reporter,
+                cluster,
+                beacon,
+                signals.stop,
+            )
+            for stage in job.plan.todo:
+                _run_stage(stage, context, self.log, forced=stage in job.plan.forced)
 
-                    tail = EventTail(run.store)
-                    tail.poll()  # what earlier attempts said is not news
-                    context = Context(
-                        spec,
-                        run,
-                        inputs,
-                        dict(plan.outputs),
-                        events,
-                        tail,
-                        reporter,
-                        cluster,
-                        signals.stop,
-                    )
-                    refuse_unshared(spec, run, cluster)
-                    for stage in plan.todo:
-                        _run_stage(stage, context, log, forced=stage in plan.forced)
-            status = "done"
-        except Interrupted as stop_error:
-            status = "interrupted"
-            raise Interrupted(f"{stop_error}; continue with: {_command(spec)}") from stop_error
-        except KeyboardInterrupt:
-            status, tracking = "interrupted", None
-            raise
-        except ConnectionError as error:
-            raise SpecErrors([f"--address: {error}"]) from error
-        finally:
-            with contextlib.suppress(Exception):  # never hide the error that ended the run
-                events.emit("run_end", status=status, seconds=time.time() - began)
-                events.flush()
-            note = tracking.finish() if tracking is not None else ""
-            if note:
-                console.print(note, markup=False, soft_wrap=True)
-            if status == "interrupted":
-                console.print(f"log: {log}", markup=False, soft_wrap=True)
-        if "summarize" in plan.todo:
-            show_result(console, run)
-        console.print(f"log: {log}", markup=False, soft_wrap=True)
-    return 0
+    def _look(
+        self, cluster: Cluster, beacon: Beacon, reporter: Reporter, signals: Interruptible
+    ) -> Cluster:
+        """Refuses a cluster on which the job cannot work, before anything of it is taken."""
+        job, stopped = self.job, signals.stop.is_set
+
+        def tell(why: str) -> None:
+            beacon.tell(waits=why)
+
+        grown = preflight.wait_for_resources(job.spec, job.plan.todo, cluster, stopped, tell)
+        tell("looking at the nodes")
+        preflight.nodes(job.spec, job.run, grown, 0, stopped, reporter.say)
+        tell("starting")
+        return grown
 
 
 def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:
@@ -196,22 +264,6 @@ def _command(spec: JobSpec) -> str:
     return " ".join(["stillhouse", *sys.argv[1:]]) if sys.argv[1:] else f"run of {spec.name}"
 
 
-def refuse_unshared(spec: JobSpec, run: RunDir, cluster: Cluster) -> None:
-    """Raises SpecErrors if the storage is a local folder that some node does not see."""
-    folder = run.store.local("spec.yaml")
-    if folder is None:
-        return
-    blind = nodes_without(str(folder), cluster)
-    if blind:
-        raise SpecErrors(
-            [
-                f"storage: {spec.storage} is a folder of this machine that the nodes "
-                f"{', '.join(blind)} do not see; may be a shared folder or a URL such as "
-                "s3://bucket/prefix"
-            ]
-        )
-
-
 def show_result(console: Console, run: RunDir) -> None:
     """The headline table, as far as there is one, and where the page is."""
     if not run.store.exists("report/index.html"):
@@ -254,34 +306,3 @@ class _Tracking:
         if self._follower is not None:
             return self._follower.finish(TRACKING_SECONDS)
         return project_run(self._run.store.url, **self._settings(), timeout=TRACKING_SECONDS)
-
-
-class _Interruptible:
-    """Ctrl-C and SIGTERM set the event `stop`; a second one ends the process at once."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _Interruptible:
-        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
-        self.install()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
-
-    def install(self) -> None:
-        """Puts the handlers in place; signals are the main thread's alone."""
-        if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
-                signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stop.is_set():
-            raise KeyboardInterrupt
-        self.stop.set()

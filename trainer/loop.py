@@ -106,6 +106,8 @@ class _Run:
         self.seconds = self.worker_seconds = 0.0
         self.waits_ms: list[float] = []
         self.saved_at = time.monotonic()
+        # Of the checkpoints that were asked for out of turn; earlier groups of workers had theirs.
+        self.saves_heeded = worker.hooks.saves_requested() if worker.is_main else 0
 
     def close(self) -> None:
         """Gives up what is under way, on this rank alone."""
@@ -260,6 +262,10 @@ class _Run:
         waited = time.monotonic() - self.saved_at
         # A slow upload puts off the next checkpoint by time, but not one that was asked for.
         by_time = not self.saver.busy and waited >= spec.checkpoint_minutes * 60
+        asked = self.worker.hooks.saves_requested()
+        if asked > self.saves_heeded:
+            self.saves_heeded = asked
+            return True
         return by_time or bool(spec.checkpoint_steps and step % spec.checkpoint_steps == 0)
 
     def _save(self, step: int) -> None:

@@ -26,14 +26,16 @@ class Hooks:
     """What the launcher gives its ranks.
 
     emit(event, **fields): records an event; called on rank 0 only. flush(): makes what was emitted
-    visible before it returns. stop_requested(): whether the user asked for a clean stop. fence():
-    raises if a newer attempt of the same run has taken over; called before anything is published.
-    attempt: its number, for names.
+    visible before it returns. stop_requested(): whether the user asked for a clean stop.
+    saves_requested(): how many checkpoints out of turn were asked for so far, such as before a node
+    is taken away. fence(): raises if a newer attempt of the same run has taken over; called before
+    anything is published. attempt: its number, for names.
     """
 
     emit: Callable[..., None] = _nothing
     flush: Callable[[], None] = _nothing
     stop_requested: Callable[[], bool] = lambda: False
+    saves_requested: Callable[[], int] = lambda: 0
     fence: Callable[[], None] = _nothing
     attempt: int = 0
 

@@ -36,12 +36,10 @@ def fetched(url: str, version: str, download: Callable[[Path], None]) -> Path:
     Several processes of a machine download it once: the others wait. A copy appears whole or
     not at all. Raises ValueError when the cache folder cannot be written.
     """
-    digest = hashlib.blake2b(f"{url}\n{version}".encode(), digest_size=16).hexdigest()
-    home = cache_folder() / "objects"
+    target = place(url, version)
+    home, digest = target.parent.parent, target.parent.name
     try:
         home.mkdir(parents=True, exist_ok=True)
-        # One folder per version, and the object's own name in it: readers go by the suffix.
-        target = home / digest / url.rpartition("/")[2]
         if target.exists():
             return target
         with _locked(home / f"{digest}.lock"):
@@ -59,6 +57,13 @@ def fetched(url: str, version: str, download: Callable[[Path], None]) -> Path:
             f"the download cache {home} is not writable; set STILLHOUSE_CACHE to a folder that is"
         ) from error
     return target
+
+
+def place(url: str, version: str) -> Path:
+    """Where the copy of a URL at a version is, or will be."""
+    digest = hashlib.blake2b(f"{url}\n{version}".encode(), digest_size=16).hexdigest()
+    # One folder per version, and the object's own name in it: readers go by the suffix.
+    return cache_folder() / "objects" / digest / url.rpartition("/")[2]
 
 
 @contextmanager

@@ -202,9 +202,15 @@ class Store:
             if not backend.file(key).is_dir():
                 raise FileNotFoundError(f"no folder at {self.path(p)}")
             return backend.file(key)
-        infos = backend.find_info(key)
-        identity = repr([(name, fetched.version(info)) for name, info in infos.items()])
+        identity = _identity(backend, key)
         return fetched.fetched(self.path(p), identity, lambda to: self.download_folder(p, to))
+
+    def has_copy(self, p: str = "") -> bool:
+        """Whether `fetch_folder` would find the folder on this machine, and fetch nothing."""
+        backend, key = self._backend, self._key(p)
+        if isinstance(backend, LocalFolder):
+            return True
+        return fetched.place(self.path(p), _identity(backend, key)).exists()
 
     def check_writable(self) -> None:
         """Raise ValueError, in one line that says why and how to mend it, if writing fails here.
@@ -234,6 +240,12 @@ class Store:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _identity(backend: RemoteObjects, key: str) -> str:
+    """What identifies the contents of a remote folder."""
+    infos = backend.find_info(key)
+    return repr([(name, fetched.version(info)) for name, info in infos.items()])
 
 
 def open_store(url: str | os.PathLike[str], **options: Any) -> Store:

@@ -9,16 +9,10 @@ from typing import Any
 from cluster.session import Cluster
 from cluster.storage import Attempt, EventTail, EventWriter, Store, open_store
 from jobs.inputs import Inputs, Outputs
+from jobs.live.beacon import Beacon
 from jobs.progress import Reporter
 from jobs.rundir import RunDir
 from jobs.spec import JobSpec
-
-STOP_FOLDER = "state"
-
-
-def stop_path(attempt: int) -> str:
-    """The object whose existence asks all processes of an attempt for a clean stop."""
-    return f"{STOP_FOLDER}/stop-{attempt:04d}.json"
 
 
 @dataclass
@@ -33,7 +27,9 @@ class Context:
     tail: EventTail
     reporter: Reporter
     cluster: Cluster
+    beacon: Beacon
     stop: threading.Event = field(default_factory=threading.Event)
+    saves_asked: int = 0  # checkpoints out of turn
     forced: bool = False  # the user asked for this stage again, from its beginning
 
     @property
@@ -58,11 +54,15 @@ class Context:
     def emit(self, event: str, **fields: Any) -> None:
         """Records an event of the driver, and shows it."""
         self.events.emit(event, **fields)
-        self.reporter.event({"event": event, **fields})
+        self._show({"event": event, **fields})
 
-    def pump(self) -> bool:
-        """Shows what the workers have recorded since the last call; whether that was anything."""
+    def pump(self) -> list[dict[str, Any]]:
+        """Shows what the workers have recorded since the last call, and returns it."""
         told = [event for event in self.tail.poll() if event.get("worker")]
         for event in told:
-            self.reporter.event(event)
-        return bool(told)
+            self._show(event)
+        return told
+
+    def _show(self, event: dict[str, Any]) -> None:
+        self.reporter.event(event)
+        self.beacon.event(event)

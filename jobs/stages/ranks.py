@@ -8,21 +8,20 @@ cannot mend. A restarted group that finds it leaves at once.
 from __future__ import annotations
 
 import json
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from cluster.draining import Draining
 from cluster.spec import WorkerResources
 from cluster.storage import Attempt, Fenced, Store
-from cluster.workers import COLLECTIVE_TIMEOUT_MINUTES, Group, Launch, NotEnough, fit_group
+from cluster.workers import Group, Launch, NotEnough, fit_group
 from jobs.errors import Interrupted, SpecErrors
-from jobs.stages.base import Context, stop_path
-
-# After so long without a word from the workers the user hears what they wait for.
-WAITING_SECONDS = 90.0
+from jobs.live.requests import Requests, ask_save, ask_stop
+from jobs.stages.base import Context
+from jobs.stages.placement import Placement
 
 
 class GroupFailed(RuntimeError):
@@ -38,6 +37,7 @@ class Ranks:
     outcome: str
     threads: int
     uses_gpu: bool
+    collective_minutes: float
 
 
 def rank_main(config: dict[str, Any]) -> None:
@@ -61,10 +61,12 @@ def rank_main(config: dict[str, Any]) -> None:
     )
     with EventWriter(store, number) as events:
         try:
+            requests = Requests(store, number)
             hooks = Hooks(
                 emit=partial(events.emit, worker=True),
                 flush=events.flush,
-                stop_requested=Poll(partial(store.exists, stop_path(number))),
+                stop_requested=requests.stop,
+                saves_requested=requests.saves,
                 fence=ranks.attempt.fence,
                 attempt=number,
             )
@@ -72,7 +74,7 @@ def rank_main(config: dict[str, Any]) -> None:
                 hooks,
                 threads=ranks.threads,
                 uses_gpu=ranks.uses_gpu,
-                timeout_minutes=COLLECTIVE_TIMEOUT_MINUTES,
+                timeout_minutes=ranks.collective_minutes,
             )
             try:
                 results = [job.run(worker) for job in ranks.work]
@@ -83,6 +85,11 @@ def rank_main(config: dict[str, Any]) -> None:
                 _settle(store, ranks.outcome, outcome)
         except Exception as error:
             if not isinstance(error, final) and not is_out_of_memory(error):
+                if "timed out" in str(error).lower():
+                    print(
+                        "a rank waited longer than resources.collective_minutes "
+                        f"({ranks.collective_minutes:g}) for the others"
+                    )
                 raise  # a new start may mend it
             traceback.print_exc()
             _settle(
@@ -97,19 +104,17 @@ def _settle(store: Store, path: str, outcome: dict[str, Any]) -> None:
     store.create(path, json.dumps(outcome).encode())
 
 
-class Poll:
-    """A question to storage, asked at most once a second; a yes stays."""
+def tell_loss(
+    store: Store, attempt: int, stage: str, max_failures: int, what: str, why: str
+) -> None:
+    """Records that a group has lost workers; runs in Ray Train's controller."""
+    from cluster.storage import EventWriter
 
-    def __init__(self, ask: Any, every_s: float = 1.0) -> None:
-        self._ask, self._every = ask, every_s
-        self._next, self._answer = 0.0, False
-
-    def __call__(self) -> bool:
-        now = time.monotonic()
-        if not self._answer and now >= self._next:
-            self._answer = bool(self._ask())
-            self._next = time.monotonic() + self._every
-        return self._answer
+    print(f"{stage}: {what}: {why}")
+    with EventWriter(store, attempt) as events:
+        events.emit(
+            "group_lost", stage=stage, what=what, why=why, max_failures=max_failures, worker=True
+        )
 
 
 def run_ranks(
@@ -128,7 +133,9 @@ def run_ranks(
         raise SpecErrors([str(error)]) from error
     attempt = context.attempt
     outcome = f"state/launches/{attempt.number:04d}-{stage}.json"
-    ranks = Ranks(work, attempt, outcome, group.cpus, group.gpus > 0)
+    limits = context.spec.resources
+    patience = limits.collective_minutes
+    ranks = Ranks(work, attempt, outcome, group.cpus, group.gpus > 0, patience)
     context.emit(
         "launch",
         stage=stage,
@@ -142,24 +149,28 @@ def run_ranks(
         {"ranks": ranks},
         group,
         f"{context.spec.name}-{stage}-{attempt.number:04d}",
-        context.spec.resources.max_failures,
+        limits.max_failures,
+        collective_minutes=patience,
+        on_loss=partial(tell_loss, attempt.store, attempt.number, stage, limits.max_failures),
     )
-    began, at_work, asked_to_stop, warned = time.monotonic(), False, False, False
+    at_work, asked_to_stop = False, False
+    placement, draining = Placement(context, stage, group), Draining()
     while not launch.wait(0.3):
-        at_work = context.pump() or at_work
+        for event in context.pump():
+            at_work = event["event"] != "group_lost"
+        placement.look(at_work)
         if context.stop.is_set() and not at_work:
             raise Interrupted(f"{stage} stopped before its workers were at work")
         if context.stop.is_set() and not asked_to_stop:
             asked_to_stop = True
             context.reporter.say(f"{stage}: stopping; the state is saved first")
-            attempt.store.write_json(stop_path(attempt.number), {"stage": stage})
-        if not at_work and not warned and time.monotonic() - began > WAITING_SECONDS:
-            warned = True
-            context.reporter.say(
-                f"{stage}: still waiting for {group} (`ray status` shows what is free)"
-            )
+            context.beacon.tell(waits="stopping: the state is saved first")
+            ask_stop(attempt.store, attempt.number, stage=stage)
+        for notice in draining.news():
+            _save_before(context, stage, str(notice))
     failure = launch.error()
     context.pump()
+    context.beacon.tell(waits=None, restarting=None)
     if not attempt.store.exists(outcome):
         why = " ".join(str(failure).split())[:600] if failure else "its workers left no outcome"
         raise GroupFailed(why) from failure
@@ -171,3 +182,11 @@ def run_ranks(
     if found["status"] == "failed":
         raise GroupFailed(f"{found['kind']}: {found['why']}") from failure
     return found["results"], group
+
+
+def _save_before(context: Context, stage: str, notice: str) -> None:
+    """Has a training save now, as one of the cluster's nodes is about to go."""
+    context.saves_asked += 1
+    context.reporter.say(f"{stage}: {notice}; a checkpoint is saved now")
+    context.emit("preemption", stage=stage, notice=notice)
+    ask_save(context.attempt.store, context.attempt.number, context.saves_asked, why=notice)

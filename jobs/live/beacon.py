@@ -1,0 +1,124 @@
+"""What a driver publishes of its run while it works, and a reader's view of that.
+
+`state/live/<attempt>.json` is replaced whenever something changes, and at least every
+`SIGN_SECONDS`: a driver that gave no sign for `LOST_SECONDS` is lost.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.storage import Store
+
+SIGN_SECONDS = 15.0
+LOST_SECONDS = 75.0
+CHANGE_SECONDS = 2.0  # between two publications at least
+
+# Events by which the workers of a stage show that they are at work.
+AT_WORK = {"step", "progress", "evaluation", "checkpoint", "training_start", "resume"}
+
+
+def live_path(attempt: int) -> str:
+    """Where the driver of an attempt says how it is."""
+    return f"state/live/{attempt:04d}.json"
+
+
+class Beacon:
+    """Follows the events of a run and publishes what it is doing, and why it waits.
+
+    told: kept in every publication, such as the id of the Ray job. What it cannot publish is lost,
+    and the run goes on.
+    """
+
+    def __init__(self, store: Store, attempt: int, **told: Any) -> None:
+        self._store, self._attempt = store, attempt
+        self._lock = threading.Lock()
+        self._state: dict[str, Any] = {
+            "attempt": attempt,
+            "status": "running",
+            "began": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "stage": None,
+            "waits": None,
+            "restarts": 0,
+            "restarting": None,
+            "progress": {},
+            "failed_cells": 0,
+            **told,
+        }
+        self._changed = True
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="beacon", daemon=True)
+
+    def __enter__(self) -> Beacon:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+        self._publish()
+
+    def tell(self, **fields: Any) -> None:
+        """Changes what is published; None takes a field back."""
+        with self._lock:
+            before = dict(self._state)
+            self._state.update(fields)
+            self._changed = self._changed or before != self._state
+
+    def end(self, status: str, error: str | None = None) -> None:
+        """The last word: done, failed or stopped; published when the block is left."""
+        self.tell(status=status, error=error, ended=time.time(), waits=None, restarting=None)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Takes over what an event says of the state of the run."""
+        kind, stage = event["event"], event.get("stage")
+        if kind == "stage_start":
+            self.tell(stage=stage, waits=None, restarts=0, progress={}, failed_cells=0)
+        elif kind == "group_lost":
+            self._lost(event)
+        elif kind == "cell_done" and event["status"] != "done":
+            with self._lock:
+                failed = self._state["failed_cells"] + 1
+            self.tell(failed_cells=failed)
+        elif kind == "step":
+            self._progress(stage, event["step"], event["steps"], "steps")
+        elif kind == "progress":
+            self._progress(stage, event["done"], event["total"], event["unit"])
+        if kind in AT_WORK:
+            self.tell(waits=None, restarting=None)
+
+    def _progress(self, stage: str | None, done: int, total: int, unit: str) -> None:
+        self.tell(progress={"stage": stage, "done": min(done, total), "total": total, "unit": unit})
+
+    def _lost(self, event: Mapping[str, Any]) -> None:
+        with self._lock:
+            restarts = self._state["restarts"] + 1
+        most = event.get("max_failures", 0) + 1
+        told = f"restarting after {event['what']}, attempt {restarts + 1} of {most}"
+        if restarts + 1 > most:
+            told = f"{event['what']}, the last of {most} attempts"
+        self.tell(restarts=restarts, restarting=told)
+
+    def _run(self) -> None:
+        published = 0.0
+        while not self._ending.wait(CHANGE_SECONDS if published else 0.0):
+            if self._changed or time.monotonic() - published >= SIGN_SECONDS:
+                self._publish()
+                published = time.monotonic()
+
+    def _publish(self) -> None:
+        with self._lock:
+            self._state["t"] = time.time()
+            state, self._changed = dict(self._state), False
+        try:
+            self._store.write_json(live_path(self._attempt), state)
+        except Exception as error:  # a storage that is away for a moment is no reason to fail
+            print(f"what the run does could not be published: {error}")
+            self._changed = True

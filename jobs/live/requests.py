@@ -1,0 +1,72 @@
+"""What a run is asked for from outside: a clean stop, or a checkpoint now.
+
+A request is an object below `state/requests/<attempt>/`; the driver and the workers of that attempt
+look for it, wherever they run. One listing tells all.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.storage import Store
+
+STOP, SAVE = "stop.json", "save-"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What has been asked for so far. saves: how many checkpoints."""
+
+    stop: bool = False
+    saves: int = 0
+
+
+def folder(attempt: int) -> str:
+    """Where the requests to an attempt are."""
+    return f"state/requests/{attempt:04d}"
+
+
+def ask_stop(store: Store, attempt: int, **told: Any) -> bool:
+    """Asks all processes of an attempt for a clean stop; False if that was asked before."""
+    return store.create(f"{folder(attempt)}/{STOP}", _body(told))
+
+
+def ask_save(store: Store, attempt: int, number: int, **told: Any) -> bool:
+    """Asks for the `number`-th checkpoint out of turn; False if that was asked before."""
+    return store.create(f"{folder(attempt)}/{SAVE}{number:04d}.json", _body(told))
+
+
+def asked(store: Store, attempt: int) -> Asked:
+    """What an attempt was asked for so far."""
+    names = store.list(folder(attempt))
+    return Asked(STOP in names, sum(name.startswith(SAVE) for name in names))
+
+
+class Requests:
+    """The requests to an attempt, looked for at most once in `every_s` seconds."""
+
+    def __init__(self, store: Store, attempt: int, every_s: float = 1.0) -> None:
+        self._store, self._attempt, self._every = store, attempt, every_s
+        self._next, self._asked = 0.0, Asked()
+
+    def stop(self) -> bool:
+        """Whether a clean stop is asked for."""
+        return self._look().stop
+
+    def saves(self) -> int:
+        """How many checkpoints out of turn were asked for."""
+        return self._look().saves
+
+    def _look(self) -> Asked:
+        now = time.monotonic()
+        if now >= self._next:
+            self._asked = asked(self._store, self._attempt)
+            self._next = time.monotonic() + self._every
+        return self._asked
+
+
+def _body(told: dict[str, Any]) -> bytes:
+    return json.dumps({"asked_at": time.time(), **told}).encode()

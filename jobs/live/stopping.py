@@ -1,0 +1,72 @@
+"""A clean stop, whoever asks for it: Ctrl-C, SIGTERM, or `stillhouse stop` from anywhere."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from cluster.storage import Store
+from jobs.live.requests import asked
+
+# Between two looks for a request; a listing of remote storage costs more than one of a folder.
+LOCAL_SECONDS, REMOTE_SECONDS = 1.0, 3.0
+
+
+class Interruptible:
+    """Ctrl-C and SIGTERM set the event `stop`; a second one ends the process at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interruptible:
+        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Puts the handlers in place; signals are the main thread's alone."""
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+        self.stop.set()
+
+
+class StopWatch:
+    """Sets the event `stop` once an attempt is asked to stop; looks from a thread."""
+
+    def __init__(self, store: Store, attempt: int, stop: threading.Event) -> None:
+        self._store, self._attempt, self._stop = store, attempt, stop
+        self._every_s = REMOTE_SECONDS if store.local() is None else LOCAL_SECONDS
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
+
+    def __enter__(self) -> StopWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ending.wait(self._every_s):
+            try:
+                if asked(self._store, self._attempt).stop:
+                    self._stop.set()
+                    return
+            except Exception as error:  # a storage that is away for a moment
+                print(f"requests to the run could not be read: {error}")
