@@ -19,7 +19,9 @@ import typer
 
 from jobs import cache
 from jobs.errors import Interrupted, SpecErrors, StageFailed
+from jobs.live import commands as live
 from jobs.models import commands as models
+from jobs.remote import commands as remote
 
 if TYPE_CHECKING:
     from cluster.storage import Store
@@ -163,12 +165,18 @@ def run(
     return go(jobs[0]) if each is None else run_each(jobs, go)
 
 
-for command, example in (
-    (models.quantize, "quantize Qwen/Qwen3-0.6B --bits 4 --out qwen3-0.6b-4bit"),
-    (models.export, "export demo --cell hqq-4b-g64 --format gguf --out demo-gguf"),
-    (models.generate, 'generate qwen3-0.6b-4bit --prompt "The function returns"'),
+for command, name, example in (
+    (remote.submit, "submit", "submit demo storage=s3://bucket/runs --address http://HOST:8265"),
+    (live.list_runs, "list", "list --storage s3://bucket/runs"),
+    (live.status, "status", "status demo"),
+    (live.watch, "watch", "watch demo"),
+    (live.logs, "logs", "logs demo --follow"),
+    (live.stop, "stop", "stop demo"),
+    (models.quantize, "quantize", "quantize Qwen/Qwen3-0.6B --bits 4 --out qwen3-0.6b-4bit"),
+    (models.export, "export", "export demo --cell hqq-4b-g64 --format gguf --out demo-gguf"),
+    (models.generate, "generate", 'generate qwen3-0.6b-4bit --prompt "The function returns"'),
 ):
-    app.command(epilog=f"{EXAMPLE}stillhouse {example}")(command)
+    app.command(name, epilog=f"{EXAMPLE}stillhouse {example}")(command)
 
 
 @app.command(epilog=EXAMPLE + "stillhouse report qwen3-8b-to-0.6b --max-mb 600 --min-retention 98")

@@ -20,6 +20,7 @@ from jobs.cells.given import absolute_paths
 from jobs.errors import Interrupted, SpecErrors, StageFailed
 from jobs.inputs import Inputs
 from jobs.live.beacon import Beacon
+from jobs.live.logs import LogPieces
 from jobs.live.stopping import Interruptible, StopWatch
 from jobs.load import dump_spec
 from jobs.progress import Reporter
@@ -105,6 +106,7 @@ class _Attempt:
         with (
             chatter_to(self.log) as console,
             EventWriter(store, number) as events,
+            LogPieces(store, number, self.log),
             Beacon(store, number, job=os.environ.get(JOB_VARIABLE)) as beacon,
         ):
             self.attempt.write_bytes("spec.yaml", dump_spec(job.spec).encode())

@@ -22,7 +22,9 @@ def world_faults(spec: Sections, found: Identities, stages: Collection[str]) -> 
     if faults or not stages:
         return faults  # what follows would only repeat them
     checks: list[Callable[[], Any]] = [lambda: _vocabularies(found)]
-    if "prepare" in stages:
+    if found.given is not None:
+        checks.append(lambda: found.corpus)
+    elif "prepare" in stages:
         checks.append(lambda: _corpus(spec, found))
     if {"capture", "distill"} & set(stages):
         checks.append(lambda: _shardable(spec, found))

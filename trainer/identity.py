@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cluster.storage import Store
 from trainer.fingerprint import flatten
 from trainer.logits.records import VERSION as CACHE_FORMAT
 from trainer.models import find_model, identity, tokenizer_identity
@@ -36,6 +37,7 @@ class Identities:
     data: DataSpec
     cache_spec: CacheSpec
     responses_spec: ResponsesSpec | None = None
+    given: Store | None = None  # the corpus of data.corpus
 
     @cached_property
     def teacher_folder(self) -> Path | None:
@@ -108,9 +110,12 @@ class Identities:
     def corpus(self) -> dict[str, Any]:
         """Everything that decides the sequences; not how often they are read. With responses: as
         far as it is known before there are answers (see `trainer.responses.make.corpus_of`)."""
+        from trainer.corpus.given import given_identity
         from trainer.corpus.prepare import corpus_identity
         from trainer.responses.identity import corpus_of_answers
 
+        if self.given is not None:
+            return given_identity(self.data, self.given, self.tokenizer)
         if self.responses_spec is not None:
             return corpus_of_answers(self.data, self.tokenizer, self.responses)
         return corpus_identity(self.data, self.tokenizer)

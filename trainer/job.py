@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.storage import Store
+from cluster.storage import Store, open_store
 from trainer.auto import (
     auto_activation_checkpointing,
     auto_learning_rate,
@@ -123,9 +123,11 @@ def _raw_config(spec: Sections) -> dict[str, Any]:
 
 def identities(spec: Sections) -> Identities:
     """The identities of this spec's parts."""
-    assert spec.data is not None
+    data = spec.data
+    assert data is not None
+    given = None if data.corpus is None else open_store(spec.storage).sub(CORPORA, data.corpus)
     return Identities(
-        spec.teacher, spec.student, spec.tokenizer, spec.data, spec.cache, spec.responses
+        spec.teacher, spec.student, spec.tokenizer, data, spec.cache, spec.responses, given
     )
 
 

@@ -40,6 +40,8 @@ class Sections(Protocol):
     @property
     def seed(self) -> int: ...
     @property
+    def storage(self) -> str: ...
+    @property
     def teacher(self) -> TeacherSpec | None: ...
     @property
     def student(self) -> StudentSpec: ...
@@ -131,6 +133,14 @@ def _tokens_for_a_sequence(spec: Sections) -> str | None:
     return (
         f"data.max_tokens: got {spec.data.max_tokens}; may be auto or a whole number from "
         f"data.sequence_length ({spec.data.sequence_length})"
+    )
+
+
+def _given_corpus_of_texts(spec: Sections) -> str | None:
+    if spec.data is None or spec.data.corpus is None or spec.responses is None:
+        return None
+    return (
+        "data.corpus: got a corpus with responses, whose corpus is made of the answers; remove it"
     )
 
 
@@ -329,6 +339,7 @@ RULES = (
     Rule(("data.train", "responses.from"), _some_source),
     Rule(("distill.tokens_per_step", "data.sequence_length"), _step_of_whole_sequences),
     Rule(("data.max_tokens", "data.sequence_length"), _tokens_for_a_sequence),
+    Rule(("data.corpus", "responses"), _given_corpus_of_texts),
     Rule(
         ("distill.temperature", "distill.mode", "cache.method", "cache.temperatures"),
         _temperature_captured,

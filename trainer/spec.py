@@ -150,6 +150,11 @@ class DataSpec(Section):
         "auto",
         description="Train tokens that are captured and read. auto: what the schedule reads.",
     )
+    corpus: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = Field(
+        None,
+        description="Fingerprint of a corpus that is in storage already, below _corpora: the "
+        "sources are then not read, and need not be at hand.",
+    )
 
     @model_validator(mode="after")
     def _some_length_passes(self) -> DataSpec:

@@ -42,6 +42,10 @@ def run(context: Context) -> dict[str, Any]:
         told = {"answers": fingerprint(identities.responses)}
     name = fingerprint(identity)
     store = context.shared.sub("_corpora", name)
+    if spec.data.corpus is not None and context.forced:
+        raise SpecErrors(
+            ["--redo prepare: the spec names its corpus (data.corpus), which is not made anew"]
+        )
     if context.forced or not is_complete(store):
         folder = identities.tokenizer_folder
         tokenizer = spec.tokenizer if folder is None else load_tokenizer(folder)

@@ -35,6 +35,7 @@ from trainer.corpus import pack, sources, tables
 from trainer.corpus import tokenizer as tokenizers_
 from trainer.corpus.chat import chat_faults
 from trainer.corpus.corpus import FORMAT, MANIFEST, PARTS, TOKENIZER
+from trainer.corpus.given import settings
 from trainer.corpus.parts import Documents, merge, read_rows, scan
 from trainer.corpus.sources import Document, Shard
 from trainer.spec import DataSpec, TokenizerSpec
@@ -58,7 +59,7 @@ def corpus_identity(data: DataSpec, tokenizer: Mapping[str, Any]) -> dict[str, A
     sequences are read.
     """
     identity: dict[str, Any] = {"format": FORMAT, "seed": SEED}
-    for key, value in data.model_dump(exclude={"max_tokens", "train"}).items():
+    for key, value in settings(data).items():
         identity[f"data.{key}"] = value
     for index, source in enumerate(data.train):
         for key, value in sources.fingerprint(source, index).items():

@@ -1,0 +1,147 @@
+"""Ray's Jobs API at the address of a dashboard: send a job, ask for it, read its log, stop it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+CONNECT_SECONDS = 5.0
+# Ray lets these replace any address that it is given.
+_OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+_LIVE = ("PENDING", "RUNNING")
+
+
+class Unreachable(ConnectionError):
+    """No dashboard answers at the address, or it does not let us in; one line."""
+
+
+class Taken(ValueError):
+    """A job of this id was sent before."""
+
+
+@dataclass(frozen=True)
+class RayJob:
+    """A job as Ray knows it. status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+
+    id: str
+    status: str
+    message: str
+    metadata: Mapping[str, str]
+
+    @property
+    def live(self) -> bool:
+        """Whether it has not ended."""
+        return self.status in _LIVE
+
+
+class RayJobs:
+    """The jobs of one cluster, by the address of its dashboard."""
+
+    def __init__(self, address: str) -> None:
+        """address: http://HOST:PORT. Raises Unreachable at once if nobody answers there."""
+        self.address = address
+        _knock(address)
+        with _only(address):
+            from ray.job_submission import JobSubmissionClient
+
+            try:
+                self._client = JobSubmissionClient(address)
+            except Exception as error:
+                raise Unreachable(_why(address, error)) from error
+
+    def submit(
+        self,
+        id: str,
+        entrypoint: str,
+        runtime_env: Mapping[str, Any],
+        metadata: Mapping[str, str],
+    ) -> None:
+        """Sends a job. Raises Taken for an id that was used before."""
+        try:
+            self._client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=id,
+                runtime_env=dict(runtime_env),
+                metadata=dict(metadata),
+            )
+        except RuntimeError as error:
+            if "already exists" in str(error) or "already been used" in str(error):
+                raise Taken(id) from None
+            raise
+
+    def find(self, id: str) -> RayJob | None:
+        """A job by its id; None if Ray does not know it (any more)."""
+        try:
+            return _job(self._client.get_job_info(id))
+        except RuntimeError as error:
+            if "404" in str(error) or "does not exist" in str(error):
+                return None
+            raise
+
+    def all(self) -> list[RayJob]:
+        """All jobs that were sent, in no order."""
+        return [_job(each) for each in self._client.list_jobs() if each.submission_id]
+
+    def log(self, id: str) -> str:
+        """What a job has written so far."""
+        return str(self._client.get_job_logs(id))
+
+    def stop(self, id: str) -> None:
+        """Asks Ray to end a job: SIGTERM, and SIGKILL after RAY_JOB_STOP_WAIT_TIME_S."""
+        self._client.stop_job(id)
+
+    def nodes(self) -> list[dict[str, float]]:
+        """The resources in all of every living node."""
+        with _only(self.address):
+            from ray.util.state import list_nodes
+
+            found = list_nodes(self.address, limit=10_000)
+        return [dict(each.resources_total or {}) for each in found if each.state == "ALIVE"]
+
+
+def _job(details: Any) -> RayJob:
+    return RayJob(
+        details.submission_id,
+        str(getattr(details.status, "value", details.status)),
+        details.message or "",
+        details.metadata or {},
+    )
+
+
+def _knock(address: str) -> None:
+    """Raises Unreachable unless something listens there; Ray's own client has no time limit."""
+    parts = urlsplit(address)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        with socket.create_connection((parts.hostname or "", port), timeout=CONNECT_SECONDS):
+            pass
+    except (OSError, ValueError) as error:
+        raise Unreachable(_why(address, error)) from error
+
+
+def _why(address: str, error: Exception) -> str:
+    if type(error).__name__ == "AuthenticationError":
+        return (
+            f"{address}: the cluster wants a token; set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH to a file with the cluster's, see `ray get-auth-token --help`"
+        )
+    told = " ".join(str(error).split())[:200]
+    return (
+        f"{address}: no Ray dashboard answers there ({told}); may be http://HOST:8265 of a "
+        "running head, e.g. after `ray start --head`, or through `kubectl port-forward`"
+    )
+
+
+@contextlib.contextmanager
+def _only(address: str) -> Iterator[None]:
+    """Takes away, for the time of the block, what Ray would prefer to `address`."""
+    kept = {name: os.environ.pop(name) for name in _OVERRIDES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

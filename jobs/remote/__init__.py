@@ -1,0 +1,1 @@
+"""Jobs that are sent to a cluster through Ray's Jobs API, and found again."""

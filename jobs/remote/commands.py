@@ -1,0 +1,155 @@
+"""`stillhouse submit`.
+
+Only typer is imported here: the command imports what it needs, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from jobs.errors import SpecErrors
+
+DONE = 0
+
+
+class Environment(StrEnum):
+    """What Python packages a job's processes have."""
+
+    image = "image"
+    lock = "lock"
+
+
+class Stage(StrEnum):
+    """The stages of a run, in their order."""
+
+    prepare = "prepare"
+    capture = "capture"
+    distill = "distill"
+    sweep = "sweep"
+    summarize = "summarize"
+
+
+def submit(
+    spec: Annotated[
+        str, typer.Argument(metavar="SPEC", help="A YAML file, or the name of a bundled recipe.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Dotted keys with YAML values.", show_default=False
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="http://HOST:8265",
+            help="The dashboard of the cluster. Default: RAY_API_SERVER_ADDRESS.",
+        ),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show how it goes, until it ends.")
+    ] = False,
+    retries: Annotated[
+        int,
+        typer.Option(min=0, help="How often the run is started again after its driver was lost."),
+    ] = 2,
+    environment: Annotated[
+        Environment,
+        typer.Option(
+            help="image: the cluster has the packages; lock: Ray installs those of "
+            "requirements.lock on each node first."
+        ),
+    ] = Environment.image,
+    shared: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A folder that this machine and all nodes mount at the same path: what lies below "
+            "it may be named in the spec. Again for more.",
+        ),
+    ] = None,
+    forward_env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Send this variable along. Ray keeps its value in plain text: better give it to "
+            "the nodes. Again for more.",
+        ),
+    ] = None,
+    until: Annotated[Stage | None, typer.Option(help="Stop after this stage.")] = None,
+    only: Annotated[Stage | None, typer.Option(help="Run this stage alone.")] = None,
+    redo: Annotated[
+        Stage | None, typer.Option(help="Run this stage again, from its beginning.")
+    ] = None,
+) -> int:
+    """Send a run to a Ray cluster, as a Ray job.
+
+    Sent again while it is live, it is joined; after a stop or a loss it continues.
+    """
+    url = _address(address)
+    if until and only:
+        raise SpecErrors(["--until and --only: may not be given together"])
+    from jobs.load import load_spec
+
+    job_spec = load_spec(spec, overrides or [])
+    from cluster.rayjobs import RayJobs, Unreachable
+    from jobs.pipeline import prepare_job
+    from jobs.remote.submit import How
+    from jobs.remote.submit import submit as send
+
+    how = How(
+        environment.value,
+        retries,
+        tuple(forward_env or ()),
+        tuple(shared or ()),
+        *(stage.value if stage else None for stage in (until, only, redo)),
+    )
+    try:
+        jobs = RayJobs(url)
+    except Unreachable as error:
+        raise SpecErrors([f"--address: {error}"]) from error
+    job = prepare_job(job_spec, how.until, how.only, how.redo)
+    name = job.spec.name
+    if not job.plan.todo:
+        typer.echo(f"{name}: nothing is left to do; see stillhouse report {name}")
+        return DONE
+    for variable in how.forward:
+        typer.echo(
+            f"warning: {variable} is sent along; everyone who may look at the cluster's jobs can "
+            "read its value",
+            err=True,
+        )
+    sent = send(job, jobs, how, typer.echo)
+    does = "is live already, joined" if sent.joined else "sent"
+    typer.echo(f"{sent.submission.id}: {does} ({url})")
+    run = job.run.store
+    if not follow:
+        named = run.name if run.name else run.url
+        typer.echo(f"stillhouse status {named}; stillhouse watch {named}; stillhouse stop {named}")
+        return DONE
+    from jobs.live.commands import watch_run
+
+    return watch_run(run)
+
+
+def _address(given: str | None) -> str:
+    from urllib.parse import urlsplit
+
+    url = given or os.environ.get("RAY_API_SERVER_ADDRESS", "")
+    if not url:
+        raise SpecErrors(
+            ["--address: missing; may be the dashboard of a cluster, e.g. http://HOST:8265"]
+        )
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SpecErrors(
+            [
+                f"--address: got {url}; may be the dashboard of a cluster, e.g. http://HOST:8265 "
+                "(a running Ray is joined with stillhouse run --address HOST:PORT)"
+            ]
+        )
+    return url.rstrip("/")

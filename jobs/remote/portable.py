@@ -1,0 +1,98 @@
+"""A spec as another machine can use it: nothing in it is a file of this one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.storage import open_store
+from jobs.errors import SpecErrors
+from jobs.pipeline import Job
+from jobs.spec import JobSpec
+from trainer.corpus.files import is_local
+from trainer.spec import AnswersFile
+
+
+def portable(job: Job, shared: Sequence[str]) -> JobSpec:
+    """The job's spec for a cluster; `shared`: folders that all its machines have in one place.
+
+    A student's config file is written into the spec. Local sources may stay where the corpus is
+    made already: the spec then names it. Raises SpecErrors, a line for every local path.
+    """
+    spec = _inline(job.spec)
+    folders = [Path(folder).expanduser().resolve() for folder in shared]
+    faults = [
+        f"--shared: {folder} is no folder here; may be one that this machine and all nodes mount "
+        "at the same path"
+        for folder in folders
+        if not folder.is_dir()
+    ]
+    if not _lies_in(open_store(spec.storage).local(), folders):
+        faults.append(
+            f"storage: {spec.storage} is a folder of this machine; may be a URL such as "
+            f"storage=s3://bucket/prefix, or below a folder that all nodes mount: "
+            f"--shared {open_store(spec.storage).local()}"
+        )
+    for key, path in _models(spec):
+        if not _lies_in(path, folders):
+            faults.append(
+                f"{key}: {path} is a folder of this machine; may be a hub id, or the URL of a copy "
+                "in the storage (s3://bucket/prefix/model), or below a folder given by --shared"
+            )
+    local = [
+        (f"data.train.{index}.source", Path(source.source).expanduser().absolute())
+        for index, source in enumerate(spec.data.train if spec.data is not None else ())
+        if is_local(source.source)
+    ]
+    local = [(key, path) for key, path in local if not _lies_in(path, folders)]
+    if local and "prepare" in job.plan.todo:
+        faults += [
+            f"{key}: {path} is of this machine; prepare the corpus here first, into a storage that "
+            "the cluster sees: stillhouse run SPEC --until prepare storage=s3://bucket/prefix, "
+            "then submit with the same storage"
+            for key, path in local
+        ]
+    elif local:
+        assert spec.data is not None
+        corpus = job.plan.outputs["prepare"]["corpus"]
+        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"corpus": corpus})})
+    if faults:
+        raise SpecErrors(faults)
+    return spec
+
+
+def _lies_in(path: Path | None, folders: Sequence[Path]) -> bool:
+    """Whether a path is no local one, or below one of `folders`."""
+    if path is None:
+        return True
+    real = path.resolve()
+    return any(real == folder or folder in real.parents for folder in folders)
+
+
+def _models(spec: JobSpec) -> list[tuple[str, Path]]:
+    """Models and other folders that are of this machine, by the key that names them."""
+    named: list[tuple[str, str | None]] = [("student.model", spec.student.model)]
+    if spec.teacher is not None:
+        named.append(("teacher.model", spec.teacher.model))
+    if spec.responses is not None and isinstance(spec.responses.origin, AnswersFile):
+        named.append(("responses.from.file", spec.responses.origin.file))
+    if spec.sweep is not None:
+        named += [("sweep.extra", extra.path) for extra in spec.sweep.extra]
+        named += [("sweep.tasks", task.folder) for task in spec.sweep.tasks]
+    return [(key, Path(name)) for key, name in named if name is not None and Path(name).exists()]
+
+
+def _inline(spec: JobSpec) -> JobSpec:
+    """The spec with the student's config in it, where it is a file."""
+    if not isinstance(spec.student.config, str):
+        return spec
+    try:
+        config: dict[str, Any] = json.loads(Path(spec.student.config).read_text())
+    except (OSError, ValueError) as error:
+        raise SpecErrors(
+            [f"student.config: {spec.student.config} cannot be read: {error}"]
+        ) from None
+    student = spec.student.model_copy(update={"config": config})
+    return spec.model_copy(update={"student": student})

@@ -1,0 +1,178 @@
+"""`stillhouse submit`: the checkout and the spec go to a Ray cluster, once, as a Ray job."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.package import TooLarge, check_size, checkout, stage, travelling
+from cluster.rayjobs import RayJob, RayJobs, Taken
+from cluster.session import Cluster
+from cluster.storage import Store
+from jobs import preflight
+from jobs.errors import SpecErrors
+from jobs.load import dump_spec
+from jobs.pipeline import JOB_VARIABLE, Job
+from jobs.remote.portable import portable
+from jobs.remote.submissions import Submission, job_id, record, submissions
+from jobs.rundir import differences
+from jobs.spec import JobSpec
+from trainer.fingerprint import fingerprint, flatten
+
+SPEC_FILE = "stillhouse-job.yaml"
+RUN_KEY = "stillhouse_run"  # in the metadata of a Ray job: which run it is of
+# So long a run may take to save its state when its job is stopped.
+STOP_SECONDS = 600
+LOCK = "requirements.lock"
+
+
+@dataclass(frozen=True)
+class How:
+    """How a job is sent. environment: image or lock; forward: names of variables to send along;
+    shared: folders that all machines have; until, only, redo: as of `run`."""
+
+    environment: str = "image"
+    retries: int = 2
+    forward: Sequence[str] = ()
+    shared: Sequence[str] = ()
+    until: str | None = None
+    only: str | None = None
+    redo: str | None = None
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A job that is on its cluster. joined: it was there before."""
+
+    submission: Submission
+    joined: bool
+    notes: list[str] = field(default_factory=list)
+
+
+def submit(job: Job, jobs: RayJobs, how: How, say: Callable[[str], None]) -> Sent:
+    """Sends a job, or joins the same one that is live. Raises SpecErrors; then nothing was sent."""
+    spec = portable(job, how.shared)
+    forwarded = _forwarded(how.forward)
+    preflight.resources(spec, job.plan.todo, _cluster(jobs))
+    run, values = job.run.store, spec.model_dump(mode="json")
+    # Where work runs, and how it is tracked, may differ between two that are the same job.
+    same = {k: v for k, v in values.items() if k not in ("resources", "tracking")}
+    asked = {"until": how.until, "only": how.only, "redo": how.redo}
+    print_ = fingerprint({**flatten(same), **asked})
+    while True:
+        sent = submissions(run)
+        known = {each.metadata.get(RUN_KEY): each for each in jobs.all() if each.live}
+        live = known.get(run.url)
+        if live is not None:
+            return _join(live, sent, print_, values, jobs.address)
+        number = _next_number(run.name, print_, sent, jobs)
+        new = Submission(
+            number, job_id(run.name, print_, number), jobs.address, print_, time.time(), values
+        )
+        try:
+            _send(new, spec, jobs, how, forwarded, run, say)
+        except Taken:  # by somebody who sent the same at this moment
+            continue
+        record(run, new)
+        return Sent(new, joined=False)
+
+
+def _next_number(name: str, print_: str, sent: Sequence[Submission], jobs: RayJobs) -> int:
+    """A number that neither the run nor the cluster has seen."""
+    number = 1 + max((each.number for each in sent), default=0)
+    while jobs.find(job_id(name, print_, number)) is not None:
+        number += 1
+    return number
+
+
+def _join(
+    live: RayJob, sent: Sequence[Submission], print_: str, values: dict[str, Any], address: str
+) -> Sent:
+    """The live job of this run, if it is the same. Raises SpecErrors with the difference if not."""
+    of_live = [each for each in sent if each.id == live.id]
+    if not of_live:  # its sender has not recorded it yet, or died before
+        same = live.id.rpartition("-")[0].endswith(print_[:8])
+        number = int(live.id.rpartition("-")[2])
+        of_live = [Submission(number, live.id, address, print_ if same else "", 0.0, values)]
+    if of_live[-1].fingerprint == print_:
+        return Sent(of_live[-1], joined=True)
+    changed = differences(flatten(of_live[-1].spec), flatten(values))
+    told = "; ".join(changed[:5]) or "other stages were asked for"
+    raise SpecErrors(
+        [
+            f"{values['name']}: the job {live.id} of this run is {live.status} with another spec "
+            f"({told}); stop it first (stillhouse stop {values['name']}), or give this one another "
+            "name"
+        ]
+    )
+
+
+def _send(
+    new: Submission,
+    spec: JobSpec,
+    jobs: RayJobs,
+    how: How,
+    forwarded: dict[str, str],
+    run: Store,
+    say: Callable[[str], None],
+) -> None:
+    root = checkout()
+    files = travelling(root)
+    try:
+        size = check_size(files, root)
+    except TooLarge as error:
+        raise SpecErrors([str(error)]) from None
+    say(f"sending {len(files)} files of {root}, {size / 1e6:.1f} MB")
+    variables = {
+        # Read by the job's supervisor on the cluster.
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
+        JOB_VARIABLE: new.id,
+        **forwarded,
+    }
+    environment: dict[str, Any] = {"env_vars": variables}
+    if how.environment == "lock":
+        environment["pip"] = {"packages": locked(root), "pip_check": False}
+    command = ["python", "-m", "jobs.remote.retrying", str(how.retries + 1), "run", SPEC_FILE]
+    command += ["--address", "auto"]
+    for option in ("until", "only", "redo"):
+        value = getattr(how, option)
+        command += [f"--{option}", value] if value else []
+    with tempfile.TemporaryDirectory(prefix="stillhouse-submit-") as folder:
+        stage(root, list(files), Path(folder))
+        (Path(folder) / SPEC_FILE).write_text(dump_spec(spec), encoding="utf-8")
+        environment["working_dir"] = folder
+        jobs.submit(new.id, shlex.join(command), environment, {RUN_KEY: run.url})
+
+
+def locked(root: Path) -> list[str]:
+    """The pinned packages of the lock file, for Ray to install; Ray itself stays the cluster's."""
+    lines = (root / LOCK).read_text(encoding="utf-8").splitlines()
+    pinned = [line.strip() for line in lines if "==" in line and not line.startswith("#")]
+    return [line for line in pinned if not line.startswith("ray==")]
+
+
+def _forwarded(names: Sequence[str]) -> dict[str, str]:
+    """The values of variables to send along. Raises SpecErrors for those that are not set."""
+    faults = [
+        f"--forward-env: got {name.partition('=')[0]}=..., may be the NAME of a variable that is "
+        "set here; its value is not given on the command line, where others can read it"
+        if "=" in name
+        else f"--forward-env: {name} is not set here"
+        for name in names
+        if name not in os.environ
+    ]
+    if faults:
+        raise SpecErrors(faults)
+    return {name: os.environ[name] for name in names}
+
+
+def _cluster(jobs: RayJobs) -> Cluster:
+    """The cluster's nodes, as its dashboard tells them."""
+    nodes = tuple((int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in jobs.nodes())
+    return Cluster(jobs.address, nodes, embedded=False)
