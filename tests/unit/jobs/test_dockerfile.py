@@ -109,7 +109,7 @@ def test_what_no_image_may_have_is_ignored(path: str) -> None:
 
 
 def test_packages_are_those_of_the_lock_file() -> None:
-    installs = re.findall(r"pip install [^&]*", " ".join(step.rest for step in of("RUN")))
+    installs = re.findall(r"pip install [^&]*", " && ".join(step.rest for step in of("RUN")))
     assert len(installs) == 2
     assert all("--constraint requirements.lock" in each for each in installs)
     assert re.search(r"^torch==[0-9.]+$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
