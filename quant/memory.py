@@ -4,42 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from quant.bytes import dense_bytes, layer_slots
+from quant.foretold import PROCESS, Forecast, Sizes, foretell
 from quant.spec import CHANNEL, QuantSpec
 from quant.targets import find_targets, meta_model
 
-# A process with torch, transformers and Ray imported, before it holds a model: measured with the
-# locked versions, 0.45 to 0.6 GB.
-PROCESS = 600_000_000
-CHUNK_TOKENS = 256  # of logits at a time, as in `quant.evaluate.evaluate`
-CHUNK_TENSORS = 7  # float32 tensors [chunk, vocab] at once: logits, log-probs and terms, two models
-TRAINING_TOKENS = 4096  # of a forward pass with gradients, as in recovery
-LAYER_TENSORS = 8  # tensors [batch, seq, hidden] at once in a block, besides its MLP's two
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Bytes that a cell takes at its peak.
-
-    host: of its process, without the pages of the 16-bit weights' file, which processes share and
-    the system takes back when it needs them. mapped: those. device: of the GPU, 0 without one.
-    parts: what the larger of host and device is made of, in words.
-    """
-
-    host: int
-    mapped: int
-    device: int
-    parts: Mapping[str, int]
-
-    def __str__(self) -> str:
-        told = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items())
-        return f"{sum(self.parts.values()) / 1e9:.2f} GB ({told})"
+__all__ = ["PROCESS", "Forecast", "Peak", "cell_memory"]
 
 
 def cell_memory(
@@ -62,10 +37,6 @@ def cell_memory(
     """
     model = meta_model(config)
     text = model.config.get_text_config()
-    tokens = batch_sequences * sequence_length
-    if training:
-        tokens = max(TRAINING_TOKENS, sequence_length)
-    weights = dense_bytes(model)
     codes, largest = 0, 0
     if spec is not None:
         for target in find_targets(model, spec, layers).layers.values():
@@ -73,35 +44,24 @@ def cell_memory(
             slots = layer_slots(target.rows, target.columns, target.spec.bits, int(size))
             codes += sum(slot.bytes for slot in slots.values())
             largest = max(largest, target.weights)
-    hidden = text.hidden_size
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    heads = getattr(text, "num_attention_heads", 1)
-    block = tokens * (LAYER_TENSORS * hidden + 3 * inner) * 2
-    # Packed documents have a mask, and with one the scores of a batch are made on a CPU.
-    scores = 0 if cuda else batch_sequences * heads * sequence_length**2 * 2
-    activations = block + scores
-    if training:
-        activations *= max(1, getattr(text, "num_hidden_layers", 1))
-    parts: dict[str, int] = {
-        "16-bit weights": weights if spec is not None or cuda else 0,
-        "codes": codes,
-    }
-    quantizing = {"quantizing a layer": 12 * largest}
-    evaluating = {
-        "activations": activations,
-        "logits": (CHUNK_TENSORS * CHUNK_TOKENS * 4 + 6 * tokens * tasks) * text.vocab_size,
-    }
-    # Quantizing is over when the evaluation begins: the larger of the two counts.
-    later = sum(evaluating.values()) >= sum(quantizing.values())
-    parts |= evaluating if later else quantizing
-    if training:
-        parts["gradients"] = 4 * largest * 4
-    parts = {name: size for name, size in parts.items() if size}
-    total = sum(parts.values())
-    if cuda:
-        return Forecast(PROCESS, weights, total, parts)
-    parts = {"process": PROCESS, **parts}
-    return Forecast(PROCESS + total, weights, 0, parts)
+    sizes = Sizes(
+        weights=dense_bytes(model),
+        hidden=text.hidden_size,
+        inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        heads=getattr(text, "num_attention_heads", 1),
+        layers=getattr(text, "num_hidden_layers", 1),
+        vocab=text.vocab_size,
+    )
+    return foretell(
+        sizes,
+        None if spec is None else codes,
+        largest,
+        batch_sequences,
+        sequence_length,
+        cuda=cuda,
+        training=training,
+        tasks=tasks,
+    )
 
 
 class Peak:

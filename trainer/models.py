@@ -14,13 +14,14 @@ if TYPE_CHECKING:  # looking a model up must not cost seconds of imports
     import torch
 
 # What a checkpoint consists of for us: no pickles, no other frameworks' weights.
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+WEIGHTS = "*.safetensors"
+MODEL_FILES = [WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model"]
 
 
 def find_model(key: str, name: str, revision: str = "main", *, weights: bool = True) -> Path:
     """A local folder that holds the model `name` (local folder, URL, or hub id at `revision`).
 
-    Without `weights` the config is enough.
+    Without `weights` the config is enough, and of a hub model the weights stay there.
 
     Raises ValueError, naming the spec's `key`, when it cannot be found.
     """
@@ -43,7 +44,8 @@ def find_model(key: str, name: str, revision: str = "main", *, weights: bool = T
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
+        wanted = [pattern for pattern in MODEL_FILES if weights or pattern != WEIGHTS]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises many kinds; all mean: not to be had
         reason = str(error).splitlines()[0][:200]
         raise ValueError(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from trainer.worker import Worker
+if TYPE_CHECKING:  # a plan asks for the arithmetic alone
+    from trainer.worker import Worker
 
 # Share of the memory of those who hold a teacher that its weights may take.
 FITS = 0.6
@@ -19,7 +19,14 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 def memory_of(worker: Worker) -> float:
     """Bytes of memory that one worker can count on: its GPU's, or its share of the host's."""
     if worker.device.type == "cuda":
+        import torch
+
         return float(torch.cuda.get_device_properties(worker.device).total_memory)
+    return host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", worker.world))
+
+
+def host_memory() -> float:
+    """Bytes of memory of this machine, or of the container that this process is in."""
     import psutil
 
     limits = [float(psutil.virtual_memory().total)]
@@ -27,7 +34,7 @@ def memory_of(worker: Worker) -> float:
         text = path.read_text().strip() if path.is_file() else "max"
         if text != "max":
             limits.append(float(text))
-    return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", worker.world))
+    return min(limits)
 
 
 def training_bytes(

@@ -1,0 +1,241 @@
+"""The whole plan of a job as plain JSON data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.workers import Group
+from jobs.errors import SpecErrors
+from jobs.plan import hours, notes
+from jobs.plan.breakeven import break_even
+from jobs.plan.corpus import Corpus, corpus_tokens
+from jobs.plan.hours import Tokens
+from jobs.plan.models import read_models
+from jobs.plan.need import Need
+from jobs.plan.needs import (
+    Models,
+    capture_need,
+    cell_gpus,
+    cell_need,
+    distill_need,
+    is_online,
+    teacher_sharding,
+)
+from jobs.plan.place import Place
+from jobs.plan.remedies import remedies
+from jobs.plan.shape import Shape
+from jobs.plan.training import micro_tokens, trained_parameters
+from jobs.plan.volume import storage
+from jobs.spec import JobSpec
+from quant.grid import allocated_keys, grid
+from trainer.fingerprint import flatten
+from trainer.job import reads_cache, resolve
+
+FORMAT = 1
+
+
+def forecast(asked: JobSpec, place: Place, price: float | None = None) -> dict[str, Any]:
+    """What a job takes on a place: see `docs/plan.md` for the keys.
+
+    price: of an hour of a GPU, in any currency. Raises SpecErrors, with one line per fault, for
+    what a run would refuse: models, lengths, group sizes, files, workers that do not fit.
+    """
+    try:
+        spec = resolve(asked)
+    except ValueError as error:
+        raise SpecErrors([str(error)]) from error
+    models = read_models(spec)
+    try:
+        corpus = corpus_tokens(spec, models.student.vocab)
+    except ValueError as error:
+        raise SpecErrors([str(error)]) from error
+    tokens, redraws = _tokens(spec, corpus)
+    stages: dict[str, Any] = {}
+    if spec.teacher is not None:
+        stages["capture"] = _capture(models, spec, place, tokens)
+    if spec.distill is not None:
+        stages["distill"] = _distill(models, spec, place, tokens)
+    if spec.sweep is not None:
+        stages["sweep"] = _sweep(models, spec, place, tokens)
+    sizes = {
+        "corpus": corpus.train if corpus.train is not None else tokens.captured,
+        "captured": tokens.captured,
+        "held_out": tokens.held_out,
+    }
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "name": spec.name,
+        "place": place.to_dict(),
+        "resolved": _resolved(asked, spec),
+        "models": {
+            role: _model(shape)
+            for role, shape in (("teacher", models.teacher), ("student", models.student))
+            if shape is not None
+        },
+        "tokens": {
+            "corpus": corpus.train,
+            "known": corpus.told,
+            "train": tokens.captured,
+            "held_out": tokens.held_out,
+            "read": tokens.read,
+            "epochs": tokens.read / tokens.captured if tokens.captured else 0.0,
+        },
+        "stages": stages,
+        "storage": storage(models, spec, sizes, redraws, reads_cache(spec)),
+        "cells": _cells(spec),
+    }
+    if models.teacher is not None and spec.distill is not None and _compares(spec):
+        used = stages["capture"]
+        result["break_even"] = break_even(
+            models, spec, tokens, used["group"]["gpus"] > 0, used.get("sharding") == "zero3"
+        )
+    result["cost"] = _cost(stages, price)
+    result["fits"] = _all_fit(stages)
+    result["notes"] = notes.notes(spec, models, result)
+    return result
+
+
+def _compares(spec: JobSpec) -> bool:
+    assert spec.distill is not None
+    return bool(spec.distill.losses.of_distributions())
+
+
+def _tokens(spec: JobSpec, corpus: Corpus) -> tuple[Tokens, int]:
+    """What is worked on, and how many sets of draws are made."""
+    assert spec.data is not None
+    length = spec.data.sequence_length
+    select = spec.data.select_sequences * length
+    if spec.distill is None:
+        return Tokens(0, 0, corpus.held_out, select), 0
+    read = spec.distill.steps * spec.distill.tokens_per_step
+    # Whole sequences, as `trainer.training.make_schedule` takes them.
+    wanted = -(-int(spec.data.max_tokens) // length) * length
+    captured = min(read, wanted, corpus.train if corpus.train is not None else wanted)
+    sets = spec.cache.redraws if spec.cache.method == "sample" else 1
+    return Tokens(captured, read, corpus.held_out, select), min(sets, -(-read // captured))
+
+
+def _capture(models: Models, spec: JobSpec, place: Place, tokens: Tokens) -> dict[str, Any]:
+    group = place.group("capture", spec)
+    used = tokens if reads_cache(spec) else Tokens(0, tokens.read, tokens.held_out, tokens.select)
+    try:
+        sharding = teacher_sharding(models, spec, place, group, "capture")
+        need = capture_need(models, spec, place, group)
+    except ValueError as error:
+        return _impossible("capture", error, models, spec, place, group)
+    return {
+        "group": _group(group),
+        "sharding": sharding.kind,
+        "workers_per_copy": sharding.over,
+        "across_nodes": sharding.across_nodes,
+        "tokens": used.captured + used.held_out,
+        "memory": need.to_dict(),
+        **hours.capture_seconds(models, spec, place, group, sharding, used),
+        "remedies": _remedies("capture", need, models, spec, place),
+    }
+
+
+def _distill(models: Models, spec: JobSpec, place: Place, tokens: Tokens) -> dict[str, Any]:
+    group = place.group("distill", spec)
+    try:
+        need = distill_need(models, spec, place, group)
+    except ValueError as error:
+        return _impossible("distill", error, models, spec, place, group)
+    return {
+        "group": _group(group),
+        "online": is_online(spec),
+        "trained_parameters": trained_parameters(models.student, spec),
+        "micro_batch_tokens": micro_tokens(spec, group.workers),
+        "tokens": tokens.read,
+        "memory": need.to_dict(),
+        **hours.distill_seconds(models, spec, place, group, tokens),
+        "remedies": _remedies("distill", need, models, spec, place),
+    }
+
+
+def _sweep(models: Models, spec: JobSpec, place: Place, tokens: Tokens) -> dict[str, Any]:
+    cpus, gpus = cell_gpus(models, spec, place)
+    if not place.cluster.room(cpus, gpus):
+        raise SpecErrors(
+            [
+                f"resources.sweep: a cell of {cpus} CPUs and {gpus:g} GPUs fits no node; set "
+                "cpus_per_cell or gpus_per_cell lower"
+            ]
+        )
+    key, need = cell_need(models, spec, place)
+    return {
+        "cell": {"key": key, "cpus": cpus, "gpus": gpus},
+        "memory": need.to_dict(),
+        **hours.sweep_seconds(models, spec, place, tokens),
+        "remedies": _remedies("sweep", need, models, spec, place),
+    }
+
+
+def _impossible(
+    stage: str, error: ValueError, models: Models, spec: JobSpec, place: Place, group: Group
+) -> dict[str, Any]:
+    """A stage that no sharding of the teacher makes possible."""
+    return {
+        "group": _group(group),
+        "why_not": str(error),
+        "memory": None,
+        "remedies": remedies(stage, models, spec, place),
+    }
+
+
+def _remedies(stage: str, need: Need, models: Models, spec: JobSpec, place: Place) -> list[str]:
+    return remedies(stage, models, spec, place) if need.fits is False else []
+
+
+def _group(group: Group) -> dict[str, Any]:
+    return {"workers": group.workers, "cpus": group.cpus, "gpus": group.gpus}
+
+
+def _model(shape: Shape) -> dict[str, Any]:
+    return {
+        "type": shape.kind,
+        "parameters": shape.parameters,
+        "active_parameters": shape.active,
+        "layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "vocabulary": shape.vocab,
+        "experts": shape.experts,
+    }
+
+
+def _cells(spec: JobSpec) -> int:
+    return 0 if spec.sweep is None else len(grid(spec.sweep)) + len(allocated_keys(spec.sweep))
+
+
+def _resolved(asked: JobSpec, spec: JobSpec) -> dict[str, Any]:
+    """The keys that were `auto`, and what they are now."""
+    before, after = flatten(asked.model_dump()), flatten(spec.model_dump())
+    return {key: after[key] for key, value in before.items() if value == "auto" != after.get(key)}
+
+
+def _cost(stages: dict[str, Any], price: float | None) -> dict[str, Any]:
+    hours_of = {"gpu": 0.0, "cpu": 0.0}
+    known = True
+    seconds = 0.0
+    for stage in stages.values():
+        if stage.get("device_hours") is None:
+            known = False
+            continue
+        hours_of[stage["device"]] += stage["device_hours"]
+        seconds += stage["seconds"]
+    return {
+        "seconds": seconds if known else None,
+        "gpu_hours": hours_of["gpu"] if known else None,
+        "cpu_hours": hours_of["cpu"] if known else None,
+        "price_per_gpu_hour": price,
+        "money": None if price is None or not known else price * hours_of["gpu"],
+    }
+
+
+def _all_fit(stages: dict[str, Any]) -> bool | None:
+    found = [
+        False if stage["memory"] is None else stage["memory"]["fits"] for stage in stages.values()
+    ]
+    if False in found:
+        return False
+    return None if None in found else True

@@ -1,0 +1,211 @@
+"""A plan as tables for a terminal of 80 columns and more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from jobs.plan import figures as f
+from jobs.plan.place import USABLE
+
+WORDS = {"capture": "capture", "distill": "distill", "sweep": "sweep, one cell"}
+
+
+def show(plan: dict[str, Any]) -> Group:
+    """The plan that `jobs.plan.forecast` gave."""
+    blocks: list[RenderableType] = [Text(_headline(plan), style="bold")]
+    resolved = [f"{key}={value}" for key, value in plan["resolved"].items()]
+    if resolved:
+        blocks.append(Text("auto is: " + ", ".join(resolved)))
+    blocks += [Text(), _models(plan), Text(), _memory(plan), *_advice(plan), Text()]
+    blocks += [_time(plan), *_assumed(plan), Text(), _storage(plan), Text()]
+    blocks += [Text(line) for line in _break_even(plan)]
+    blocks += [Text(f"Note: {line}") for line in plan["notes"]]
+    return Group(*blocks)
+
+
+def _headline(plan: dict[str, Any]) -> str:
+    place = plan["place"]
+    nodes, (cpus, gpus) = len(place["nodes"]), place["nodes"][0]
+    if gpus:
+        name = place["gpu"] or "GPUs of a type that is not known"
+        memory = f" of {f.size(place['gpu_memory'])}" if place["gpu_memory"] else ""
+        what = f"{gpus} x {name}{memory}"
+    else:
+        what = f"{cpus} CPUs, {f.size(place['host_memory'])} of memory"
+    where = what if nodes == 1 else f"{nodes} nodes of {what}"
+    verdict = {True: "fits", False: "does not fit", None: "memory not known"}[plan["fits"]]
+    return f"{plan['name']} on {where}: {verdict}"
+
+
+def _table(*columns: str, figures: int) -> Table:
+    """The last `figures` columns are numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    for index, title in enumerate(columns):
+        number = index >= len(columns) - figures
+        table.add_column(title, justify="right" if number else "left", no_wrap=number)
+    return table
+
+
+def _models(plan: dict[str, Any]) -> Table:
+    table = _table(
+        "Model", "Type", "Weights", "Met by a token", "Layers", "Width", "Ids", figures=5
+    )
+    for role, model in plan["models"].items():
+        table.add_row(
+            role,
+            model["type"] + (", experts" if model["experts"] else ""),
+            f.count(model["parameters"]),
+            f.count(model["active_parameters"]),
+            str(model["layers"]),
+            f"{model['hidden_size']:,}",
+            f"{model['vocabulary']:,}",
+        )
+    return table
+
+
+def _memory(plan: dict[str, Any]) -> Table:
+    place = plan["place"]
+    unit = "GPU" if any(gpus for _, gpus in place["nodes"]) else "worker"
+    table = _table(f"Memory per {unit}", "Part", "GB", figures=1)
+    for name, stage in plan["stages"].items():
+        need = stage["memory"]
+        table.add_section()
+        if need is None:
+            table.add_row(WORDS[name], Text(stage["why_not"], style="red"), f.NOTHING)
+            continue
+        first = _of(name, stage)
+        for part, size in need["device"].items():
+            table.add_row(first, part, f.gigabytes(size))
+            first = ""
+        if need["start"] > sum(need["device"].values()):
+            table.add_row("", "at the start: the whole student", f.gigabytes(need["start"]))
+        verdict = _verdict(need)
+        table.add_row("", verdict, Text(f.gigabytes(need["total"]), style="bold"))
+        if need["host_total"]:
+            parts = ", ".join(f"{part} {f.size(size)}" for part, size in need["host"].items())
+            told = f"; per worker {parts}" if parts else ""
+            load = f.size(need["host_load"])
+            words = f"host memory of a node: {f.size(need['host_total'])} (loading {load}{told})"
+            table.add_row("", words, "")
+    return table
+
+
+def _of(name: str, stage: dict[str, Any]) -> str:
+    if name == "sweep":
+        return f"sweep: cell {stage['cell']['key']}"
+    return f"{name}: {stage['group']['workers']} workers"
+
+
+def _verdict(need: dict[str, Any]) -> Text:
+    if need["memory"] is None:
+        return Text("in all", style="bold")
+    room = f"in all, of {f.gigabytes(need['memory'])}"
+    if need["fits"]:
+        return Text(f"{room}: fits", style="bold")
+    over = need["total"] > USABLE * need["memory"]
+    why = "does not fit" if over else "host memory does not suffice"
+    return Text(f"{room}: {why}", style="bold red")
+
+
+def _advice(plan: dict[str, Any]) -> list[Text]:
+    lines = []
+    for name, stage in plan["stages"].items():
+        fits = stage["memory"]["fits"] if stage["memory"] else False
+        if fits is not False:
+            continue
+        found = stage["remedies"]
+        told = " | ".join(found) if found else "nothing that plan knows of makes it fit"
+        lines.append(Text(f"{name} would fit with: {told}" if found else f"{name}: {told}"))
+    return lines
+
+
+def _time(plan: dict[str, Any]) -> Table:
+    kind = "GPU hours" if plan["place"]["gpu"] else "Device hours"
+    table = _table("Stage", "Tokens", "Utilisation", "Time", kind, "Cost", figures=5)
+    price = plan["cost"]["price_per_gpu_hour"]
+    for name, stage in plan["stages"].items():
+        tokens = stage.get("tokens")
+        hours = stage.get("device_hours")
+        money = None
+        if price is not None and hours is not None and stage["device"] == "gpu":
+            money = price * hours
+        used = stage.get("utilisation")
+        table.add_row(
+            name if name != "sweep" else f"sweep, {plan['cells']} cells",
+            f.NOTHING if tokens is None else f.count(tokens),
+            f.NOTHING if used is None else f"{100 * used:.0f} %",
+            f.duration(stage.get("seconds")),
+            f.hours(hours) + ("" if stage.get("device", "gpu") == "gpu" else " CPU"),
+            f.NOTHING if money is None else f"{money:,.2f}",
+        )
+    cost = plan["cost"]
+    total = cost["gpu_hours"] or cost["cpu_hours"]
+    money = cost["money"]
+    table.add_section()
+    table.add_row(
+        "all", "", "", f.duration(cost["seconds"]), f.hours(total),
+        f.NOTHING if money is None else f"{money:,.2f}",
+    )  # fmt: skip
+    return table
+
+
+def _assumed(plan: dict[str, Any]) -> list[Text]:
+    place = plan["place"]
+    peak = place["gpu_peak_flops"] or place["core_peak_flops"]
+    of = f"of a {place['gpu']}" if place["gpu_peak_flops"] else "of a CPU core"
+    return [
+        Text(
+            f"Utilisation: of {peak / 1e12:,.3g} Tflop/s, the dense bf16 peak {of}; assumed, not "
+            "measured."
+        )
+    ]
+
+
+def _storage(plan: dict[str, Any]) -> Table:
+    table = _table("Storage", "What", "Size", figures=1)
+    sizes, tokens = plan["storage"], plan["tokens"]
+    known = f.count(tokens["corpus"]) if tokens["corpus"] is not None else "not counted"
+    table.add_row("corpus", f"tokens of train: {known}", f.size(sizes["corpus"]))
+    if "cache" in sizes:
+        cache = sizes["cache"]
+        words = f"{cache['held_out_bytes_per_token']:,.0f} bytes per held-out token"
+        if cache["sets"]:
+            sets = f" in {cache['sets']} sets" if cache["sets"] > 1 else ""
+            words = (
+                f"{cache['train_bytes_per_token']:,.1f} bytes per token{sets} "
+                f"({cache['ids_per_token']:.0f} ids); {words}"
+            )
+        table.add_row("logit cache", words, f.size(cache["bytes"]))
+    if "student" in sizes:
+        table.add_row("student", "", f.size(sizes["student"]))
+        if sizes["control"]:
+            table.add_row("control", "", f.size(sizes["control"]))
+        words = f"at most, while training; one is {f.size(sizes['checkpoint'])}"
+        table.add_row("checkpoints", words, f.size(sizes["checkpoints"]))
+    if "cells" in sizes:
+        table.add_row("cells", f"{plan['cells']} models", f.size(sizes["cells"]))
+    table.add_section()
+    table.add_row("all", "", f.size(sizes["total"]))
+    return table
+
+
+def _break_even(plan: dict[str, Any]) -> list[str]:
+    found = plan.get("break_even")
+    if found is None:
+        return []
+    students, passes = found["students"], found["passes"]
+    reads = f"a student reads {f.count(found['online_tokens_per_student'])} tokens"
+    if passes is not None and passes > 1.005:
+        reads += f", each captured one {passes:.3g} times"
+    first = (
+        f"Cached against online: the teacher runs over {f.count(found['cached_tokens'])} tokens "
+        f"once; {reads}, all of which a teacher beside it would run over."
+    )
+    if students == 1:
+        return [first, "Break-even: the cache is cheaper from the first student on."]
+    return [first, f"Break-even: the cache is cheaper from {students} students on it."]
