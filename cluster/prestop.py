@@ -19,6 +19,8 @@ from functools import partial
 import psutil
 
 POLL_S = 0.5
+# Called like work of Ray, but of no job: waiting workers, and the agents of the node.
+NO_WORK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 _GONE = (psutil.NoSuchProcess, psutil.AccessDenied)
 
 
@@ -44,7 +46,7 @@ def ray_at_work() -> bool:
     for process in psutil.process_iter():
         with contextlib.suppress(*_GONE):
             title = "".join(process.cmdline()[:1])
-            if title.startswith("ray::") and not title.startswith("ray::IDLE"):
+            if title.startswith("ray::") and not title.startswith(NO_WORK):
                 return True
     return False
 

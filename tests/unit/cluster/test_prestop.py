@@ -69,7 +69,15 @@ def test_a_worker_waits_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("title", "busy"),
-    [("ray::RayTrainWorker", True), ("ray::IDLE", False), ("raylet", False), ("", False)],
+    [
+        ("ray::RayTrainWorker", True),
+        ("ray::IDLE", False),
+        ("ray::IDLE_SpillWorker", False),
+        ("ray::DashboardAgent", False),
+        ("ray::RuntimeEnvAgent", False),
+        ("raylet", False),
+        ("", False),
+    ],
 )
 def test_what_ray_calls_its_work(monkeypatch: pytest.MonkeyPatch, title: str, busy: bool) -> None:
     class Process:
