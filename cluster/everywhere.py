@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 _POLL_S = 0.5
+RETRIES = 2  # of a worker that dies; a node that is gone stays so
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one node answered: a value, or why there is none. node: its address, and its id."""
+    """What one node answered: a value, or why there is none. node: its address, and its id.
+
+    error: what the function raised; lost: why the node could not be asked.
+    """
 
     node: str
     value: Any = None
     error: str | None = None
+    lost: str | None = None
 
 
 class Silent(RuntimeError):
@@ -32,8 +37,8 @@ def on_every_node(
 ) -> list[Answer]:
     """Calls `function(*arguments)` once on every living node, at the same time.
 
-    A node that raises, dies, or gives no answer within `limit_s` seconds is an `Answer` with an
-    error. on_wait(waiting, count): called again and again with the nodes that have not answered, of
+    A node that raises, dies, or gives no answer within `limit_s` seconds is an `Answer` without a
+    value. on_wait(waiting, count): called again and again with the nodes that have not answered, of
     `count`. Raises Silent if `should_stop()` says so.
     """
     import ray
@@ -46,7 +51,7 @@ def on_every_node(
         # No CPU is asked for: a node whose CPUs are taken, or that has none, answers as well.
         options = {
             "num_cpus": 0,
-            "max_retries": 0,
+            "max_retries": RETRIES,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
         }
         reference = remote.options(**options).remote(*arguments)
@@ -63,7 +68,7 @@ def on_every_node(
         if asked and limit_s is not None and time.monotonic() - began > limit_s:
             for reference, node in asked.items():
                 ray.cancel(reference, force=True)
-                answers.append(Answer(node, error=f"gave no answer within {limit_s:g} s"))
+                answers.append(Answer(node, lost=f"gave no answer within {limit_s:g} s"))
             break
         on_wait(sorted(asked.values()), len(nodes))
     return sorted(answers, key=lambda answer: answer.node)
@@ -74,7 +79,12 @@ def _answer(node: str, reference: Any) -> Answer:
 
     try:
         return Answer(node, ray.get(reference))
-    except Exception as error:  # of whatever the function raised, or Ray on its way
-        cause = getattr(error, "cause", None) or error
-        text = " ".join(str(cause).split())[:300]
-        return Answer(node, error=f"{type(cause).__name__}: {text}")
+    except ray.exceptions.RayTaskError as error:
+        return Answer(node, error=_in_words(error.cause or error))
+    except Exception as error:  # Ray's own, of many kinds
+        return Answer(node, lost=f"could not be asked ({_in_words(error)})")
+
+
+def _in_words(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}"

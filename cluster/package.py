@@ -11,6 +11,7 @@ from pathlib import Path
 # By name, wherever in the checkout. Ray has no way of its own to leave out `.git`.
 EXCLUDES = (
     ".git",
+    ".gitignore",  # Ray would go by it, and leave out what is listed here to travel
     ".venv",
     "venv",
     "runs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -47,10 +48,8 @@ class RayJobs:
         self.address = address
         _knock(address)
         with _only(address):
-            from ray.job_submission import JobSubmissionClient
-
             try:
-                self._client = JobSubmissionClient(address)
+                self._client = _client(address)
             except Exception as error:
                 raise Unreachable(_why(address, error)) from error
 
@@ -104,6 +103,22 @@ class RayJobs:
         return [dict(each.resources_total or {}) for each in found if each.state == "ALIVE"]
 
 
+def _client(address: str) -> Any:
+    """Ray's client; with this user's token where the cluster asks for one."""
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError:
+        # Ray has no public name for this; its own `ray.init` and `ray start` do the same.
+        from ray._private.authentication import authentication_token_setup as tokens
+
+        if not tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+            raise
+        return JobSubmissionClient(address)
+
+
 def _job(details: Any) -> RayJob:
     return RayJob(
         details.submission_id,
@@ -127,8 +142,8 @@ def _knock(address: str) -> None:
 def _why(address: str, error: Exception) -> str:
     if type(error).__name__ == "AuthenticationError":
         return (
-            f"{address}: the cluster wants a token; set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN_PATH to a file with the cluster's, see `ray get-auth-token --help`"
+            f"{address}: the cluster wants another token than this machine has; set "
+            "RAY_AUTH_TOKEN_PATH to a file with the cluster's (on its head: `ray get-auth-token`)"
         )
     told = " ".join(str(error).split())[:200]
     return (
@@ -141,6 +156,9 @@ def _why(address: str, error: Exception) -> str:
 def _only(address: str) -> Iterator[None]:
     """Takes away, for the time of the block, what Ray would prefer to `address`."""
     kept = {name: os.environ.pop(name) for name in _OVERRIDES if name in os.environ}
+    import ray  # noqa: F401  (sets the level of its own messages, on its first import)
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # of its packages and tokens nobody asked
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def list_runs(storage: StorageOption = "./runs", as_json: JsonOption = False) -> int:
-    """List the runs of a storage, and those that were submitted from this machine."""
+    """List runs: of a storage, and those submitted from here."""
     from concurrent.futures import ThreadPoolExecutor
 
     from cluster.storage import open_store
@@ -96,7 +96,8 @@ def watch_run(place: Store) -> int:
 
         show_result(console, RunDir(place))
         return DONE
-    print(f"log: stillhouse logs {place.name}", file=sys.stderr)
+    option = "" if end.attempt else " --job"
+    print(f"log: stillhouse logs {place.name}{option}", file=sys.stderr)
     return INTERRUPTED if end.word == "stopped" else FAILED
 
 
@@ -158,7 +159,10 @@ def stop(
     ] = False,
     storage: StorageOption = "./runs",
 ) -> int:
-    """Ask a run to save its state and end; the next run or submit continues it."""
+    """Ask a run to save its state and end.
+
+    The next run or submit continues it.
+    """
     from jobs.live.stop import in_words, stop_run
 
     place = _find(run, storage, "stop")

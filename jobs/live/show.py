@@ -59,7 +59,8 @@ def detail(run: Store, status: Status) -> list[str]:
     if sent is not None:
         ray = f", Ray says {status.ray}" if status.ray else ""
         lines.append(f"Ray job    {sent.id} at {sent.address}{ray}")
-    lines.append(f"logs       stillhouse logs {run.name}")
+    option = "" if status.attempt or sent is None else " --job"
+    lines.append(f"logs       stillhouse logs {run.name}{option}")
     if status.live:
         lines.append(f"stop       stillhouse stop {run.name}")
     elif status.word in ("stopped", "lost", "failed"):

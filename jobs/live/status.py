@@ -139,11 +139,11 @@ def _with_ray(
     elif job is None and (unheard or found.live or found.word == "lost"):
         values |= {
             "word": "lost",
-            "why": f"the cluster at {last.address} does not know the job {last.id} any more, it was "
-            "restarted; submit it again to continue",
+            "why": f"the cluster at {last.address} does not know the job {last.id} any more, it "
+            "was restarted; submit it again to continue",
         }
     elif job is not None and unheard:
-        why = " ".join(job.message.split())[:300]
+        why = _shortly(job.message)
         if job.status in ("PENDING", "RUNNING"):
             values |= {"word": "queued", "why": why or f"Ray says {job.status}", "stage": None}
         else:
@@ -153,6 +153,15 @@ def _with_ray(
         why = f"its driver ended without a word, Ray says {job.status}; submit again to continue"
         values |= {"word": "lost", "why": why}
     return Status(**values)
+
+
+def _shortly(message: str) -> str:
+    """What Ray says of a job, in one line: of a log that it repeats, the last line."""
+    head, logs, tail = message.partition("last available logs")
+    if not logs:
+        return " ".join(message.split())[:300]
+    lines = [line for line in tail.splitlines() if line.strip()]
+    return f"{' '.join(head.split()).rstrip(',')}: {lines[-1].strip() if lines else ''}"[:400]
 
 
 def _ray_job(last: Submission) -> tuple[RayJob | None, str]:

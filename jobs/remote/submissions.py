@@ -1,4 +1,4 @@
-"""Which Ray jobs a run was sent as: kept with the run, and on this machine to find the run again."""
+"""Which Ray jobs a run was sent as: kept with the run, and here to find the run again."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Group
 
 from cluster.storage import Attempt, Store
-from jobs.report import figures, html, table
+from jobs.report import figures, html, planned, table
 from jobs.report.rows import Row, cost, rows_of
 from jobs.report.source import load_run
 
@@ -20,7 +20,8 @@ def build_report(run: Store | Attempt) -> list[Row]:
     rows = rows_of(data)
     spent = figures.cost_line(cost(data))
     run.write_json("report/results.json", {"format": 1, "rows": rows})
-    run.write_bytes("report/table.md", table.markdown(rows, spent).encode())
+    text = table.markdown(rows, spent) + planned.markdown(data)
+    run.write_bytes("report/table.md", text.encode())
     run.write_bytes("report/index.html", html.page(data).encode())
     return rows
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from jobs.report import figures as f
-from jobs.report import pictures, quantized, sections, table
+from jobs.report import pictures, planned, quantized, sections, table
 from jobs.report.curves import Curve, curve_picture
 from jobs.report.detail import detail
 from jobs.report.parts import dot, heading, simple_table
@@ -49,6 +49,7 @@ def page(data: RunData) -> str:
         detail(rows),
         _failures(data, rows),
         _cost(cost(data)),
+        planned.html_section(data),
         _environment(rows),
         _spec(data),
     ]

@@ -16,6 +16,7 @@ from quant.sweepspec import SweepSpec
 
 ROLES = ("teacher", "student", "control")
 TRAININGS = ("distill", "control")
+PLAN = "plan.json"  # of a run directory: what `jobs.plan.record` gave before the work began
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class RunData:
 
     `evaluations` maps a role (teacher, student, control) to its evaluation; `cells` maps a
     cell's key to its result; `extra` maps the name of a model that was quantized elsewhere to its
-    result; `events` is in order, without steps that a resume replayed.
+    result; `events` is in order, without steps that a resume replayed; `plan` is what was foretold.
     """
 
     name: str
@@ -34,6 +35,7 @@ class RunData:
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
 
     def of_kind(self, *kinds: str) -> list[dict[str, Any]]:
         """The events of these kinds, in order."""
@@ -62,7 +64,8 @@ def load_run(store: Store, events: list[dict[str, Any]] | None = None) -> RunDat
         if store.exists(path):
             extra[item.label] = clean(store.read_json(path))
     name = str(spec.get("name") or store.name)
-    return RunData(name, store.url, spec, events, evaluations, cells, extra)
+    plan = clean(store.read_json(PLAN)) if store.exists(PLAN) else {}
+    return RunData(name, store.url, spec, events, evaluations, cells, extra, plan)
 
 
 def _asked_for(spec: dict[str, Any], role: str) -> bool:
