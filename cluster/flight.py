@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.outcomes import Failure, where
+from cluster.room import GPU_TYPE
 from cluster.task import End, Start, end_process, perform
 from cluster.waiting import Job
 
@@ -53,6 +54,7 @@ class Flight:
             num_cpus=job.need.cpus,
             num_gpus=job.need.gpus,
             memory=job.need.memory or None,
+            resources={GPU_TYPE + job.need.gpu_type: 0.001} if job.need.gpu_type else None,
             max_retries=0,
             retry_exceptions=False,
             num_returns="streaming",

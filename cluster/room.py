@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from cluster.outcomes import Failure, Kind, gigabytes, one_line
 
+# How Ray names the resource that says which GPUs a node has: "accelerator_type:H100".
+GPU_TYPE = "accelerator_type:"
 # Shares of CPUs and GPUs are floats: ten of 0.1 fit on 1.
 _FUZZ = 1e-9
 
@@ -17,6 +19,7 @@ _FUZZ = 1e-9
 @dataclass(frozen=True)
 class Need:
     """What one task takes of its node. memory: bytes of Ray's logical `memory`, 0 for no claim.
+    gpu_type: only nodes that have these GPUs will do, as Ray calls them; "" for all nodes.
 
     Raises ValueError for a negative number, and for GPUs that Ray refuses: above 1 and not whole.
     """
@@ -24,6 +27,7 @@ class Need:
     cpus: float
     gpus: float = 0
     memory: int = 0
+    gpu_type: str = ""
 
     def __post_init__(self) -> None:
         if min(self.cpus, self.gpus, self.memory) < 0:
@@ -42,12 +46,14 @@ class Need:
         ]
         if self.memory:
             counts.append(int(node.get("memory", 0)) // self.memory)
+        if self.gpu_type and not node.get(GPU_TYPE + self.gpu_type):
+            return 0
         return min(counts)
 
     def __str__(self) -> str:
         parts = [f"{self.cpus:g} CPUs"]
         if self.gpus:
-            parts.append(f"{self.gpus:g} GPUs")
+            parts.append(f"{self.gpus:g} {self.gpu_type} GPUs".replace("  ", " "))
         if self.memory:
             parts.append(f"{gigabytes(self.memory)} of memory")
         return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]

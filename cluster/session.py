@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.package import check_size, checkout, ray_excludes, travelling
+from cluster.room import GPU_TYPE
 
 # After Ray's end its processes have so long to go by themselves.
 END_SECONDS = 10.0
@@ -31,7 +32,7 @@ class Cluster:
     nodes: tuple[tuple[int, int], ...]  # CPUs and GPUs of each
     embedded: bool
     machines: int = 1  # hosts; several nodes of a test may be on one
-    gpu_types: tuple[str, ...] = ()  # of the nodes that have GPUs, as Ray calls them; each once
+    gpu_types: tuple[str, ...] = ()  # of each node, as Ray calls it; "" where there is none
 
     @property
     def cpus(self) -> int:
@@ -105,12 +106,11 @@ def refresh(cluster: Cluster) -> Cluster:
 
     alive = [node for node in ray.nodes() if node["Alive"]]
     resources = [node["Resources"] for node in alive]
-    types = {name.partition(":")[2] for each in resources for name in each if _is_type(name)}
     return replace(
         cluster,
         nodes=tuple((int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in resources),
         machines=len({node["NodeManagerHostname"] for node in alive}),
-        gpu_types=tuple(sorted(types)),
+        gpu_types=tuple(_gpu_type(each) for each in resources),
     )
 
 
@@ -123,8 +123,9 @@ def free() -> tuple[Resources, Resources]:
     return has, idle
 
 
-def _is_type(resource: str) -> bool:
-    return resource.startswith("accelerator_type:")
+def _gpu_type(resources: Mapping[str, float]) -> str:
+    found = sorted(name for name in resources if name.startswith(GPU_TYPE))
+    return found[0].removeprefix(GPU_TYPE) if found else ""
 
 
 def _environment() -> dict[str, Any] | None:

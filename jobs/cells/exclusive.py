@@ -32,16 +32,18 @@ def measure_speeds(
     """Adds speeds to the results of finished cells that have none, here and on storage.
 
     models: by cell, the role of the 16-bit model that it is made of. A cell whose speed cannot be
-    had stays without; the next run tries again.
+    had stays without; the next run tries again. Speeds of GPUs of another type, from a cluster that
+    the run was on before, are measured again where all others are.
     """
+    speeds_of = {r.get("gpu_type") or "" for r in results.values() if _has_speed(r)}
+    need, machines = needs.exclusive(speeds_of)
     todo = [
         key
         for key, result in results.items()
         if result["status"] == "done"
-        and result.get("decode_tokens_per_s") is None
         and result.get("model_kept")
+        and (not _has_speed(result) or (result.get("gpu_type") or "") != need.gpu_type)
     ]
-    need, machines = needs.exclusive()
     pool = FanOut(
         call,
         need=need,
@@ -50,7 +52,7 @@ def measure_speeds(
         should_stop=context.stop.is_set,
     )
     for key in todo:
-        pool.add(key, speed_task, (material, key, sources[models[key]]))
+        pool.add(key, speed_task, (material, key, sources[models[key]], need.gpu_type))
     done = 0
     for key, speeds in pool:
         if isinstance(speeds, Failure):
@@ -63,6 +65,10 @@ def measure_speeds(
         context.emit("progress", stage="speed", done=done, total=len(todo), unit="cells")
     for role in dict.fromkeys(models.values()):
         _baseline(context, role, [results[key] for key in results if models[key] == role])
+
+
+def _has_speed(result: Mapping[str, Any]) -> bool:
+    return result.get("decode_tokens_per_s") is not None
 
 
 def _baseline(context: Context, role: str, cells: list[dict[str, Any]]) -> None:

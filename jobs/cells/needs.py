@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,13 +120,31 @@ class Needs:
         weights = parameter_count(self.meta(source))
         return weights * (RECOVERY if cell.recovered else 1.0)
 
-    def exclusive(self) -> tuple[Need, int]:
-        """What a task takes that is to be alone on its machine, and how many machines there are."""
-        nodes = [node for node in self.cluster.nodes if node[1] >= self.gpus]
-        most = max(nodes, default=(self.cpus, 0))
-        alike = [node for node in nodes if node == most]
+    def exclusive(self, measured: Collection[str] = ()) -> tuple[Need, int]:
+        """What a task takes that is to be alone on its machine, and how many machines there are.
+
+        On GPUs all are of one type, so that their speeds can be compared: of `measured`, those of
+        speeds that there are, where the cluster has one of these, else the most frequent.
+        """
+        types = self.cluster.gpu_types or ("",) * len(self.cluster.nodes)
+        nodes = [
+            (node, kind)
+            for node, kind in zip(self.cluster.nodes, types, strict=True)
+            if node[1] >= self.gpus
+        ]
+        chosen = _gpu_type([kind for _, kind in nodes], measured) if self.gpus else ""
+        alike = [cpus for (cpus, _), kind in nodes if not self.gpus or kind == chosen]
+        most = max(alike, default=self.cpus)
         gpus = 1 if self.gpus else 0
-        return Need(float(most[0]), gpus), max(1, min(len(alike), self.cluster.machines))
+        machines = min(alike.count(most), self.cluster.machines)
+        return Need(float(most), gpus, gpu_type=chosen), max(1, machines)
+
+
+def _gpu_type(there: Sequence[str], measured: Collection[str]) -> str:
+    """The type of GPUs on which speeds are measured."""
+    counts = Counter(kind for kind in there if kind)
+    known = {kind: count for kind, count in counts.items() if kind in measured} or counts
+    return max(known, key=lambda kind: (known[kind], kind), default="")
 
 
 def _model(source: Source) -> Any:

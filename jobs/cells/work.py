@@ -203,8 +203,11 @@ def _upload_in_order(attempt: Attempt, folder: Path, place: str, last: str) -> N
         held.rename(folder / last)
 
 
-def speed_task(material: Material, key: str, source: Source) -> dict[str, Any]:
-    """The speed of a finished cell beside the 16-bit model; adds it to the cell's result.json."""
+def speed_task(material: Material, key: str, source: Source, gpu_type: str) -> dict[str, Any]:
+    """The speed of a finished cell beside the 16-bit model; adds it to the cell's result.json.
+
+    gpu_type: of the node, as Ray calls it, "" without a GPU.
+    """
     from quant.cell import measure_cell
 
     store = material.attempt.store
@@ -217,6 +220,7 @@ def speed_task(material: Material, key: str, source: Source) -> dict[str, Any]:
         device=material.device,
     )
     path = f"cells/{key}/result.json"
+    speeds["gpu_type"] = gpu_type
     material.attempt.write_json(path, {**store.read_json(path), **speeds})
     return speeds
 

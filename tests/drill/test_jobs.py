@@ -1,0 +1,322 @@
+"""Jobs sent through Ray's Jobs API to a cluster of a head and three nodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cluster.rayjobs import RayJobs  # noqa: E402
+from cluster.storage import Store, open_store, read_events  # noqa: E402
+from tests import rays, tiny  # noqa: E402
+
+pytestmark = pytest.mark.timeout(1200)
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT_STEPS = 20
+SLOW = {
+    "distill__steps": 160,
+    "distill__checkpoint_steps": CHECKPOINT_STEPS,
+    "distill__control": False,
+    "resources__capture__batch_tokens": 64,
+    "resources__capture__shard_seconds": 0.05,
+    "sweep__bits": [8, 6, 5, 4, 3, 2],
+}
+
+
+@dataclass
+class World:
+    """A cluster, a teacher, and a job that ran undisturbed on this machine alone."""
+
+    folder: Path
+    rays: rays.Rays
+    undisturbed: Store
+
+    def job(self, name: str, **changes: Any) -> tuple[str, Store, dict[str, Any]]:
+        """The slow job under another storage: its file, its run directory, its spec."""
+        return self.spec(slow(self.folder), name, **changes)
+
+    def quick(self, name: str, **changes: Any) -> tuple[str, Store, dict[str, Any]]:
+        """A short one."""
+        return self.spec(tiny.job_spec(self.folder, 1500), name, **changes)
+
+    def spec(
+        self, spec: dict[str, Any], name: str, **changes: Any
+    ) -> tuple[str, Store, dict[str, Any]]:
+        spec = {**spec, "name": name, "storage": str(self.folder / f"storage-{name}"), **changes}
+        return str(tiny.write_spec(spec, self.folder)), tiny.run_store(spec), spec
+
+    def submit(self, path: str, *more: str, **env: str) -> tuple[int, str, str]:
+        return tiny.stillhouse(*self.submission(path, *more), cwd=self.folder, **env)
+
+    def submission(self, path: str, *more: str) -> list[str]:
+        options = ["--address", self.rays.address, "--shared", str(self.folder)]
+        return ["submit", path, *options, *more]
+
+    def status(self, run: Store) -> dict[str, Any]:
+        code, out, err = tiny.stillhouse("status", run.url, "--json", cwd=self.folder)
+        assert code == 0, err
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    def wait(self, run: Store, seconds: float = 400) -> dict[str, Any]:
+        """How a run ended."""
+        ends = time.monotonic() + seconds
+        while True:
+            found = self.status(run)
+            if found["status"] not in ("queued", "waiting", "running", "restarting", "stopping"):
+                return found
+            assert time.monotonic() < ends, found
+            time.sleep(2)
+
+
+def slow(folder: Path) -> dict[str, Any]:
+    """A job with something to interrupt in every stage."""
+    spec = tiny.job_spec(folder, 1500, **SLOW)
+    spec["student"] = {"init": "random", "config": tiny.model(128, 4)}
+    return spec
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("jobs")
+    for spec in (tiny.teacher_spec(folder, 1500), {**slow(folder), "name": "undisturbed"}):
+        path = str(tiny.write_spec(spec, folder))
+        code, out, err = tiny.stillhouse("run", path, cwd=folder)
+        assert code == 0, out + err
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_STATE_HOME", str(folder / "state"))
+    with rays.cluster(folder) as found:
+        yield World(folder, found, tiny.run_store(spec))
+    patch.undo()
+
+
+def until(run: Store, wanted: Callable[[dict[str, Any]], bool], seconds: float = 300) -> Any:
+    """The first event of a run that `wanted` likes."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        for event in read_events(run):
+            if wanted(event):
+                return event
+        time.sleep(0.2)
+    raise AssertionError(f"no such event: {[e['event'] for e in read_events(run)][-20:]}")
+
+
+def find(run: Store, kind: str, stage: str) -> list[dict[str, Any]]:
+    return [e for e in read_events(run) if e["event"] == kind and e.get("stage") == stage]
+
+
+def quality(run: Store) -> dict[str, list[Any]]:
+    """What the sweep found of every cell, without times."""
+    keep = ("perplexity", "accuracy", "kl_to_student", "kl_to_teacher", "bytes")
+    return {row["key"]: [row[name] for name in keep] for row in tiny.results(run) if row.get("key")}
+
+
+def test_a_submitted_recipe_does_what_the_local_one_does(world: World) -> None:
+    """The demo, shortened: the same bytes come out, whichever way it is started."""
+    storage = {"here": "local", "there": "submitted", "ray": "by-ray"}
+    short = ["distill.steps=20", "sweep.bits=[4]", "sweep.group_size=[64]", "sweep.budgets_mb=[]"]
+    short += ["sweep.recover=null", "sweep.models=[student]", "sweep.exclude=[]"]
+    short += ["data.select_sequences=16", "data.report_sequences=16", "tracking.mode=disabled"]
+    runs = {}
+    for way, name in storage.items():
+        where = f"storage={world.folder / name}"
+        if way == "here":
+            short_teacher = [o for o in short if not o.startswith("sweep")]
+            code, out, err = tiny.stillhouse(
+                "run", "demo-teacher", where, *short_teacher, cwd=world.folder
+            )
+            assert code == 0, out + err
+            short.append(f"teacher.model={world.folder / name / 'demo-teacher' / 'student'}")
+            code, out, err = tiny.stillhouse("run", "demo", where, *short, cwd=world.folder)
+        elif way == "there":
+            code, out, err = world.submit("demo", where, *short, "--follow")
+            assert "distill: 20/20" in out and "demo: done" in out
+        else:
+            code, out, err = ray_job_submit(world, "demo", where, *short)
+        assert code == 0, out + err
+        runs[way] = open_store(str(world.folder / name)).sub("demo")
+    for stage in ("distill", "control"):
+        losses = {way: tiny.losses(run, stage) for way, run in runs.items()}
+        assert losses["here"] == losses["there"] == losses["ray"]
+        assert sorted(losses["here"]) == list(range(1, 21))
+    weights = {way: run.read_bytes("student/model.safetensors") for way, run in runs.items()}
+    assert weights["here"] == weights["there"] == weights["ray"]
+    assert quality(runs["here"]) == quality(runs["there"]) == quality(runs["ray"])
+
+
+def ray_job_submit(world: World, *arguments: str) -> tuple[int, str, str]:
+    """The plain way, with Ray's own command."""
+    command = [rays.RAY, "job", "submit", "--address", world.rays.address]
+    environment = {"working_dir": str(ROOT), "excludes": [".git", ".venv", "runs", "wandb"]}
+    command += ["--runtime-env-json", json.dumps(environment), "--"]
+    command += ["python", "-m", "jobs", "run", *arguments]
+    environ = tiny.environment(RAY_AUTH_MODE="token")
+    done = subprocess.run(command, cwd=world.folder, env=environ, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_node_lost_in_every_stage(world: World) -> None:
+    path, run, _ = world.job("lost")
+    code, out, err = world.submit(path)
+    assert code == 0 and "sent" in out, out + err
+    until(run, lambda e: e["event"] == "progress" and e["stage"] == "capture" and e["done"] >= 20)
+    (start,) = find(run, "capture_start", "capture")
+    replace(world, start["pids"][1])
+
+    begun = until(run, lambda e: e["event"] == "training_start")
+    until(run, lambda e: e["event"] == "step" and e["step"] >= CHECKPOINT_STEPS + 10)
+    until(run, lambda e: e["event"] == "checkpoint")
+    reached = max(tiny.losses(run, "distill"))
+    replace(world, begun["pids"][1])
+    said = [world.status(run)]
+    resumed = until(run, lambda e: e["event"] == "resume")
+    assert any(
+        s["status"] == "restarting" and "attempt 2 of 4" in s["why"] or s["status"] != "lost"
+        for s in said
+    )
+    assert resumed["step"] > 0 and not set(begun["pids"]) & set(resumed["pids"])
+    assert reached - resumed["step"] <= CHECKPOINT_STEPS
+    (lost,) = find(run, "group_lost", "distill")
+    assert lost["what"] in ("a lost node", "a lost worker")
+
+    where = until(run, lambda e: e["event"] == "cell_start" and driver_is_elsewhere(world, e))
+    replace(world, int(where["where"].rpartition("pid ")[2].rstrip(")")))
+    end = world.wait(run)
+    assert end["status"] == "done" and end["attempt"] == 1, end
+    assert tiny.losses(run, "distill") == tiny.losses(world.undisturbed, "distill")
+    assert quality(run) == quality(world.undisturbed)
+
+
+def driver_is_elsewhere(world: World, event: dict[str, Any]) -> bool:
+    """Whether a cell runs, and on a node that may be lost: the head has the driver."""
+    pid = int(event["where"].rpartition("pid ")[2].rstrip(")"))
+    return any(node.holds(pid) for node in world.rays.others)
+
+
+def replace(world: World, pid: int) -> None:
+    """Takes the power from the node of a process, and adds another to the cluster."""
+    node = next((node for node in world.rays.others if node.holds(pid)), world.rays.others[-1])
+    node.kill()
+    world.rays.others.remove(node)
+    world.rays.add("--num-cpus", "1")
+
+
+def test_submitted_twice_it_is_one_job_and_stopped_it_continues(world: World) -> None:
+    path, run, _ = world.job("twice")
+    both = [tiny.start(*world.submission(path), cwd=world.folder) for _ in range(2)]
+    told = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    code, out, err = world.submit(path)
+    assert code == 0 and "joined" in out, out + err
+    mine = [job for job in RayJobs(world.rays.address).all() if job.id.startswith("twice-")]
+    assert len(mine) == 1
+    code, _, err = world.submit(path, "distill.steps=170")
+    assert code == 2 and "distill.steps: 160 -> 170" in err and "stillhouse stop twice" in err
+
+    until(run, lambda e: e["event"] == "step" and e["step"] >= 10)
+    code, out, err = tiny.stillhouse("stop", "twice", cwd=world.folder)
+    assert code == 0 and "twice: stopped" in out, out + err
+    found = world.status(run)
+    assert found["status"] == "stopped" and found["ray_status"] == "STOPPED", found
+    assert run.glob("checkpoints/*/*.json")
+    code, out, err = tiny.stillhouse("stop", "twice", cwd=world.folder)
+    assert code == 2 and "is not under way" in err
+    code, out, err = tiny.stillhouse("list", "--storage", str(world.folder), cwd=world.folder)
+    assert code == 0 and "twice" in out and "stopped" in out, out + err
+
+    code, out, err = world.submit(path, "--follow")
+    assert code == 0, out + err
+    assert find(run, "resume", "distill")[0]["step"] >= 10
+    assert tiny.losses(run, "distill") == tiny.losses(world.undisturbed, "distill")
+    code, out, err = tiny.stillhouse("logs", "twice", cwd=world.folder)
+    assert code == 0 and "RayTrainWorker" in out
+
+
+def test_what_can_never_run_is_refused_with_the_numbers(world: World) -> None:
+    path, run, _ = world.quick("impossible")
+    code, out, err = world.submit(path, "resources.distill={workers: 8, gpus_per_worker: 1}")
+    assert code == 2 and "sent" not in out
+    assert "8 workers of 1 CPUs and 1 GPUs do not fit, only 0 do" in err
+    assert not run.exists("state/submissions")
+
+
+def test_local_things_are_refused_with_the_way_out(world: World, tmp_path: Path) -> None:
+    path, _, _ = world.quick("local")
+    code, _, err = tiny.stillhouse(
+        "submit", path, "--address", world.rays.address, cwd=world.folder
+    )
+    assert code == 2
+    lines = err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines), err
+    assert "storage=s3://" in lines[0] and "teacher.model" in lines[1]
+    assert "run SPEC --until prepare storage=s3://" in lines[2]
+    code, _, err = tiny.stillhouse("submit", path, cwd=world.folder)
+    assert code == 2 and "--address: missing" in err
+    code, _, err = tiny.stillhouse("submit", path, "--address", "http://127.0.0.1:9", cwd=tmp_path)
+    assert code == 2 and "no Ray dashboard answers there" in err
+
+
+def test_a_node_with_another_file_system_is_refused(world: World) -> None:
+    """The fourth node has a folder of its own in the place of the storage."""
+    path, run, spec = world.quick("unshared")
+    Path(spec["storage"]).mkdir()
+    hide = f'mount -t tmpfs tmpfs {spec["storage"]} && exec "$@"'
+    node = world.rays.add("--num-cpus", "1", prefix=["unshare", "--mount", "sh", "-c", hide, "sh"])
+    try:
+        world.rays.wait_for(5)
+        code, out, err = world.submit(path, "--follow")
+        assert code == 3 and "does not share" in out, out + err
+        assert "s3://bucket/prefix" in out
+        assert world.status(run)["status"] == "failed"
+    finally:
+        node.kill()
+        world.rays.others.remove(node)
+    code, out, err = world.submit(path, "--follow")
+    assert code == 0, out + err
+
+
+SECRETS = {
+    "HF_TOKEN": "hf_planted0123456789abcdef",
+    "WANDB_API_KEY": "planted0123456789abcdef0123456789abcdef01",
+    "AWS_SECRET_ACCESS_KEY": "planted/secret/0123456789abcdef",
+    "OPENAI_API_KEY": "sk-planted-0123456789",
+}
+
+
+def test_no_secret_is_left_anywhere(world: World) -> None:
+    path, run, spec = world.quick("secrets")
+    code, out, err = world.submit(path, **SECRETS)
+    assert code == 0, out + err
+    seen = []
+    while world.status(run)["status"] in ("queued", "waiting", "running", "restarting"):
+        seen.append(subprocess.run(["ps", "axww"], capture_output=True, text=True).stdout)
+        time.sleep(2)
+    assert world.status(run)["status"] == "done"
+    jobs = RayJobs(world.rays.address)
+    mine = next(job.id for job in jobs.all() if job.id.startswith("secrets-"))
+    seen += [out, err, jobs.log(mine), str(jobs._client.get_job_info(mine).dict())]
+    for folder in (spec["storage"], str(world.folder / "state")):
+        seen += [p.read_bytes().decode("latin-1") for p in Path(folder).rglob("*") if p.is_file()]
+    session = Path("/tmp/ray/session_latest/logs")
+    seen += [p.read_bytes().decode("latin-1") for p in session.rglob("*") if p.is_file()]
+    assert len(seen) > 50
+    for name, value in SECRETS.items():
+        assert not any(value in text for text in seen), name
+
+    code, _, err = world.submit(path, "name=told", "--forward-env", "HF_TOKEN=abc")
+    assert code == 2 and "abc" not in err
+    code, out, err = world.submit(
+        path, "--redo", "summarize", "--forward-env", "HF_TOKEN", **SECRETS
+    )
+    assert code == 0 and "warning: HF_TOKEN is sent along" in err
+    assert world.wait(run)["status"] == "done"

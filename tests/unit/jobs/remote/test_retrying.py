@@ -1,0 +1,54 @@
+"""The entry point of a submitted job: which ends of a run are tried again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.remote import retrying
+
+
+@pytest.mark.parametrize(
+    ("codes", "tries", "last"),
+    [
+        ([0], 3, 0),
+        ([2], 3, 2),
+        ([3, 0], 3, 0),
+        ([-9, 3, 0], 3, 0),
+        ([3, 3, 3], 3, 3),
+        ([-9], 1, 137),
+        ([3], 1, 3),
+    ],
+)
+def test_lost_and_failed_runs_are_tried_again(
+    monkeypatch: pytest.MonkeyPatch, codes: list[int], tries: int, last: int
+) -> None:
+    monkeypatch.setattr(retrying, "REST_SECONDS", 0.0)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    left = list(codes)
+    monkeypatch.setattr(retrying.subprocess, "call", lambda command: left.pop(0))
+    assert retrying.main([str(tries), "run", "spec.yaml"]) == last
+    assert left == []
+
+
+def test_after_a_stop_there_is_no_other_try_and_ray_may_have_the_last_word(tmp_path: Path) -> None:
+    """A run that ends with 130 by itself waits for Ray's signal, and is not run again."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "__init__.py").write_text("")
+    body = "import pathlib, sys\npathlib.Path('ran').open('a').write('x')\nsys.exit(130)\n"
+    (tmp_path / "jobs" / "__main__.py").write_text(body)
+    entry = Path(retrying.__file__)
+    process = subprocess.Popen([sys.executable, str(entry), "3", "run"], cwd=tmp_path)
+    while not (tmp_path / "ran").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=10) == 130
+    assert (tmp_path / "ran").read_text() == "x"
