@@ -285,6 +285,41 @@ def test_a_node_with_another_file_system_is_refused(world: World) -> None:
     assert code == 0, out + err
 
 
+def test_before_a_node_is_taken_away_a_checkpoint_is_saved(world: World) -> None:
+    """As for a spot instance: notice first, and the end some seconds later."""
+    spec = slow(world.folder)
+    rare = {**spec["distill"], "checkpoint_steps": None, "checkpoint_minutes": 60}
+    path, run, _ = world.job("notice", distill=rare, sweep=None)
+    code, out, err = world.submit(path)
+    assert code == 0, out + err
+    begun = until(run, lambda e: e["event"] == "training_start")
+    until(run, lambda e: e["event"] == "step" and e["step"] >= 10)
+    node = next(n for n in world.rays.others for pid in begun["pids"] if n.holds(pid))
+    drain(world, node)
+    saved = until(run, lambda e: e["event"] == "checkpoint")
+    assert saved["step"] < 160
+    (notice,) = find(run, "preemption", "distill")
+    assert "will be taken away in" in notice["notice"]
+    node.kill()
+    world.rays.others.remove(node)
+    world.rays.add("--num-cpus", "1")
+    assert world.wait(run)["status"] == "done"
+    assert find(run, "resume", "distill")[0]["step"] == saved["step"]
+    assert tiny.losses(run, "distill") == tiny.losses(world.undisturbed, "distill")
+
+
+def drain(world: World, node: rays.Node) -> None:
+    """Gives notice of the end of a node, as a cloud does."""
+    raylet = next(p for p in node.processes() if p.name() == "raylet")
+    (id_,) = [a.partition("=")[2] for a in raylet.cmdline() if a.startswith("--node_id=")]
+    command = [rays.RAY, "drain-node", "--address", world.rays.gcs, "--node-id", id_]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    command += ["--deadline-remaining-seconds", "120"]
+    environ = tiny.environment(RAY_AUTH_MODE="token")
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 SECRETS = {
     "HF_TOKEN": "hf_planted0123456789abcdef",
     "WANDB_API_KEY": "planted0123456789abcdef0123456789abcdef01",

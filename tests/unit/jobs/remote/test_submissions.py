@@ -1,0 +1,54 @@
+"""What is kept of a sending, with the run and on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.storage import open_store
+from jobs.errors import SpecErrors
+from jobs.remote import submit as module
+from jobs.remote.submissions import (
+    Submission,
+    job_id,
+    record,
+    registry,
+    remembered,
+    submissions,
+)
+from jobs.remote.submit import locked
+
+
+def test_sendings_are_kept_in_order_and_the_run_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    run = open_store(tmp_path / "shared" / "demo")
+    for number in (1, 2):
+        record(run, Submission(number, f"demo-{number}", "http://h:8265", "f", float(number), {}))
+    assert [each.id for each in submissions(run)] == ["demo-1", "demo-2"]
+    assert remembered() == [run]
+    (registry() / "torn.json").write_text('{"url": ')
+    assert remembered() == [run]
+
+
+def test_the_same_job_has_the_same_id() -> None:
+    assert job_id("demo", "ab" * 16, 3) == "demo-abababab-3"
+
+
+def test_values_of_variables_are_taken_from_here_and_never_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("A_KEY", "secret")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    assert module._forwarded(["A_KEY"]) == {"A_KEY": "secret"}
+    with pytest.raises(SpecErrors) as error:
+        module._forwarded(["A_KEY=secret", "NOT_SET"])
+    assert len(error.value.faults) == 2 and "secret" not in str(error.value)
+
+
+def test_ray_installs_what_is_locked_but_not_itself() -> None:
+    lines = locked(Path(__file__).resolve().parents[4])
+    assert "torch==2.13.0" in lines
+    assert not any(line.startswith("ray==") for line in lines) and len(lines) > 100
