@@ -30,7 +30,7 @@ def list_runs(storage: StorageOption = "./runs", as_json: JsonOption = False) ->
     from cluster.storage import open_store
     from jobs.live.show import plain, table
     from jobs.live.status import status_of
-    from jobs.remote.submissions import remembered
+    from jobs.live.submissions import remembered
     from jobs.runs import holds_run
 
     try:
@@ -173,7 +173,7 @@ def stop(
 
 def _job_log(place: Any) -> int:
     from cluster.rayjobs import RayJobs, Unreachable
-    from jobs.remote.submissions import submissions
+    from jobs.live.submissions import submissions
 
     sent = submissions(place)
     if not sent:
@@ -192,7 +192,7 @@ def _job_log(place: Any) -> int:
 
 def _find(run: str, storage: str, command: str) -> Store:
     """A run by URL, path, name in `storage`, or name of one that was submitted from here."""
-    from jobs.remote.submissions import remembered
+    from jobs.live.submissions import remembered
     from jobs.runs import find_run
 
     try:

@@ -12,7 +12,7 @@ from cluster.rayjobs import RayJob, RayJobs, Unreachable
 from cluster.storage import Attempt, Store
 from jobs.live.beacon import LOST_SECONDS, SIGN_SECONDS, live_path
 from jobs.live.requests import asked
-from jobs.remote.submissions import Submission, submissions
+from jobs.live.submissions import Submission, submissions
 
 LIVE = ("running", "waiting", "restarting", "stopping", "queued")
 

@@ -85,10 +85,8 @@ def forecast(asked: JobSpec, place: Place, price: float | None = None) -> dict[s
         "cells": _cells(spec),
     }
     if models.teacher is not None and spec.distill is not None and _compares(spec):
-        used = stages["capture"]
-        result["break_even"] = break_even(
-            models, spec, tokens, used["group"]["gpus"] > 0, used.get("sharding") == "zero3"
-        )
+        rate = _teacher_rate(stages["capture"])
+        result["break_even"] = break_even(models, spec, tokens, rate)
     result["cost"] = _cost(stages, price)
     result["fits"] = _all_fit(stages)
     result["notes"] = notes.notes(spec, models, result)
@@ -98,6 +96,12 @@ def forecast(asked: JobSpec, place: Place, price: float | None = None) -> dict[s
 def _compares(spec: JobSpec) -> bool:
     assert spec.distill is not None
     return bool(spec.distill.losses.of_distributions())
+
+
+def _teacher_rate(capture: dict[str, Any]) -> float | None:
+    """Operations per second of all workers of a capture; None where they are not known."""
+    seconds = capture.get("seconds")
+    return None if seconds is None else capture["flops"] / (seconds - hours.START_S)
 
 
 def _tokens(spec: JobSpec, corpus: Corpus) -> tuple[Tokens, int]:

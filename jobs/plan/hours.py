@@ -24,12 +24,12 @@ UTILISATION = {
     "sweep": 0.30,
     "cpu": 0.35,
 }
-# A start of a worker group: processes, imports, process group, reading the models.
-START_S = 25.0
+# A start of a worker group (processes, imports, process group, reading the models), and of tasks.
+START_S, TASKS_S = 25.0, 10.0
 # hqq per billion weights: a GPU, and one CPU core in slices of rows (docs/quantization.md).
 QUANTIZE_S, QUANTIZE_CPU_S = 4.0, 141.0
-# A cell beside that: start, writing, the exclusive pass of speeds.
-CELL_S = 15.0
+# A cell beside that: start, writing, the exclusive pass of speeds (3 s in the demo).
+CELL_S = 4.0
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def sweep_seconds(models: Models, spec: JobSpec, place: Place, tokens: Tokens) -
         busy += (flops / rate if rate else 0.0) + CELL_S * len(allocated_keys(sweep))
         cells += len(allocated_keys(sweep))
     at_once = min(slots, max(1, int(cells)))
-    seconds = None if rate is None else START_S + busy / at_once
+    seconds = None if rate is None else TASKS_S + busy / at_once
     return {
         "seconds": None if seconds is None else round(seconds, 1),
         "device": "gpu" if gpus else "cpu",

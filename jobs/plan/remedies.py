@@ -33,17 +33,26 @@ def remedies(stage: str, models: Models, spec: JobSpec, place: Place) -> list[st
     """Ways to make a stage fit, the mildest first; each was tried and fits. [] where none was
     found."""
     measure = _measure(stage, models)
-    found: list[str] = []
+    found: list[Try] = []
     for tried in _tries(stage, spec, place):
+        if any(_is_more(tried, one, place) for one in found):
+            continue
         try:
             fits = measure(tried.spec, tried.place).fits
         except (ValueError, SpecErrors):  # it cannot run so either
             continue
         if fits:
-            found.append(" ".join(tried.words))
+            found.append(tried)
         if len(found) == NAMED:
             break
-    return found
+    return [" ".join(one.words) for one in found]
+
+
+def _is_more(tried: Try, known: Try, asked: Place) -> bool:
+    """Whether a known way does with less: fewer changes, or fewer devices for the same ones."""
+    if known.place is asked:
+        return set(known.words) <= set(tried.words)
+    return tried.place is not asked and set(known.words[:-1]) <= set(tried.words[:-1])
 
 
 def _measure(stage: str, models: Models) -> Measure:
@@ -66,8 +75,9 @@ def _tries(stage: str, spec: JobSpec, place: Place) -> Iterator[Try]:
             yield stacked
     times = 2
     while times <= MOST_TIMES:
-        for under in (base, stacked):
-            yield _wider(under, stage, times)
+        yield _wider(base, stage, times)
+        if stacked.words:
+            yield _wider(stacked, stage, times)
         times *= 2
 
 
@@ -104,7 +114,7 @@ def _changed(tried: Try, change: dict[str, Any]) -> Try:
             section = section[part]
         section[last] = value
     words = [f"{key}={str(value).lower()}" for key, value in change.items()]
-    # A stage that replaces another is not said twice.
+    # A value that replaces another is not said twice.
     names = {word.partition("=")[0] for word in words}
     kept = [word for word in tried.words if word.partition("=")[0] not in names]
     return Try((*kept, *words), spec_of(data), tried.place)
@@ -118,5 +128,5 @@ def _wider(tried: Try, stage: str, times: int) -> Try:
     if stage != "sweep" and data["resources"][stage]["workers"] != "auto":
         data["resources"][stage]["workers"] = "auto"
         words.append(f"resources.{stage}.workers=auto")
-    what = f"--gpus {place.gpus}" if place.gpus else f"{len(place.nodes)} such machines"
-    return Try((*words, f"on {what}"), spec_of(data), place)
+    what = f"--gpus={place.gpus}" if place.gpus else f"{len(place.nodes)} such machines"
+    return Try((*words, what), spec_of(data), place)

@@ -115,12 +115,14 @@ def _verdict(need: dict[str, Any]) -> Text:
 def _advice(plan: dict[str, Any]) -> list[Text]:
     lines = []
     for name, stage in plan["stages"].items():
-        fits = stage["memory"]["fits"] if stage["memory"] else False
-        if fits is not False:
+        if stage["memory"] and stage["memory"]["fits"] is not False:
             continue
         found = stage["remedies"]
-        told = " | ".join(found) if found else "nothing that plan knows of makes it fit"
-        lines.append(Text(f"{name} would fit with: {told}" if found else f"{name}: {told}"))
+        if not found:
+            lines.append(Text(f"{name}: nothing that plan knows of makes it fit"))
+            continue
+        lines.append(Text(f"{name} fits with any of:"))
+        lines += [Text(f"  {words}") for words in found]
     return lines
 
 
@@ -157,7 +159,7 @@ def _time(plan: dict[str, Any]) -> Table:
 def _assumed(plan: dict[str, Any]) -> list[Text]:
     place = plan["place"]
     peak = place["gpu_peak_flops"] or place["core_peak_flops"]
-    of = f"of a {place['gpu']}" if place["gpu_peak_flops"] else "of a CPU core"
+    of = f"of one {place['gpu']}" if place["gpu_peak_flops"] else "of a CPU core"
     return [
         Text(
             f"Utilisation: of {peak / 1e12:,.3g} Tflop/s, the dense bf16 peak {of}; assumed, not "
@@ -199,12 +201,16 @@ def _break_even(plan: dict[str, Any]) -> list[str]:
     if found is None:
         return []
     students, passes = found["students"], found["passes"]
-    reads = f"a student reads {f.count(found['online_tokens_per_student'])} tokens"
-    if passes is not None and passes > 1.005:
-        reads += f", each captured one {passes:.3g} times"
+    reads = f"{f.count(found['online_tokens_per_student'])} tokens"
+    if passes > 1.005:
+        reads += f", each of them {passes:.3g} times"
+    once, each = found["cached_teacher_hours"], found["online_teacher_hours_per_student"]
+    told = "" if once is None else f" ({f.duration(3600 * once)})"
+    more = "" if each is None else f" ({f.duration(3600 * each)})"
+    captured = f.count(found["cached_tokens"])
     first = (
-        f"Cached against online: the teacher runs over {f.count(found['cached_tokens'])} tokens "
-        f"once; {reads}, all of which a teacher beside it would run over."
+        f"Cached against online: for a cache the teacher runs over {captured} tokens once{told}; "
+        f"beside a student it runs over all that this one reads, {reads}{more}."
     )
     if students == 1:
         return [first, "Break-even: the cache is cheaper from the first student on."]

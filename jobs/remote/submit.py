@@ -17,10 +17,10 @@ from cluster.session import Cluster
 from cluster.storage import Store
 from jobs import preflight
 from jobs.errors import SpecErrors
+from jobs.live.submissions import Submission, job_id, record, submissions
 from jobs.load import dump_spec
 from jobs.pipeline import JOB_VARIABLE, Job
 from jobs.remote.portable import portable
-from jobs.remote.submissions import Submission, job_id, record, submissions
 from jobs.rundir import differences
 from jobs.spec import JobSpec
 from trainer.fingerprint import fingerprint, flatten

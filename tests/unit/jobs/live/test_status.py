@@ -18,7 +18,7 @@ from jobs.live.beacon import Beacon, live_path
 from jobs.live.requests import ask_stop
 from jobs.live.show import detail, plain, span
 from jobs.live.status import Status, status_of
-from jobs.remote.submissions import Submission, record
+from jobs.live.submissions import Submission, record
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ import pytest
 
 from cluster.storage import open_store
 from jobs.errors import SpecErrors
-from jobs.remote import submit as module
-from jobs.remote.submissions import (
+from jobs.live.submissions import (
     Submission,
     job_id,
     record,
@@ -17,6 +16,7 @@ from jobs.remote.submissions import (
     remembered,
     submissions,
 )
+from jobs.remote import submit as module
 from jobs.remote.submit import locked
 
 
