@@ -25,6 +25,7 @@ from trainer.loader import Step, StepLoader
 from trainer.lossspec import WeightSchedule
 from trainer.objective import make_losses
 from trainer.optimizer import learning_rate
+from trainer.peak import PeakMemory
 from trainer.publish import publish, read_done
 from trainer.student.build import build
 from trainer.student.saving import student_state
@@ -45,7 +46,7 @@ def train(job: Training, worker: Worker) -> dict[str, Any]:
     done = worker.share(read_done(job) if worker.is_main else None)
     if done is not None:
         return dict(done)
-    began = time.monotonic()
+    began, peak = time.monotonic(), PeakMemory(worker.device)
     corpus = open_corpus(job.corpus)
     patient = worker.patient_group()
     found = checkpoint.newest(job.checkpoints, worker)
@@ -68,7 +69,7 @@ def train(job: Training, worker: Worker) -> dict[str, Any]:
         open_now.enter_context(closing(run))
         run.resume(found)
         run.run(steps)
-        metrics = run.finish()
+        metrics = {**run.finish(), "peak_bytes": peak.largest(worker)}
         publish(job, run.built, corpus, worker, metrics, run.bests, patient)
     worker.emit("training_done", stage=job.stage, metrics=metrics)
     return metrics
@@ -296,6 +297,7 @@ class _Run:
             step=saved.step,
             seconds=saved.held_s,
             upload_seconds=saved.upload_s,
+            bytes=saved.bytes,
         )
 
     def _spent(self) -> dict[str, float]:

@@ -296,7 +296,7 @@ def test_the_best_survives(world, first, spent, second, how) -> None:
     whole, head, tail = first[0]["best"].metrics, first[0][how], second[0][how]
     assert head.metrics is None
     assert head.error == "RuntimeError: killed" or head.error.startswith("Stopped")
-    ignored = {"seconds", "worker_seconds", "first_wait_ms", "loader_wait_ms"}
+    ignored = {"seconds", "worker_seconds", "first_wait_ms", "loader_wait_ms", "peak_bytes"}
     assert {k: v for k, v in tail.metrics.items() if k not in ignored} == {
         k: v for k, v in whole.items() if k not in ignored
     }

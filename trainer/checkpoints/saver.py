@@ -25,12 +25,13 @@ class Saved:
     """A checkpoint that was completed.
 
     step: steps that are done in it. held_s: seconds for which the training stood still for it;
-    upload_s: seconds from there until this rank's files had arrived.
+    upload_s: seconds from there until this rank's files had arrived. bytes: of all ranks' files.
     """
 
     step: int
     held_s: float
     upload_s: float
+    bytes: int
 
 
 class _Upload:
@@ -41,6 +42,7 @@ class _Upload:
         self._folder, self._local = folder, local
         self._began = time.monotonic()
         self.files: dict[str, str] = {}
+        self.bytes = 0
         self.error: BaseException | None = None
         self.seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="checkpoint-upload", daemon=True)
@@ -54,6 +56,7 @@ class _Upload:
                     path.unlink()  # DeepSpeed's own script for conversions
                 elif path.is_file():
                     self.files[path.relative_to(local).as_posix()] = hash_file(path)
+                    self.bytes += path.stat().st_size
             self._fence()
             self._store.upload_folder(local, self._folder)
         except BaseException as error:  # handed to the training thread
@@ -141,15 +144,15 @@ class Saver:
         upload.wait()
         worker.wait(self._patient)  # an upload may take longer than ranks wait otherwise
         self._upload = None
-        shares = worker.gather((upload.files, _describe(upload.error)))
-        for rank, (_, fault) in enumerate(shares):
+        shares = worker.gather((upload.files, upload.bytes, _describe(upload.error)))
+        for rank, (_, _, fault) in enumerate(shares):
             if fault is not None:
                 self._raise(f"rank {rank} could not upload its files", fault, upload.error)
         failed: BaseException | None = None
         if worker.is_main:
             try:
                 worker.hooks.fence()
-                files = {name: digest for share, _ in shares for name, digest in share.items()}
+                files = {name: digest for share, *_ in shares for name, digest in share.items()}
                 self._store.write_json(f"{self._folder}.json", {**self._record, "files": files})
                 with suppress(OSError):  # what is left over goes with the next one
                     prune(self._store, self._keep)
@@ -159,7 +162,8 @@ class Saver:
         if fault is not None:
             self._raise("rank 0 could not complete it", fault, failed)
         held = self._held + time.monotonic() - began
-        return Saved(self._record["step"], held, upload.seconds)
+        size = sum(share for _, share, _ in shares)
+        return Saved(self._record["step"], held, upload.seconds, size)
 
     def _raise(self, what: str, fault: tuple[bool, str], cause: BaseException | None) -> None:
         fenced, why = fault

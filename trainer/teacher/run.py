@@ -18,6 +18,7 @@ from torch import Tensor
 from trainer.corpus.corpus import Batch, Corpus, open_corpus
 from trainer.loader import next_tokens
 from trainer.logits.coding import coding_of, train_kinds
+from trainer.peak import PeakMemory
 from trainer.teacher.blocks import Block, Work, blocks, plan
 from trainer.teacher.codebooks import Codebooks
 from trainer.teacher.compress import TeacherWithRecords
@@ -36,11 +37,11 @@ def capture(job: Capture, worker: Worker) -> dict[str, Any]:
 
     Of the metrics forward_s and wait_s (forward passes, and waiting for the writer) are means over
     the ranks; bytes_per_token is by family of kinds, of the positions that have records, and of one
-    set of draws where there are more.
+    set of draws where there are more; peak_bytes is the memory of the rank that held most.
     Raises `Stopped` after a clean stop that the user asked for, ValueError for logits that are not
     numbers.
     """
-    began = time.time()
+    began, peak = time.time(), PeakMemory(worker.device)
     corpus = open_corpus(job.corpus)
     # One rank looks: all must leave with the same plan, also if another capture adds shards.
     works, asked = worker.share(
@@ -81,6 +82,7 @@ def capture(job: Capture, worker: Worker) -> dict[str, Any]:
         )
         if stopped:
             raise Stopped("capture stopped")
+        metrics["peak_bytes"] = peak.largest(worker)
     worker.barrier()
     metrics["seconds"] = time.time() - began
     metrics["world"] = worker.world
