@@ -19,6 +19,7 @@ _POLL_S = 0.3
 # Where memory ran out by no fault of a task it rests before its second attempt, twice so long
 # before its third: until then others may have ended.
 _REST_S = 5.0
+_WORD_S = 3.0  # between two words that nothing runs
 # A task whose process outlives so many kills is given up on.
 _KILLS = 3
 # Ray may hold so many times what the nodes can run: the next task is there when one ends.
@@ -49,6 +50,7 @@ class FanOut:
         should_stop: Callable[[], bool] = lambda: False,
         on_start: Callable[[str, str], None] = lambda key, where: None,
         on_retry: Callable[[str, str, int], None] = lambda key, why, attempt: None,
+        on_wait: Callable[[Need, float], None] = lambda need, seconds: None,
     ) -> None:
         """need, limit_s: of tasks that are added without their own; limit_s in seconds of running.
 
@@ -57,11 +59,15 @@ class FanOut:
         at once; None: twice what the nodes have room for, in CPUs, GPUs and memory. patience_s: a
         task that no living node can hold since a node was lost fails after so long. on_start(key,
         where) when it begins to run; on_retry(key, why, attempt) when it is to run again, with the
-        number of the new attempt (the second is 2).
+        number of the new attempt (the second is 2). on_wait(need, seconds) now and then while tasks
+        are with Ray and none runs: what one of them needs, and for how long that has been so.
         """
         self._function, self._need, self._limit_s = function, need, limit_s
         self._retries, self._in_flight, self._patience_s = retries, in_flight, patience_s
         self._should_stop, self._on_start, self._on_retry = should_stop, on_start, on_retry
+        self._on_wait = on_wait
+        self._idle_since: float | None = None  # monotonic
+        self._next_word = 0.0
         self._nodes = Nodes()
         self._waiting = Waiting(self._lane)
         self._changes = 0  # of the nodes, that the lanes are made for
@@ -120,6 +126,7 @@ class FanOut:
                 self._submit()
                 self._collect()
                 self._watch_limits()
+                self._tell_waiting()
                 while self._outcomes:
                     yield self._outcomes.popleft()
                     if self._should_stop():
@@ -280,6 +287,18 @@ class FanOut:
             else:
                 flight.kill()
 
+    def _tell_waiting(self) -> None:
+        """Says so while Ray has tasks and runs none of them."""
+        flights, now = list(self._flying.values()), time.monotonic()
+        if not flights or any(flight.start is not None for flight in flights):
+            self._idle_since = None
+            return
+        if self._idle_since is None:
+            self._idle_since, self._next_word = now, now + _WORD_S
+        if now >= self._next_word:
+            self._next_word = now + _WORD_S
+            self._on_wait(flights[0].job.need, now - self._idle_since)
+
     def _give_up_homeless(self) -> None:
         """Tasks that Ray has and that no living node can hold: it would wait for ever."""
         for flight in list(self._flying.values()):
@@ -304,6 +323,7 @@ def fan_out(
     in_flight: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_start: Callable[[str], None] = lambda key: None,
+    on_wait: Callable[[Need, float], None] = lambda need, seconds: None,
 ) -> Iterator[tuple[str, Any]]:
     """Runs `function(*items[key])` as one Ray task per key; yields (key, result) as they end.
 
@@ -316,6 +336,7 @@ def fan_out(
         in_flight=in_flight,
         should_stop=should_stop,
         on_start=lambda key, where: on_start(key),
+        on_wait=on_wait,
     )
     for key, arguments in items.items():
         pool.add(key, *arguments)

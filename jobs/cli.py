@@ -20,6 +20,7 @@ import typer
 from jobs import cache
 from jobs.errors import Interrupted, SpecErrors, StageFailed
 from jobs.live import commands as live
+from jobs.manifest import manifest
 from jobs.models import commands as models
 from jobs.remote import commands as remote
 
@@ -167,6 +168,12 @@ def run(
 
 for command, name, example in (
     (remote.submit, "submit", "submit demo storage=s3://bucket/runs --address http://HOST:8265"),
+    (
+        manifest,
+        "manifest",
+        "manifest llama-70b-to-8b --image reg/stillhouse:0.1.0-cuda --gpus-per-node 8 "
+        "--gpu-type NVIDIA-H100-80GB-HBM3",
+    ),
     (live.list_runs, "list", "list --storage s3://bucket/runs"),
     (live.status, "status", "status demo"),
     (live.watch, "watch", "watch demo"),

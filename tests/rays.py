@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -37,6 +39,7 @@ class Node:
     """One node: the process that `ray start --block` is, and all that it has started."""
 
     process: subprocess.Popen[bytes]
+    temp: Path
 
     def processes(self) -> list[psutil.Process]:
         """The node's processes, workers included."""
@@ -59,6 +62,10 @@ class Node:
                 continue
         self.process.wait()
         psutil.wait_procs(mine, timeout=10)
+
+    def logs(self) -> Path:
+        """Where Ray and its workers write."""
+        return self.temp / "session_latest" / "logs"
 
 
 @dataclass
@@ -86,9 +93,8 @@ class Rays:
     def add(self, *options: str, prefix: Sequence[str] = ()) -> Node:
         """Starts another node; `prefix`: a command to start it by, such as unshare."""
         command = [*prefix, RAY, "start", "--address", self.gcs, "--block", *PORTS, *options]
-        node = Node(_start(command, self.env, self.folder / f"node-{len(self.others)}.log"))
-        self.others.append(node)
-        return node
+        self.others.append(_start(command, self.env, self.folder / f"node-{len(self.others)}.log"))
+        return self.others[-1]
 
     def node_of(self, pid: int) -> Node:
         """The node on which a process runs."""
@@ -112,6 +118,7 @@ class Rays:
     def end(self) -> None:
         for node in (*self.others, self.head):
             node.kill()
+            shutil.rmtree(node.temp, ignore_errors=True)
 
 
 def start(folder: Path, *, cpus: int = 1, **more: Any) -> Rays:
@@ -130,14 +137,21 @@ def start(folder: Path, *, cpus: int = 1, **more: Any) -> Rays:
     command = [RAY, "start", "--head", "--block", "--port", str(port), "--num-cpus", str(cpus)]
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
     command += ["--ray-client-server-port", str(free_port()), *PORTS]
-    return Rays(folder, env, port, dashboard, Node(_start(command, env, folder / "head.log")))
+    return Rays(folder, env, port, dashboard, _start(command, env, folder / "head.log"))
 
 
-def _start(command: list[str], env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+def _start(command: list[str], env: dict[str, str], log: Path) -> Node:
+    # As on machines of their own: nodes that shared it would unpack the checkout over each other's.
+    temp = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # the names of sockets must be short
     with log.open("ab") as out:
-        return subprocess.Popen(
-            command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        process = subprocess.Popen(
+            [*command, "--temp-dir", str(temp)],
+            env=env,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
+    return Node(process, temp)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from jobs.cells.material import Material, Source
 from jobs.cells.needs import Needs
 from jobs.cells.work import call, speed_task
 from jobs.stages.base import Context
+from jobs.stages.placement import tasks_wait
 
 # What of the 16-bit model is measured beside its cells.
 BASELINE = (
@@ -50,6 +51,7 @@ def measure_speeds(
         in_flight=machines,
         limit_s=needs.limit_s,
         should_stop=context.stop.is_set,
+        on_wait=tasks_wait(context, "sweep"),
     )
     for key in todo:
         pool.add(key, speed_task, (material, key, sources[models[key]], need.gpu_type))

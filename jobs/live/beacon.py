@@ -20,7 +20,15 @@ LOST_SECONDS = 75.0
 CHANGE_SECONDS = 2.0  # between two publications at least
 
 # Events by which the workers of a stage show that they are at work.
-AT_WORK = {"step", "progress", "evaluation", "checkpoint", "training_start", "resume"}
+AT_WORK = {
+    "step",
+    "progress",
+    "evaluation",
+    "checkpoint",
+    "training_start",
+    "resume",
+    "cell_start",
+}
 
 
 def live_path(attempt: int) -> str:

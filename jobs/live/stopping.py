@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -12,15 +13,21 @@ from jobs.live.requests import asked
 
 # Between two looks for a request; a listing of remote storage costs more than one of a folder.
 LOCAL_SECONDS, REMOTE_SECONDS = 1.0, 3.0
+SAME_SECONDS = 10.0  # within which signals to end are one
 
 
 class Interruptible:
-    """Ctrl-C and SIGTERM set the event `stop`; a second one ends the process at once."""
+    """Ctrl-C and SIGTERM set the event `stop`; a second one ends the process at once.
+
+    But a SIGTERM soon after the first: a cluster that takes a machine down sends it to the job and
+    to all its processes, once each.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.stop = threading.Event()
+        self._first = 0.0  # monotonic
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruptible:
@@ -40,8 +47,11 @@ class Interruptible:
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stop.is_set():
+        if number == signal.SIGTERM and time.monotonic() - self._first < SAME_SECONDS:
+            return
+        if self._first:
             raise KeyboardInterrupt
+        self._first = time.monotonic()
         self.stop.set()
 
 

@@ -1,9 +1,11 @@
-"""Workers that are not at work yet: what they wait for, and for how long they may."""
+"""Workers and tasks that are not at work yet: what they wait for, and for how long they may."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
+from cluster.fanout import Need
 from cluster.session import Resources, free
 from cluster.workers import Group, is_pending
 from jobs.stages.base import Context
@@ -14,17 +16,16 @@ SAY_SECONDS = 90.0
 
 
 class NotPlaced(RuntimeError):
-    """The workers did not start in time."""
+    """What a stage needs was not placed in time."""
 
 
 class Placement:
     """Watches one group until it is at work, and again whenever it has lost workers."""
 
     def __init__(self, context: Context, stage: str, group: Group) -> None:
-        self._context, self._stage, self._group = context, stage, group
-        self._limit_s = 60.0 * context.spec.resources.placement_minutes
+        self._group, self._wait = group, _Wait(context, stage)
         self._idle_since: float | None = None
-        self._next_look = self._next_word = 0.0
+        self._next_look = 0.0
 
     def look(self, at_work: bool) -> None:
         """Publishes what the group waits for. Raises NotPlaced after the time that it has."""
@@ -33,32 +34,57 @@ class Placement:
             self._idle_since = None
             return
         if self._idle_since is None:
-            self._idle_since, self._next_look, self._next_word = now, now, now + SAY_SECONDS
-        if now < self._next_look:
-            return
-        self._next_look = now + LOOK_SECONDS
-        why = self._why()
-        self._context.beacon.tell(waits=why)
-        if now >= self._next_word:
-            self._next_word = now + SAY_SECONDS
-            self._context.reporter.say(f"{self._stage}: {why}")
-        if now - self._idle_since > self._limit_s:
-            raise NotPlaced(
-                f"{why}; not at work after resources.placement_minutes "
-                f"({self._limit_s / 60:g}); free resources, or set it higher"
-            )
+            self._idle_since, self._next_look = now, now
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            self._wait.tell(self._why(), now - self._idle_since)
 
     def _why(self) -> str:
         group = self._group
         if not is_pending(group):
             return f"starting {group}"
+        count = group.workers if group.fewest is None else group.fewest
+        return waiting_for(count * group.cpus, count * group.gpus, *free())
+
+
+def tasks_wait(context: Context, stage: str) -> Callable[[Need, float], None]:
+    """What a fan-out calls while none of its tasks runs."""
+    wait = _Wait(context, stage)
+
+    def on_wait(need: Need, seconds: float) -> None:
         there, idle = free()
-        return f"waiting for {wanted(group, there, idle)}"
+        has_room = idle.cpus >= need.cpus and idle.gpus >= need.gpus
+        why = waiting_for(need.cpus, need.gpus, there, idle)
+        wait.tell("starting tasks" if has_room else why, seconds)
+
+    return on_wait
 
 
-def wanted(group: Group, there: Resources, idle: Resources) -> str:
-    """What a group waits for: "8 GPUs: cluster has 4, 2 free"."""
-    count = group.workers if group.fewest is None else group.fewest
-    if group.gpus:
-        return f"{count * group.gpus} GPUs: cluster has {there.gpus:g}, {idle.gpus:g} free"
-    return f"{count * group.cpus} CPUs: cluster has {there.cpus:g}, {idle.cpus:g} free"
+def waiting_for(cpus: float, gpus: float, there: Resources, idle: Resources) -> str:
+    """What is waited for: "waiting for 8 GPUs: cluster has 4, 2 free"."""
+    if gpus:
+        return f"waiting for {gpus:g} GPUs: cluster has {there.gpus:g}, {idle.gpus:g} free"
+    return f"waiting for {cpus:g} CPUs: cluster has {there.cpus:g}, {idle.cpus:g} free"
+
+
+class _Wait:
+    """Tells why a stage waits, and ends it when that takes too long."""
+
+    def __init__(self, context: Context, stage: str) -> None:
+        self._context, self._stage = context, stage
+        self._limit_s = 60.0 * context.spec.resources.placement_minutes
+        self._next_word = SAY_SECONDS
+
+    def tell(self, why: str, seconds: float) -> None:
+        """seconds: for how long that has been so. Raises NotPlaced after the time that it has."""
+        self._context.beacon.tell(waits=why)
+        if seconds < SAY_SECONDS:
+            self._next_word = SAY_SECONDS
+        elif seconds >= self._next_word:
+            self._next_word = seconds + SAY_SECONDS
+            self._context.reporter.say(f"{self._stage}: {why}")
+        if seconds > self._limit_s:
+            raise NotPlaced(
+                f"{why}; not at work after resources.placement_minutes "
+                f"({self._limit_s / 60:g}); free resources, or set it higher"
+            )

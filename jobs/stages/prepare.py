@@ -13,6 +13,7 @@ from typing import Any
 from cluster.fanout import Cancelled, Failure, fan_out
 from jobs.errors import Interrupted, SpecErrors
 from jobs.stages.base import Context
+from jobs.stages.placement import tasks_wait
 from jobs.stages.ranks import run_ranks
 
 
@@ -123,8 +124,10 @@ class _Tasks:
                 cpus=1,
                 retries=context.spec.resources.max_failures,
                 should_stop=context.stop.is_set,
+                on_wait=tasks_wait(context, "prepare"),
             ):
                 if isinstance(result, Failure):
+                    print(result.detail)  # to the log
                     if result.error.startswith("ValueError: "):
                         raise ValueError(result.error.removeprefix("ValueError: "))
                     raise RuntimeError(result.error)

@@ -27,6 +27,7 @@ from jobs.cells.work import (
 )
 from jobs.errors import Interrupted
 from jobs.stages.base import Context
+from jobs.stages.placement import tasks_wait
 from quant.grid import Cell, grid, main_model
 from trainer.fingerprint import fingerprint
 from trainer.job import learnt_data
@@ -117,6 +118,7 @@ class _Sweep:
             should_stop=context.stop.is_set,
             on_start=self._started,
             on_retry=self._retried,
+            on_wait=tasks_wait(context, "sweep"),
         )
         for cell in [] if context.forced else self.allocations.known():
             self.cells.setdefault(cell.key, cell)

@@ -342,8 +342,10 @@ def test_no_secret_is_left_anywhere(world: World) -> None:
     seen += [out, err, jobs.log(mine), str(jobs._client.get_job_info(mine).dict())]
     for folder in (spec["storage"], str(world.folder / "state")):
         seen += [p.read_bytes().decode("latin-1") for p in Path(folder).rglob("*") if p.is_file()]
-    session = Path("/tmp/ray/session_latest/logs")
-    seen += [p.read_bytes().decode("latin-1") for p in session.rglob("*") if p.is_file()]
+    for node in (world.rays.head, *world.rays.others):
+        files = [path for path in node.logs().rglob("*") if path.is_file()]
+        assert files
+        seen += [path.read_bytes().decode("latin-1") for path in files]
     assert len(seen) > 50
     for name, value in SECRETS.items():
         assert not any(value in text for text in seen), name

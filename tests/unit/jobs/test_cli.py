@@ -15,7 +15,8 @@ from jobs.cli import Stage, app, main
 from jobs.errors import Interrupted, SpecErrors, StageFailed
 from jobs.load import load_spec, recipes
 
-COMMANDS = ["init", "run", "quantize", "export", "generate", "report", "schema"]
+COMMANDS = ["init", "run", "submit", "manifest", "list", "status", "watch", "logs", "stop"]
+COMMANDS += ["quantize", "export", "generate", "report", "schema"]
 GOOD = """\
 name: a-run
 teacher: {model: org/big}
