@@ -15,11 +15,6 @@ def size(value: float | None) -> str:
     return f"{value / 1e3:.0f} kB"
 
 
-def gigabytes(value: float) -> str:
-    """Bytes as GB, for columns that are added up."""
-    return f"{value / 1e9:,.2f}"
-
-
 def count(value: float) -> str:
     """A number of weights or tokens."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):

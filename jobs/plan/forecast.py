@@ -66,7 +66,7 @@ def forecast(asked: JobSpec, place: Place, price: float | None = None) -> dict[s
         "format": FORMAT,
         "name": spec.name,
         "place": place.to_dict(),
-        "resolved": _resolved(asked, spec),
+        "resolved": {**_resolved(asked, spec), **_placed(asked, stages)},
         "models": {
             role: _model(shape)
             for role, shape in (("teacher", models.teacher), ("student", models.student))
@@ -215,6 +215,24 @@ def _resolved(asked: JobSpec, spec: JobSpec) -> dict[str, Any]:
     """The keys that were `auto`, and what they are now."""
     before, after = flatten(asked.model_dump()), flatten(spec.model_dump())
     return {key: after[key] for key, value in before.items() if value == "auto" != after.get(key)}
+
+
+def _placed(asked: JobSpec, stages: dict[str, Any]) -> dict[str, Any]:
+    """The keys of teacher and resources that were `auto`, and what they are on this place."""
+    found: dict[str, Any] = {}
+    if asked.teacher is not None and asked.teacher.sharding == "auto":
+        kind = stages["capture"].get("sharding")
+        found |= {} if kind is None else {"teacher.sharding": kind}
+    given = asked.resources.model_dump()
+    for name, stage in stages.items():
+        keys = {f"{key}_per_worker" if key != "workers" else key: value
+                for key, value in stage.get("group", {}).items()}  # fmt: skip
+        cell = stage.get("cell", {})
+        keys |= {f"{key}_per_cell": cell[key] for key in ("cpus", "gpus") if key in cell}
+        for key, value in keys.items():
+            if given[name][key] == "auto":
+                found[f"resources.{name}.{key}"] = value
+    return found
 
 
 def _cost(stages: dict[str, Any], price: float | None) -> dict[str, Any]:

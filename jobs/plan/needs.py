@@ -142,6 +142,7 @@ def distill_need(models: Models, spec: JobSpec, place: Place, group: Group) -> N
     if not cuda:
         passing = parts["activations"] + parts["head and loss"]
         parts["kept by the allocator"] = training.kept_by_allocator(student, passing, itemsize)
+        parts["batches read ahead"] = training.read_bytes(spec, world)
         parts["buffers"] = training.CPU_EXTRAS
     if online:
         assert models.teacher is not None and spec.teacher is not None
@@ -152,11 +153,12 @@ def distill_need(models: Models, spec: JobSpec, place: Place, group: Group) -> N
     # Every rank makes the whole student on the CPU, random weights in float32, then moves it.
     made = 4 if spec.student.init == "random" else itemsize
     whole = float(student.parameters)
+    ahead = {"batches read ahead": training.read_bytes(spec, world)} if cuda else {}
     return _need(
         parts,
         place,
         group,
-        host=states if offloaded else {},
+        host={**(states if offloaded else {}), **ahead},
         start=whole * itemsize if cuda else whole * made,
         load=whole * made * place.beside(group) if cuda else 0.0,
     )

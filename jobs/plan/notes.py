@@ -25,6 +25,8 @@ def notes(spec: JobSpec, models: Models, plan: dict[str, Any]) -> list[str]:
             f"Another data.sequence_length than {spec.data.sequence_length} makes other sequences, "
             "hence another capture."
         )
+    if spec.responses is not None:
+        found.append("Making the answers (section responses) is in no figure here.")
     capture = stages.get("capture", {})
     if capture.get("across_nodes"):
         found.append(

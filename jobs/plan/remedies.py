@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.errors import SpecErrors
+from jobs.plan.gpus import GPUS
 from jobs.plan.need import Need
 from jobs.plan.needs import Models, capture_need, cell_need, distill_need, is_online
 from jobs.plan.place import Place
@@ -63,7 +64,7 @@ def _measure(stage: str, models: Models) -> Measure:
 
 
 def _tries(stage: str, spec: JobSpec, place: Place) -> Iterator[Try]:
-    """Single changes, then the same one upon another, then more devices."""
+    """Single changes, then the same one upon another, then more devices, then larger ones."""
     changes = [change for change in _changes(stage, spec) if change]
     base = Try((), spec, place)
     for change in changes:
@@ -79,6 +80,10 @@ def _tries(stage: str, spec: JobSpec, place: Place) -> Iterator[Try]:
         if stacked.words:
             yield _wider(stacked, stage, times)
         times *= 2
+    if place.gpu is not None:
+        larger = [gpu for gpu in GPUS.values() if gpu.memory > place.gpu.memory]
+        for gpu in sorted(larger, key=lambda gpu: gpu.memory):
+            yield Try((f"--gpu={gpu.key}",), spec, replace(place, gpu=gpu))
 
 
 def _changes(stage: str, spec: JobSpec) -> Iterator[dict[str, Any]]:

@@ -71,7 +71,7 @@ def _models(plan: dict[str, Any]) -> Table:
 def _memory(plan: dict[str, Any]) -> Table:
     place = plan["place"]
     unit = "GPU" if any(gpus for _, gpus in place["nodes"]) else "worker"
-    table = _table(f"Memory per {unit}", "Part", "GB", figures=1)
+    table = _table(f"Memory per {unit}", "Part", "Size", figures=1)
     for name, stage in plan["stages"].items():
         need = stage["memory"]
         table.add_section()
@@ -80,12 +80,12 @@ def _memory(plan: dict[str, Any]) -> Table:
             continue
         first = _of(name, stage)
         for part, size in need["device"].items():
-            table.add_row(first, part, f.gigabytes(size))
+            table.add_row(first, part, f.size(size))
             first = ""
         if need["start"] > sum(need["device"].values()):
-            table.add_row("", "at the start: the whole student", f.gigabytes(need["start"]))
+            table.add_row("", "at the start: the whole student", f.size(need["start"]))
         verdict = _verdict(need)
-        table.add_row("", verdict, Text(f.gigabytes(need["total"]), style="bold"))
+        table.add_row("", verdict, Text(f.size(need["total"]), style="bold"))
         if need["host_total"]:
             parts = ", ".join(f"{part} {f.size(size)}" for part, size in need["host"].items())
             told = f"; per worker {parts}" if parts else ""
@@ -104,7 +104,7 @@ def _of(name: str, stage: dict[str, Any]) -> str:
 def _verdict(need: dict[str, Any]) -> Text:
     if need["memory"] is None:
         return Text("in all", style="bold")
-    room = f"in all, of {f.gigabytes(need['memory'])}"
+    room = f"in all, of {f.size(need['memory'])}"
     if need["fits"]:
         return Text(f"{room}: fits", style="bold")
     over = need["total"] > USABLE * need["memory"]
@@ -146,11 +146,12 @@ def _time(plan: dict[str, Any]) -> Table:
             f.NOTHING if money is None else f"{money:,.2f}",
         )
     cost = plan["cost"]
-    total = cost["gpu_hours"] or cost["cpu_hours"]
+    gpu_hours, cpu_hours = cost["gpu_hours"], cost["cpu_hours"]
+    total = f.hours(gpu_hours) if gpu_hours or cpu_hours is None else f"{f.hours(cpu_hours)} CPU"
     money = cost["money"]
     table.add_section()
     table.add_row(
-        "all", "", "", f.duration(cost["seconds"]), f.hours(total),
+        "all", "", "", f.duration(cost["seconds"]), total,
         f.NOTHING if money is None else f"{money:,.2f}",
     )  # fmt: skip
     return table

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from jobs.plan.shape import Shape
 from jobs.spec import JobSpec
 from trainer.auto import activation_bytes
+from trainer.job import reads_cache
+from trainer.logits.coding import EVAL_IDS
 from trainer.spec import DistillSpec
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
@@ -22,8 +24,10 @@ STRIPS = 6
 # fit: measured 1.3 to 1.5 times the activations, at four shapes.
 CPU_PIECES = 1.4
 CPU_BLOCK = 32 << 20
-# Buffers that come with the first steps (kernels' workspaces, the loader's and DeepSpeed's own).
+# Buffers that come with the first steps: kernels' workspaces, DeepSpeed's own.
 CPU_EXTRAS = 100e6
+# As in `trainer.feed` and `trainer.evaluation`: what is read ahead of the steps, and of select kept.
+AHEAD_BYTES, AHEAD_STEPS, KEPT_BYTES = 256 << 20, 16, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,20 @@ def micro_tokens(spec: JobSpec, world: int) -> int:
     length = spec.data.sequence_length
     sequences = -(-(spec.distill.tokens_per_step // length) // world)
     return min(int(spec.distill.micro_batch), sequences) * length
+
+
+def read_bytes(spec: JobSpec, world: int) -> float:
+    """Bytes of steps that a rank has read ahead, and of its share of select, which it keeps."""
+    assert spec.distill is not None and spec.data is not None
+    length, micro = spec.data.sequence_length, micro_tokens(spec, world)
+    rank_tokens = -(-spec.distill.tokens_per_step // (world * micro)) * micro
+    cached = reads_cache(spec)
+    width = spec.cache.draws if spec.cache.method == "sample" else spec.cache.k
+    step = rank_tokens * (32 + 12 * width if cached else 28)
+    select = -(-spec.data.select_sequences // world) * length
+    select *= 28 if spec.teacher is None else 32 + 12 * EVAL_IDS
+    ahead = min(max(AHEAD_BYTES // step, 2), AHEAD_STEPS, spec.distill.steps)
+    return float(ahead * step + (select if select <= KEPT_BYTES else 0))
 
 
 def activations(student: Shape, distill: DistillSpec, tokens: int) -> float:
