@@ -26,7 +26,7 @@ CPU_PIECES = 1.4
 CPU_BLOCK = 32 << 20
 # Buffers that come with the first steps: kernels' workspaces, DeepSpeed's own.
 CPU_EXTRAS = 100e6
-# As in `trainer.feed` and `trainer.evaluation`: what is read ahead of the steps, and of select kept.
+# As in `trainer.feed` and `trainer.evaluation`: steps read ahead, and what is kept of select.
 AHEAD_BYTES, AHEAD_STEPS, KEPT_BYTES = 256 << 20, 16, 256 << 20
 
 
