@@ -68,10 +68,9 @@ def _bytes(key: str, source: SourceSpec) -> float | None:
 
 def _prepared(spec: JobSpec, data: DataSpec) -> int | None:
     """Sequences of train in a corpus on local storage that is of the same sources and lengths."""
-    storage = open_store(spec.storage)
-    if storage.local("") is None:
+    if "://" in spec.storage:
         return None
-    store = storage.sub(CORPORA)
+    store = open_store(spec.storage).sub(CORPORA)
     tokenizer = _tokenizer(spec)
     for name in store.list():
         if not store.exists(f"{name}/manifest.json"):

@@ -22,13 +22,13 @@ class Gpu:
     marks: tuple[str, ...]
 
 
-# Memory as the driver reports it is a little below these. Peaks are of the makers' data sheets,
-# dense (half of what is printed "with sparsity"), bf16 with float32 sums.
+# Memory is about what drivers report. Peaks are of the makers' data sheets, dense (half of what is
+# printed "with sparsity"), bf16 with float32 sums.
 GPUS = {
     gpu.key: gpu
     for gpu in (
-        Gpu("b200", 180 * GIB, 2250e12, ("b200",)),  # NVIDIA DGX B200 data sheet, 2024
-        Gpu("h200", 141 * 10**9, 989e12, ("h200",)),  # NVIDIA H200 data sheet, SXM
+        Gpu("b200", 178 * GIB, 2250e12, ("b200",)),  # NVIDIA DGX B200 data sheet, 2024
+        Gpu("h200", 139 * GIB, 989e12, ("h200",)),  # NVIDIA H200 data sheet, SXM
         Gpu("h100", 80 * GIB, 989e12, ("h100",)),  # NVIDIA H100 data sheet, SXM
         Gpu("h100-pcie", 80 * GIB, 756e12, ("h100", "pcie")),  # the same, PCIe
         Gpu("a100-80", 80 * GIB, 312e12, ("a100", "80g")),  # NVIDIA A100 data sheet
@@ -39,7 +39,6 @@ GPUS = {
         Gpu("a10g", 24 * GIB, 70e12, ("a10g",)),  # Amazon EC2 G5, NVIDIA A10G data sheet
         Gpu("4090", 24 * GIB, 165e12, ("4090",)),  # NVIDIA Ada architecture white paper, table 2
         Gpu("3090", 24 * GIB, 71e12, ("3090",)),  # NVIDIA GA102 architecture white paper, table 9
-        Gpu("v100", 32 * GIB, 125e12, ("v100",)),  # NVIDIA V100 data sheet: fp16, it has no bf16
     )
 }
 

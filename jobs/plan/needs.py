@@ -113,12 +113,15 @@ def capture_need(models: Models, spec: JobSpec, place: Place, group: Group) -> N
     strip = min(GPU_STRIP if cuda else CPU_STRIP, tokens * teacher.vocab)
     chunk = min(tokens, max(CHUNK_TOKENS, strip // teacher.vocab if cuda else CHUNK_TOKENS))
     kept = cache.draws * cache.redraws if cache.method == "sample" else cache.k
-    parts = teacher_parts(
-        teacher, itemsize, teacher_sharding(models, spec, place, group, "capture")
-    )
+    sharding = teacher_sharding(models, spec, place, group, "capture")
+    parts = teacher_parts(teacher, itemsize, sharding)
     parts["activations"] = forward_bytes(teacher, tokens, itemsize)
     parts["logits"] = float(chunk * teacher.vocab * itemsize + STRIPS * 4 * strip)
     parts["records"] = 12.0 * tokens * max(kept, EVAL_IDS)
+    if not cuda:  # a sharded teacher makes the allocator give back what is freed
+        pieces = 0.0 if sharding.over > 1 else training.CPU_PIECES - 1
+        parts["kept by the allocator"] = pieces * parts["activations"]
+        parts["buffers"] = training.CPU_EXTRAS
     return _need(parts, place, group)
 
 

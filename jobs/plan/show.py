@@ -87,11 +87,7 @@ def _memory(plan: dict[str, Any]) -> Table:
         verdict = _verdict(need)
         table.add_row("", verdict, Text(f.size(need["total"]), style="bold"))
         if need["host_total"]:
-            parts = ", ".join(f"{part} {f.size(size)}" for part, size in need["host"].items())
-            told = f"; per worker {parts}" if parts else ""
-            load = f.size(need["host_load"])
-            words = f"host memory of a node: {f.size(need['host_total'])} (loading {load}{told})"
-            table.add_row("", words, "")
+            table.add_row("", _host(need), f.size(need["host_total"]))
     return table
 
 
@@ -99,6 +95,13 @@ def _of(name: str, stage: dict[str, Any]) -> str:
     if name == "sweep":
         return f"sweep: cell {stage['cell']['key']}"
     return f"{name}: {stage['group']['workers']} workers"
+
+
+def _host(need: dict[str, Any]) -> str:
+    """What the host memory of a node is for, and how much there is."""
+    of = f", of {f.size(need['host_memory'])}" if need["host_memory"] else ""
+    when = ", while loading" if need["host_load"] == need["host_total"] else ""
+    return f"host memory of a node{when}{of}"
 
 
 def _verdict(need: dict[str, Any]) -> Text:
