@@ -191,10 +191,28 @@ class _Attempt:
             beacon.tell(waits=why)
 
         grown = preflight.wait_for_resources(job.spec, job.plan.todo, cluster, stopped, tell)
+        scratch = self._keep_plan(grown)
         tell("looking at the nodes")
-        preflight.nodes(job.spec, job.run, grown, 0, stopped, reporter.say)
+        preflight.nodes(job.spec, job.run, grown, scratch, stopped, reporter.say)
         tell("starting")
         return grown
+
+
+    def _keep_plan(self, cluster: Cluster) -> int:
+        """Keeps with the run what is to be expected of it, for the report to compare.
+
+        Returns the bytes that a node needs for its part of a checkpoint.
+        """
+        if not {"capture", "distill", "sweep"} & set(self.job.plan.todo):
+            return 0
+        from jobs.plan.record import record
+
+        types = [name for name in cluster.gpu_types if name]
+        found = record(self.job.spec, cluster.nodes, types[0] if types else None)
+        self.attempt.write_json("plan.json", found)
+        if "distill" not in self.job.plan.todo:
+            return 0
+        return int(found.get("storage", {}).get("checkpoint", 0)) // cluster.machines
 
 
 def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:

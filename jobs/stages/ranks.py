@@ -28,6 +28,10 @@ class GroupFailed(RuntimeError):
     """The workers failed; the message is one line for the user."""
 
 
+class RanksApart(RuntimeError):
+    """Ranks have waited too long for each other."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """What the ranks of one launch do: `run(worker)` of each of `work`, one after the other."""
@@ -86,10 +90,10 @@ def rank_main(config: dict[str, Any]) -> None:
         except Exception as error:
             if not isinstance(error, final) and not is_out_of_memory(error):
                 if "timed out" in str(error).lower():
-                    print(
-                        "a rank waited longer than resources.collective_minutes "
-                        f"({ranks.collective_minutes:g}) for the others"
-                    )
+                    raise RanksApart(
+                        "waited longer than resources.collective_minutes "
+                        f"({ranks.collective_minutes:g}) for the other ranks"
+                    ) from error
                 raise  # a new start may mend it
             traceback.print_exc()
             _settle(

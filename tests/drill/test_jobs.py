@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -211,6 +213,20 @@ def replace(world: World, pid: int) -> None:
     world.rays.add("--num-cpus", "1")
 
 
+def test_a_rank_that_hangs_is_given_up_on(world: World) -> None:
+    """Nothing has died, but one rank does not answer: the others wait for it only so long."""
+    path, run, _ = world.job("hangs", sweep=None)
+    code, out, err = world.submit(path, "resources.collective_minutes=0.2")
+    assert code == 0, out + err
+    begun = until(run, lambda e: e["event"] == "training_start")
+    until(run, lambda e: e["event"] == "checkpoint")
+    os.kill(begun["pids"][1], signal.SIGSTOP)
+    lost = until(run, lambda e: e["event"] == "group_lost")
+    assert "resources.collective_minutes (0.2)" in lost["why"], lost
+    assert world.wait(run)["status"] == "done"
+    assert tiny.losses(run, "distill") == tiny.losses(world.undisturbed, "distill")
+
+
 def test_submitted_twice_it_is_one_job_and_stopped_it_continues(world: World) -> None:
     path, run, _ = world.job("twice")
     both = [tiny.start(*world.submission(path), cwd=world.folder) for _ in range(2)]
@@ -318,6 +334,29 @@ def drain(world: World, node: rays.Node) -> None:
     environ = tiny.environment(RAY_AUTH_MODE="token")
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_job_that_is_not_placed_says_what_it_waits_for(world: World) -> None:
+    """Another job has all CPUs."""
+    jobs = RayJobs(world.rays.address)
+    code = (
+        "import ray, time; ray.init();"
+        "hold = ray.remote(num_cpus=1)(lambda: time.sleep(600));"
+        "ray.get([hold.remote() for _ in range(4)])"
+    )
+    jobs.submit("holds-all", f"python -c '{code}'", {}, {})
+    try:
+        path, run, _ = world.quick("placed")
+        told, out, err = world.submit(path, "resources.placement_minutes=0.4")
+        assert told == 0, out + err
+        waits = []
+        while (found := world.status(run))["status"] in ("queued", "waiting", "running"):
+            waits.append(found["why"])
+            time.sleep(1)
+        assert any("waiting for 1 CPUs: cluster has 4, 0 free" in why for why in waits), waits
+        assert found["status"] == "failed" and "resources.placement_minutes" in found["why"]
+    finally:
+        jobs.stop("holds-all")
 
 
 SECRETS = {
