@@ -22,6 +22,7 @@ from jobs.errors import Interrupted, SpecErrors, StageFailed
 from jobs.live import commands as live
 from jobs.manifest import manifest
 from jobs.models import commands as models
+from jobs.plan.command import plan
 from jobs.remote import commands as remote
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def run(
 
 
 for command, name, example in (
+    (plan, "plan", "plan qwen3-8b-to-0.6b --gpu h200 --gpus 16 --price 3.5"),
     (remote.submit, "submit", "submit demo storage=s3://bucket/runs --address http://HOST:8265"),
     (
         manifest,

@@ -15,7 +15,7 @@ from jobs.cli import Stage, app, main
 from jobs.errors import Interrupted, SpecErrors, StageFailed
 from jobs.load import load_spec, recipes
 
-COMMANDS = ["init", "run", "submit", "manifest", "list", "status", "watch", "logs", "stop"]
+COMMANDS = ["init", "run", "plan", "submit", "manifest", "list", "status", "watch", "logs", "stop"]
 COMMANDS += ["quantize", "export", "generate", "report", "schema"]
 GOOD = """\
 name: a-run
