@@ -24,7 +24,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def list_runs(storage: StorageOption = "./runs", as_json: JsonOption = False) -> int:
-    """List runs: of a storage, and those submitted from here."""
+    """List runs, and how they are.
+
+    Those of a storage, and those that were submitted from this machine.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     from cluster.storage import open_store

@@ -40,9 +40,9 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> int:
-    """Check SPEC and forecast memory, bytes, hours and cost, without starting anything.
+    """Forecast memory, bytes, hours and cost of SPEC.
 
-    Configs are read, weights are not: a folder with config.json alone will do.
+    Nothing is started. Configs are read, weights are not: a folder with config.json alone will do.
     """
     from jobs.load import load_spec
 
