@@ -11,6 +11,7 @@ from typing import Any
 from cluster.storage import open_store
 from jobs.spec import JobSpec
 from trainer.corpus import files
+from trainer.corpus.given import given_identity, settings
 from trainer.job import CORPORA, learnt_data
 from trainer.spec import DataSpec, SourceSpec
 
@@ -20,6 +21,7 @@ BUILTIN_BYTES = 1_920_000
 UNPACKED = {".parquet": 2.5}
 # Bytes of English text per token of a BPE: 3.1 at 2,048 entries, 4.4 at 128,256 (Llama 3).
 BYTES_AT_ONE, BYTES_PER_DOUBLING = 0.77, 0.215
+PREPARED = "prepared before"
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,12 @@ def corpus_tokens(spec: JobSpec, vocab: int) -> Corpus:
     data = learnt_data(spec)
     length = data.sequence_length
     held_out = (data.select_sequences + data.report_sequences) * length
+    if data.corpus is not None:
+        return Corpus(_given(spec, data) * length, held_out, PREPARED)
     sizes = [_bytes(f"data.train.{index}", source) for index, source in enumerate(data.train)]
     found = _prepared(spec, data)
     if found is not None:
-        return Corpus(found * length, held_out, "prepared before")
+        return Corpus(found * length, held_out, PREPARED)
     if spec.responses is not None and spec.distill is not None:
         return Corpus(None, held_out, "answers are not counted before they are made")
     if any(size is None for size in sizes):
@@ -66,12 +70,22 @@ def _bytes(key: str, source: SourceSpec) -> float | None:
     return sum(path.stat().st_size * UNPACKED.get(path.suffix.lower(), 1.0) for path in found)
 
 
+def _given(spec: JobSpec, data: DataSpec) -> int:
+    """Sequences of train in the corpus that `data.corpus` names. Raises ValueError, one line, for
+    one that is not there or does not fit."""
+    from trainer.corpus.corpus import MANIFEST
+
+    store = open_store(spec.storage).sub(CORPORA, str(data.corpus))
+    given_identity(data, store, _tokenizer(spec))
+    return int(store.read_json(MANIFEST)["parts"]["train"]["sequences"])
+
+
 def _prepared(spec: JobSpec, data: DataSpec) -> int | None:
     """Sequences of train in a corpus on local storage that is of the same sources and lengths."""
     if "://" in spec.storage:
         return None
     store = open_store(spec.storage).sub(CORPORA)
-    tokenizer = _tokenizer(spec)
+    tokenizer = {f"tokenizer.{key}": value for key, value in _tokenizer(spec).items()}
     for name in store.list():
         if not store.exists(f"{name}/manifest.json"):
             continue
@@ -85,10 +99,7 @@ def _prepared(spec: JobSpec, data: DataSpec) -> int | None:
 
 def _identity(data: DataSpec) -> dict[str, Any]:
     """What of a corpus's identity is known without reading its sources."""
-    found: dict[str, Any] = {
-        f"data.{key}": value
-        for key, value in data.model_dump(exclude={"max_tokens", "train"}).items()
-    }
+    found: dict[str, Any] = {f"data.{key}": value for key, value in settings(data).items()}
     for index, source in enumerate(data.train):
         found[f"data.train.{index}.format"] = source.format
         if source.source.startswith("builtin:") or not files.is_local(source.source):
@@ -101,9 +112,9 @@ def _tokenizer(spec: JobSpec) -> Mapping[str, Any]:
     from trainer.models import tokenizer_identity
 
     if spec.tokenizer is not None:
-        return {"tokenizer.train": spec.tokenizer.train}
+        return {"train": spec.tokenizer.train}
     model = spec.teacher.model if spec.teacher is not None else spec.student.model
     folder = Path(str(model)).expanduser()
     if not folder.is_dir():
         return {}
-    return {f"tokenizer.{key}": value for key, value in tokenizer_identity(folder).items()}
+    return tokenizer_identity(folder)

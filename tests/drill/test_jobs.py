@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster.rayjobs import RayJobs  # noqa: E402
 from cluster.storage import Store, open_store, read_events  # noqa: E402
+from jobs.live.status import status_of  # noqa: E402
 from tests import rays, tiny  # noqa: E402
 
 pytestmark = pytest.mark.timeout(1200)
@@ -180,12 +181,14 @@ def test_a_node_lost_in_every_stage(world: World) -> None:
     until(run, lambda e: e["event"] == "checkpoint")
     reached = max(tiny.losses(run, "distill"))
     replace(world, begun["pids"][1])
-    said = [world.status(run)]
-    resumed = until(run, lambda e: e["event"] == "resume")
-    assert any(
-        s["status"] == "restarting" and "attempt 2 of 4" in s["why"] or s["status"] != "lost"
-        for s in said
-    )
+    said = []
+    while not find(run, "resume", "distill"):
+        said.append(status_of(run))
+        time.sleep(0.5)
+    (resumed,) = find(run, "resume", "distill")
+    restarting = [found.why for found in said if found.word == "restarting"]
+    assert restarting and all("attempt 2 of 4" in why for why in restarting), said
+    assert not any(found.word == "lost" for found in said)
     assert resumed["step"] > 0 and not set(begun["pids"]) & set(resumed["pids"])
     assert reached - resumed["step"] <= CHECKPOINT_STEPS
     (lost,) = find(run, "group_lost", "distill")

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
-from jobs.plan.corpus import bytes_per_token
+from cluster.storage import open_store
+from jobs.errors import SpecErrors
+from jobs.plan.corpus import PREPARED, bytes_per_token
 from jobs.plan.forecast import forecast
 from jobs.plan.place import named_place
 from jobs.plan.record import record
 from jobs.schema import spec_of
 from tests.unit.jobs.plan.world import plan_of, spec_data
+from trainer.corpus.given import settings
 from trainer.models import tokenizer_identity
 
 READ = 1000 * 1048576
@@ -122,6 +125,31 @@ def test_a_corpus_is_guessed_from_its_files_and_then_known(tmp_path) -> None:
         found = forecast(spec_of(data), place)["tokens"]["known"]
         assert found == ("guessed from its bytes" if name == "other" else "prepared before")
     assert forecast(spec_of(data), place)["tokens"]["corpus"] == 77 * 1024
+
+
+def test_a_corpus_that_is_named_is_counted_without_its_sources(tmp_path) -> None:
+    from tests.material import data_spec, make_corpus, write_texts
+    from trainer.fingerprint import fingerprint
+
+    made = data_spec(write_texts(tmp_path / "texts"))
+    identity = {f"data.{key}": value for key, value in settings(made).items()}
+    identity["data.train.0.format"] = "text"
+    name = fingerprint(identity)
+    store = open_store(tmp_path / "runs").sub("_corpora", name)
+    corpus = make_corpus(store, made)
+    manifest = store.read_json("manifest.json")
+    store.write_json("manifest.json", {**manifest, "identity": identity})
+    asked = {
+        "train": [{"source": "./gone/*.txt"}], "corpus": name, "sequence_length": 32,
+        "select_sequences": 7, "report_sequences": 9,
+    }  # fmt: skip
+    data = spec_data(tmp_path, data=asked, sweep=None, distill__tokens_per_step=3200)
+    place = named_place("h200", 16, None)
+    tokens = forecast(spec_of(data), place)["tokens"]
+    assert tokens["corpus"] == 32 * len(corpus.part("train")) and tokens["known"] == PREPARED
+    asked["corpus"] = "0" * 32
+    with pytest.raises(SpecErrors, match="data.corpus"):
+        forecast(spec_of({**data, "data": asked}), place)
 
 
 @pytest.mark.parametrize("vocab, measured", [(2048, 1_921_722 / 612_096), (128256, 4.4)])
