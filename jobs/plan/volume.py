@@ -25,7 +25,6 @@ FINER = 0.17  # at more than 50 ids the values of the last ones are small, and c
 EVAL_BITS, EVAL_BYTES = 16.75, 12
 TAIL_BITS, TEMPERATURE_BITS = 6.0, 16.0
 CORPUS_BYTES = 6.1  # per token: ids, positions and the loss mask in Arrow
-SMALLEST = 1e-4  # nothing on storage is smaller than that share of the whole
 
 
 @dataclass(frozen=True)
