@@ -197,7 +197,6 @@ class _Attempt:
         tell("starting")
         return grown
 
-
     def _keep_plan(self, cluster: Cluster) -> int:
         """Keeps with the run what is to be expected of it, for the report to compare.
 

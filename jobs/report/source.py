@@ -195,7 +195,10 @@ def training_metrics(data: RunData, stage: str) -> dict[str, Any]:
 def _checkpoints(data: RunData, stage: str) -> dict[str, Any]:
     made = [event for event in data.of_kind("checkpoint") if event.get("stage") == stage]
     found: dict[str, Any] = {}
-    for name, key in (("checkpoint_seconds", "seconds"), ("checkpoint_upload_seconds", "upload_s")):
+    for name, key in (
+        ("checkpoint_seconds", "seconds"),
+        ("checkpoint_upload_seconds", "upload_seconds"),
+    ):
         values = [value for event in made if (value := number(event.get(key))) is not None]
         if values:
             found[name] = sum(values) / len(values)

@@ -70,7 +70,9 @@ class Run:
         self.dir = RunDir(self.root.sub("run"))
         self.dir.claim()
         quiet: Any = Quiet()
-        self.context = Context(self.spec, self.dir, self.inputs, {}, quiet, quiet, quiet, quiet)
+        self.context = Context(
+            self.spec, self.dir, self.inputs, {}, quiet, quiet, quiet, quiet, quiet
+        )
 
     def prepare(self, forced: bool = False) -> str:
         """The name of the corpus that the stage gives."""
