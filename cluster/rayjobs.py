@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 CONNECT_SECONDS = 5.0
 # Ray lets these replace any address that it is given.
 _OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
-_LIVE = ("PENDING", "RUNNING")
+LIVE_IN_RAY = ("PENDING", "RUNNING")
 
 
 class Unreachable(ConnectionError):
@@ -37,7 +37,7 @@ class RayJob:
     @property
     def live(self) -> bool:
         """Whether it has not ended."""
-        return self.status in _LIVE
+        return self.status in LIVE_IN_RAY
 
 
 class RayJobs:

@@ -32,6 +32,7 @@ class Cluster:
     nodes: tuple[tuple[int, int], ...]  # CPUs and GPUs of each
     embedded: bool
     machines: int = 1  # hosts; several nodes of a test may be on one
+    memory: float | None = None  # bytes that Ray has on the node with the least
     gpu_types: tuple[str, ...] = ()  # of each node, as Ray calls it; "" where there is none
 
     @property
@@ -110,6 +111,7 @@ def refresh(cluster: Cluster) -> Cluster:
         cluster,
         nodes=tuple((int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in resources),
         machines=len({node["NodeManagerHostname"] for node in alive}),
+        memory=min(map(_memory, resources), default=None),
         gpu_types=tuple(_gpu_type(each) for each in resources),
     )
 
@@ -121,6 +123,10 @@ def free() -> tuple[Resources, Resources]:
     both = ray.cluster_resources(), ray.available_resources()
     has, idle = (Resources(each.get("CPU", 0), each.get("GPU", 0)) for each in both)
     return has, idle
+
+
+def _memory(resources: Mapping[str, float]) -> float:
+    return resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0)
 
 
 def _gpu_type(resources: Mapping[str, float]) -> str:

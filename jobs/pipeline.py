@@ -207,7 +207,12 @@ class _Attempt:
         from jobs.plan.record import record
 
         types = [name for name in cluster.gpu_types if name]
-        found = record(self.job.spec, cluster.nodes, types[0] if types else None)
+        try:
+            gpu = types[0] if types else None
+            found = record(self.job.spec, cluster.nodes, gpu, cluster.memory)
+        except Exception:  # a forecast that fails is no reason to fail the run
+            traceback.print_exc()
+            return 0
         self.attempt.write_json("plan.json", found)
         if "distill" not in self.job.plan.todo:
             return 0

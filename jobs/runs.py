@@ -49,7 +49,7 @@ def runs_there(run: str, root: Store, storage: str) -> str:
 
 def holds_run(place: Store) -> bool:
     """Whether a folder is a run directory."""
-    return place.exists("spec.yaml") or place.exists("events")
+    return any(place.exists(name) for name in ("spec.yaml", "events", "state"))
 
 
 @dataclass(frozen=True)

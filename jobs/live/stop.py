@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from cluster.rayjobs import RayJobs, Unreachable
+from cluster.rayjobs import LIVE_IN_RAY, RayJobs, Unreachable
 from cluster.storage import Store
 from jobs.errors import SpecErrors
 from jobs.live.requests import ask_stop
@@ -41,7 +41,7 @@ def stop_run(run: Store, wait_s: float, force: bool, say: Callable[[str], None])
         )
     if found.submission is not None:
         _end_job(found)  # else Ray takes what has stopped for failed
-        found = _wait(run, QUEUED_SECONDS)
+        found = _wait(run, QUEUED_SECONDS, ray_too=True)
     elif found.live:
         raise SpecErrors(
             [f"{run.name}: --force is for submitted jobs; end process on {found.host} yourself"]
@@ -49,11 +49,15 @@ def stop_run(run: Store, wait_s: float, force: bool, say: Callable[[str], None])
     return found
 
 
-def _wait(run: Store, seconds: float) -> Status:
+def _wait(run: Store, seconds: float, ray_too: bool = False) -> Status:
+    """How a run is when it has ended (ray_too: and Ray has noticed), or after so long."""
     ends = time.monotonic() + seconds
-    while (found := status_of(run)).live and time.monotonic() < ends:
+    while True:
+        found = status_of(run)
+        going = found.live or (ray_too and found.ray in LIVE_IN_RAY)
+        if not going or time.monotonic() >= ends:
+            return found
         time.sleep(POLL_SECONDS)
-    return found
 
 
 def _end_job(status: Status) -> None:

@@ -100,8 +100,8 @@ def _compares(spec: JobSpec) -> bool:
 
 def _teacher_rate(capture: dict[str, Any]) -> float | None:
     """Operations per second of all workers of a capture; None where they are not known."""
-    seconds = capture.get("seconds")
-    return None if seconds is None else capture["flops"] / (seconds - hours.START_S)
+    seconds, flops = capture.get("seconds"), capture.get("flops")
+    return flops / (seconds - hours.START_S) if seconds is not None and flops else None
 
 
 def _tokens(spec: JobSpec, corpus: Corpus) -> tuple[Tokens, int]:

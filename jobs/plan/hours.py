@@ -148,7 +148,7 @@ def _told(flops: float, used: float, place: Place, group: Group) -> dict[str, An
         seconds = START_S + flops / (peak * used * group.workers)
     devices = group.workers * (group.gpus or group.cpus)
     return {
-        "seconds": None if seconds is None else round(seconds, 1),
+        "seconds": seconds,
         "flops": flops,
         "device": "gpu" if group.gpus else "cpu",
         "device_hours": None if seconds is None else seconds * devices / 3600,
