@@ -442,8 +442,8 @@ def test_evaluations_are_curves_and_the_newest_training_alone_has_them(tmp_path:
             for step, value in ((10, 5.0), (20, 9.9), (20, 4.0), (30, 3.5), (70, 1.0)):
                 more = {"select_forward_kl": value / 10} if stage == "distill" else {}
                 events.emit("evaluation", stage=stage, step=step, select_ce=value, **more)
-            events.emit("checkpoint", stage=stage, step=10, seconds=2.0, upload_s=8.0)
-            events.emit("checkpoint", stage=stage, step=20, seconds=4.0, upload_s=10.0)
+            events.emit("checkpoint", stage=stage, step=10, seconds=2.0, upload_seconds=8.0)
+            events.emit("checkpoint", stage=stage, step=20, seconds=4.0, upload_seconds=10.0)
     data = load_run(run)
     # What is evaluated twice was replayed; step 70 was of a training with more steps.
     assert [(e["step"], e["select_ce"]) for e in evaluations(data, "distill")] == [
