@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 CONNECT_SECONDS = 5.0
 # Ray lets these replace any address that it is given.
 _OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+_ENVIRONMENT = threading.RLock()  # all threads have one
 LIVE_IN_RAY = ("PENDING", "RUNNING")
 
 
@@ -155,11 +157,12 @@ def _why(address: str, error: Exception) -> str:
 @contextlib.contextmanager
 def _only(address: str) -> Iterator[None]:
     """Takes away, for the time of the block, what Ray would prefer to `address`."""
-    kept = {name: os.environ.pop(name) for name in _OVERRIDES if name in os.environ}
     import ray  # noqa: F401  (sets the level of its own messages, on its first import)
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # of its packages and tokens nobody asked
-    try:
-        yield
-    finally:
-        os.environ.update(kept)
+    with _ENVIRONMENT:
+        kept = {name: os.environ.pop(name) for name in _OVERRIDES if name in os.environ}
+        try:
+            yield
+        finally:
+            os.environ.update(kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,6 +114,13 @@ def refresh(cluster: Cluster) -> Cluster:
         memory=min(map(_memory, resources), default=None),
         gpu_types=tuple(_gpu_type(each) for each in resources),
     )
+
+
+def ask_to_grow(bundles: Sequence[Mapping[str, float]]) -> None:
+    """Tells the autoscaler, where there is one, to have nodes for all of these at once."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[dict(bundle) for bundle in bundles])
 
 
 def free() -> tuple[Resources, Resources]:

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from cluster.everywhere import Answer, Silent, on_every_node
-from cluster.session import Cluster, refresh
+from cluster.session import Cluster, ask_to_grow, refresh
 from cluster.storage import Store
 from cluster.workers import NotEnough, fit_group
 from jobs.cells.needs import cell_resources
@@ -65,6 +65,7 @@ def wait_for_resources(
     Raises SpecErrors when it is not by then, Interrupted if `stopped()`.
     """
     ends = time.monotonic() + 60.0 * spec.resources.growth_minutes
+    asked = False
     while True:
         try:
             resources(spec, todo, cluster)
@@ -73,10 +74,27 @@ def wait_for_resources(
             if time.monotonic() >= ends or cluster.embedded:
                 raise
             tell(f"waiting for the cluster to grow: {error.faults[0]}")
+        if not asked:
+            ask_to_grow(_largest_group(spec, todo))
+            asked = True
         if stopped():
             raise Interrupted("stopped while the cluster was too small")
         time.sleep(2.0)
         cluster = refresh(cluster)
+
+
+def _largest_group(spec: JobSpec, todo: Sequence[str]) -> list[dict[str, float]]:
+    """The resources of every worker of the stage that wants the most."""
+    groups = []
+    for stage in ("capture", "distill"):
+        asked = getattr(spec.resources, stage)
+        count = asked.workers[0] if isinstance(asked.workers, tuple) else asked.workers
+        if stage in todo and count != "auto":
+            one = {"CPU": 1.0 if asked.cpus_per_worker == "auto" else float(asked.cpus_per_worker)}
+            if asked.gpus_per_worker not in ("auto", 0):
+                one["GPU"] = float(asked.gpus_per_worker)
+            groups.append([one] * count)
+    return max(groups, key=len, default=[])
 
 
 def nodes(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -15,9 +14,7 @@ from jobs.progress import Reporter
 EVENT_SECONDS, STATUS_SECONDS = 1.0, 4.0
 
 
-def follow(
-    run: Store, console: Console, is_over: Callable[[Status], bool] = lambda status: not status.live
-) -> Status:
+def follow(run: Store, console: Console) -> Status:
     """Shows what happens from now on, and how the run is whenever that changes; returns its end."""
     tail = EventTail(run)
     tail.poll()
@@ -28,13 +25,14 @@ def follow(
                 _show(reporter, event)
             if time.monotonic() >= next_look:
                 status = status_of(run)
-                if is_over(status):
+                away = status.word == "unknown" and status.submission is not None
+                if not status.live and not away:  # a cluster may be away for a moment
                     for event in tail.poll():
                         _show(reporter, event)
                     return status
                 next_look = time.monotonic() + STATUS_SECONDS
                 line = _line(status)
-                if line != shown and status.word not in ("running", "unknown"):
+                if line != shown and status.word != "running":
                     reporter.say(line)
                 shown = line
             time.sleep(EVENT_SECONDS)

@@ -17,6 +17,7 @@ from cluster.session import Cluster
 from cluster.storage import Store
 from jobs import preflight
 from jobs.errors import SpecErrors
+from jobs.live.status import status_of
 from jobs.live.submissions import Submission, job_id, record, submissions
 from jobs.load import dump_spec
 from jobs.pipeline import JOB_VARIABLE, Job
@@ -59,7 +60,9 @@ def submit(job: Job, jobs: RayJobs, how: How, say: Callable[[str], None]) -> Sen
     """Sends a job, or joins the same one that is live. Raises SpecErrors; then nothing was sent."""
     spec = portable(job, how.shared)
     forwarded = _forwarded(how.forward)
-    preflight.resources(spec, job.plan.todo, _cluster(jobs))
+    if not spec.resources.growth_minutes:  # else the run waits for the cluster to grow
+        preflight.resources(spec, job.plan.todo, _cluster(jobs))
+    _refuse_running(job.run.store)
     run, values = job.run.store, spec.model_dump(mode="json")
     # Where work runs, and how it is tracked, may differ between two that are the same job.
     same = {k: v for k, v in values.items() if k not in ("resources", "tracking")}
@@ -81,6 +84,18 @@ def submit(job: Job, jobs: RayJobs, how: How, say: Callable[[str], None]) -> Sen
             continue
         record(run, new)
         return Sent(new, joined=False)
+
+
+def _refuse_running(run: Store) -> None:
+    """Raises SpecErrors if the run goes on without a Ray job: it would be stopped in its middle."""
+    found = status_of(run)
+    if found.live and found.submission is None:
+        raise SpecErrors(
+            [
+                f"{run.name}: attempt {found.attempt} is {found.word} on {found.host}; stop it first "
+                f"(stillhouse stop {run.name}), or give this one another name"
+            ]
+        )
 
 
 def _next_number(name: str, print_: str, sent: Sequence[Submission], jobs: RayJobs) -> int:

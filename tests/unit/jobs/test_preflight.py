@@ -125,7 +125,10 @@ def test_a_cluster_may_be_given_time_to_grow(monkeypatch: pytest.MonkeyPatch) ->
     sizes = [Cluster("x", ((1, 0),) * count, embedded=False) for count in (2, 3, 4)]
     monkeypatch.setattr(preflight, "refresh", lambda cluster: sizes[sizes.index(cluster) + 1])
     monkeypatch.setattr(preflight.time, "sleep", lambda seconds: None)
+    wanted: list[Any] = []
+    monkeypatch.setattr(preflight, "ask_to_grow", wanted.append)
     told: list[str] = []
     grown = preflight.wait_for_resources(spec, ["distill"], sizes[0], lambda: False, told.append)
     assert grown == sizes[2] and len(told) == 2
+    assert wanted == [[{"CPU": 1.0}] * 4]
     assert "only 2 do" in told[0] and "only 3 do" in told[1]
