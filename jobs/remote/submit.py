@@ -92,8 +92,8 @@ def _refuse_running(run: Store) -> None:
     if found.live and found.submission is None:
         raise SpecErrors(
             [
-                f"{run.name}: attempt {found.attempt} is {found.word} on {found.host}; stop it first "
-                f"(stillhouse stop {run.name}), or give this one another name"
+                f"{run.name}: attempt {found.attempt} is {found.word} on {found.host}; stop it "
+                f"first (stillhouse stop {run.name}), or give this one another name"
             ]
         )
 
