@@ -129,6 +129,7 @@ def test_a_submitted_recipe_does_what_the_local_one_does(world: World) -> None:
     storage = {"here": "local", "there": "submitted", "ray": "by-ray"}
     short = ["distill.steps=20", "sweep.bits=[4]", "sweep.group_size=[64]", "sweep.budgets_mb=[]"]
     short += ["sweep.recover=null", "sweep.models=[student]", "sweep.exclude=[]"]
+    short += ["distill.control=false", "distill.evaluate_steps=20"]
     short += ["data.select_sequences=16", "data.report_sequences=16", "tracking.mode=disabled"]
     runs = {}
     for way, name in storage.items():
@@ -148,10 +149,9 @@ def test_a_submitted_recipe_does_what_the_local_one_does(world: World) -> None:
             code, out, err = ray_job_submit(world, "demo", where, *short)
         assert code == 0, out + err
         runs[way] = open_store(str(world.folder / name)).sub("demo")
-    for stage in ("distill", "control"):
-        losses = {way: tiny.losses(run, stage) for way, run in runs.items()}
-        assert losses["here"] == losses["there"] == losses["ray"]
-        assert sorted(losses["here"]) == list(range(1, 21))
+    losses = {way: tiny.losses(run, "distill") for way, run in runs.items()}
+    assert losses["here"] == losses["there"] == losses["ray"]
+    assert sorted(losses["here"]) == list(range(1, 21))
     weights = {way: run.read_bytes("student/model.safetensors") for way, run in runs.items()}
     assert weights["here"] == weights["there"] == weights["ray"]
     assert quality(runs["here"]) == quality(runs["there"]) == quality(runs["ray"])
