@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo bench-demo bench-cache bench-cache-angle bench-train bench-quant bench-sweep test test-all check format lock clean
+.PHONY: help setup demo bench-demo bench-cache bench-cache-angle bench-train bench-quant bench-sweep bench-plan test test-all check format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ bench-quant: $(READY) ## Measure quantized models: size, speed, memory, exports 
 bench-sweep: $(READY) ## Measure the sweep: fan-out, allocation, recovery, tasks (minutes, after make demo)
 	$(BIN)/python -m tests.bench.sweep
 
+bench-plan: $(READY) ## Hold forecasts against the demo and DeepSpeed's estimators (after make demo)
+	$(BIN)/python -m tests.bench.plan
+
 # Unit tests take a core each; the others have processes of their own that want both.
 UNIT := $(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
 
@@ -60,7 +63,7 @@ test: $(READY) ## Unit and system tests
 	$(UNIT)
 	$(BIN)/python -m pytest tests/system
 
-test-all: $(READY) ## Everything, with the drills: kills, resumes, a cluster of two nodes
+test-all: $(READY) ## Everything, with the drills: kills, resumes, clusters that lose nodes
 	$(UNIT)
 	$(BIN)/python -m pytest tests/system tests/drill
 

@@ -1,33 +1,61 @@
-"""What `stillhouse plan` foretells of the demo, against the demo's run.
+"""What `stillhouse plan` foretells against what is: the demo's run, DeepSpeed's estimators.
 
-    python -m tests.bench.plan        # after `make demo`
+    make demo && make bench-plan
 
-Prints each figure beside the run's own. Ends with 1 if the logit cache is off by more than a tenth.
+Prints each figure of the demo beside the run's own, model states of 8 billion weights on 8 GPUs
+beside the estimators', and how long a plan of 70 billion weights and `--help` take. Writes
+tests/bench/results/plan.json; ends with 1 if a ratio is off by more than a tenth.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from cluster.storage import open_store
+from cluster.storage import Store, open_store
 from jobs.load import load_spec
 from jobs.plan.forecast import forecast
 from jobs.plan.place import this_machine
+from jobs.plan.training import states
 from jobs.report.planned import lines
 from jobs.report.source import load_run
 from jobs.rundir import RunDir
 
+RESULT = Path(__file__).parent / "results" / "plan.json"
+COMMAND = "make demo && make bench-plan"
 BOUND = 0.10
+PARAMETERS, LARGEST, GPUS = 8_030_261_248, 525_340_672, 8  # Llama 3 8B
+LLAMA_70B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131072,
+}
+LLAMA_8B = {
+    **LLAMA_70B,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 
 
-def main() -> int:
-    """Exit code."""
-    run = open_store("./runs/demo")
-    if not run.exists("spec.yaml"):
-        print("there is no run of the demo here; make demo", file=sys.stderr)
-        return 2
+def demo(run: Store) -> dict[str, Any]:
+    """The demo's run beside its plan, and the bytes of its cache's files."""
     plan = forecast(load_spec("demo"), this_machine())
     for line in lines(replace(load_run(run), plan=plan)):
         shown = (line.show(line.planned), line.show(line.actual), line.ratio)
@@ -37,8 +65,73 @@ def main() -> int:
     shards = Path("runs/_logits", record.outputs["cache"], "shards")
     stored = sum(path.stat().st_size for path in shards.iterdir())
     foretold = plan["storage"]["cache"]["bytes"]
-    print(f"the cache's files: {stored:,} bytes, foretold {foretold:,}")
-    return int(abs(foretold / stored - 1) > BOUND)
+    return {"bytes": stored, "foretold": foretold, "ratio": foretold / stored}
+
+
+def model_states() -> dict[str, Any]:
+    """Bytes per GPU over DeepSpeed's estimates; of stage 1 over the closed form of its engine."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as three
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as two
+
+    wanted = {
+        # Weights in bf16, gradients summed in float32, master weights and two moments in parts.
+        1: 6 * PARAMETERS + 12 * PARAMETERS / GPUS,
+        2: two(PARAMETERS, GPUS, 1, False, additional_buffer_factor=1.0)[1],
+        3: three(PARAMETERS, LARGEST, GPUS, 1, False, False, additional_buffer_factor=1.0)[1],
+    }
+    found = {}
+    for stage, expected in wanted.items():
+        own = states(PARAMETERS, PARAMETERS, LARGEST, zero_stage=stage, world=GPUS).device
+        found[f"zero_{stage}"] = {"plan": own, "expected": expected, "ratio": own / expected}
+    return found
+
+
+def seconds(*arguments: str) -> float:
+    """How long a command takes: the least of three, imports included."""
+    command = [str(Path(sys.executable).with_name("stillhouse")), *arguments]
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def large_plan() -> float:
+    """Seconds of a plan of 70 billion weights, from configs alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        models = []
+        for key, config in (("teacher", LLAMA_70B), ("student", LLAMA_8B)):
+            path = Path(folder, key)
+            path.mkdir()
+            (path / "config.json").write_text(json.dumps(config))
+            models.append(f"{key}.model={path}")
+        options = ["--gpu", "h100", "--gpus", "16", f"storage={folder}"]
+        return seconds("plan", "llama-70b-to-8b", *models, *options)
+
+
+def main() -> int:
+    """Exit code."""
+    run = open_store("./runs/demo")
+    if not run.exists("spec.yaml"):
+        print("there is no run of the demo here; make demo", file=sys.stderr)
+        return 2
+    result = {
+        "command": COMMAND,
+        "cache": demo(run),
+        "model_states": model_states(),
+        "seconds": {"help": seconds("--help"), "plan_of_70b": large_plan()},
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "ray")},
+    }
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    ratios = {"cache": result["cache"]["ratio"]}
+    ratios |= {name: each["ratio"] for name, each in result["model_states"].items()}
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.3f} of what is")
+    print("seconds: " + ", ".join(f"{name} {s:.2f}" for name, s in result["seconds"].items()))
+    return int(any(abs(ratio - 1) > BOUND for ratio in ratios.values()))
 
 
 if __name__ == "__main__":
