@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 _POLL_S = 0.5
@@ -15,13 +15,15 @@ RETRIES = 2  # of a worker that dies; a node that is gone stays so
 class Answer:
     """What one node answered: a value, or why there is none. node: its address, and its id.
 
-    error: what the function raised; lost: why the node could not be asked.
+    error: what the function raised; lost: why the node could not be asked. alive: whether Ray still
+    has it.
     """
 
     node: str
     value: Any = None
     error: str | None = None
     lost: str | None = None
+    alive: bool = True
 
 
 class Silent(RuntimeError):
@@ -60,18 +62,20 @@ def on_every_node(
     while asked:
         if should_stop():
             for reference in asked:
-                ray.cancel(reference, force=True)
+                ray.cancel(reference, force=False)
             raise Silent
         ready, _ = ray.wait(list(asked), num_returns=1, timeout=_POLL_S)
         for reference in ready:
             answers.append(_answer(asked.pop(reference), reference))
         if asked and limit_s is not None and time.monotonic() - began > limit_s:
             for reference, node in asked.items():
-                ray.cancel(reference, force=True)
+                ray.cancel(reference, force=False)
                 answers.append(Answer(node, lost=f"gave no answer within {limit_s:g} s"))
             break
         on_wait(sorted(asked.values()), len(nodes))
-    return sorted(answers, key=lambda answer: answer.node)
+    living = {node["NodeID"][:8] for node in ray.nodes() if node["Alive"]}
+    told = [replace(each, alive=each.node.rpartition("(")[2][:-1] in living) for each in answers]
+    return sorted(told, key=lambda answer: answer.node)
 
 
 def _answer(node: str, reference: Any) -> Answer:

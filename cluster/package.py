@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-# By name, wherever in the checkout. Ray has no way of its own to leave out `.git`.
+# By name, wherever in the checkout.
 EXCLUDES = (
     ".git",
     ".gitignore",  # Ray would go by it, and leave out what is listed here to travel
@@ -25,10 +25,20 @@ EXCLUDES = (
     # What may hold secrets.
     ".env",
     ".env.*",
+    ".envrc",
     ".netrc",
+    ".pypirc",
+    ".git-credentials",
+    ".aws",
+    ".ssh",
+    "credentials*.json",
+    "secrets.*",
     "*.pem",
     "*.key",
+    "*.p12",
+    "*.pfx",
     "id_rsa*",
+    "id_ecdsa*",
     "id_ed25519*",
 )
 LIMIT_BYTES = 100 * 10**6

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-CONNECT_SECONDS = 5.0
+CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 60.0
 # Ray lets these replace any address that it is given.
 _OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 _ENVIRONMENT = threading.RLock()  # all threads have one
@@ -21,10 +21,6 @@ LIVE_IN_RAY = ("PENDING", "RUNNING")
 
 class Unreachable(ConnectionError):
     """No dashboard answers at the address, or it does not let us in; one line."""
-
-
-class Taken(ValueError):
-    """A job of this id was sent before."""
 
 
 @dataclass(frozen=True)
@@ -62,63 +58,75 @@ class RayJobs:
         runtime_env: Mapping[str, Any],
         metadata: Mapping[str, str],
     ) -> None:
-        """Sends a job. Raises Taken for an id that was used before."""
-        try:
+        """Sends a job under an id that none had before. All methods may raise Unreachable."""
+        with self._translated():
             self._client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=id,
                 runtime_env=dict(runtime_env),
                 metadata=dict(metadata),
             )
-        except RuntimeError as error:
-            if "already exists" in str(error) or "already been used" in str(error):
-                raise Taken(id) from None
-            raise
 
     def find(self, id: str) -> RayJob | None:
         """A job by its id; None if Ray does not know it (any more)."""
-        try:
-            return _job(self._client.get_job_info(id))
-        except RuntimeError as error:
-            if "404" in str(error) or "does not exist" in str(error):
-                return None
-            raise
+        with self._translated():
+            try:
+                return _job(self._client.get_job_info(id))
+            except RuntimeError as error:
+                if "404" in str(error) or "does not exist" in str(error):
+                    return None
+                raise
 
     def all(self) -> list[RayJob]:
         """All jobs that were sent, in no order."""
-        return [_job(each) for each in self._client.list_jobs() if each.submission_id]
+        with self._translated():
+            return [_job(each) for each in self._client.list_jobs() if each.submission_id]
 
     def log(self, id: str) -> str:
         """What a job has written so far."""
-        return str(self._client.get_job_logs(id))
+        with self._translated():
+            return str(self._client.get_job_logs(id))
 
     def stop(self, id: str) -> None:
         """Asks Ray to end a job: SIGTERM, and SIGKILL after RAY_JOB_STOP_WAIT_TIME_S."""
-        self._client.stop_job(id)
+        with self._translated():
+            self._client.stop_job(id)
 
     def nodes(self) -> list[dict[str, float]]:
         """The resources in all of every living node."""
-        with _only(self.address):
+        with _only(self.address), self._translated():
             from ray.util.state import list_nodes
 
             found = list_nodes(self.address, limit=10_000)
         return [dict(each.resources_total or {}) for each in found if each.state == "ALIVE"]
 
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """What Ray's client, and the library below it, raise in many kinds, as Unreachable."""
+        try:
+            yield
+        except Exception as error:
+            raise Unreachable(_why(self.address, error)) from error
+
 
 def _client(address: str) -> Any:
-    """Ray's client; with this user's token where the cluster asks for one."""
+    """Ray's client, with a time limit; with this user's token where the cluster asks for one."""
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    class Client(JobSubmissionClient):
+        def _do_request(self, *arguments: Any, **more: Any) -> Any:  # Ray's has no limit
+            return super()._do_request(*arguments, **{"timeout": ANSWER_SECONDS, **more})
+
     try:
-        return JobSubmissionClient(address)
+        return Client(address)
     except AuthenticationError:
         # Ray has no public name for this; its own `ray.init` and `ray start` do the same.
         from ray._private.authentication import authentication_token_setup as tokens
 
         if not tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
             raise
-        return JobSubmissionClient(address)
+        return Client(address)
 
 
 def _job(details: Any) -> RayJob:
@@ -147,10 +155,11 @@ def _why(address: str, error: Exception) -> str:
             f"{address}: the cluster wants another token than this machine has; set "
             "RAY_AUTH_TOKEN_PATH to a file with the cluster's (on its head: `ray get-auth-token`)"
         )
-    told = " ".join(str(error).split())[:200]
+    told = " ".join(str(error).split())[:300]
     return (
-        f"{address}: no Ray dashboard answers there ({told}); may be http://HOST:8265 of a "
-        "running head, e.g. after `ray start --head`, or through `kubectl port-forward`"
+        f"{address}: no Ray dashboard answers there as it should ({told}); may be "
+        "http://HOST:8265 of a running head, e.g. after `ray start --head`, or through "
+        "`kubectl port-forward`"
     )
 
 

@@ -1,7 +1,8 @@
 """The command line, ``stillhouse``.
 
 Only typer is imported here: each command imports what it needs, so that help answers at once.
-Exit codes: 0 done; 2 the spec or the arguments are wrong; 3 the run failed; 130 interrupted.
+Exit codes: 0 done; 2 the spec or the arguments are wrong; 3 the run failed; 4 a newer attempt of
+the run has taken over; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs import cache
-from jobs.errors import Interrupted, SpecErrors, StageFailed
+from jobs.errors import Interrupted, SpecErrors, StageFailed, Superseded
 from jobs.live import commands as live
 from jobs.manifest import manifest
 from jobs.models import commands as models
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from cluster.storage import Store
 
 EXAMPLE = "\b\nExample:\n  "  # \b keeps the command on a line of its own
-DONE, WRONG, FAILED, INTERRUPTED = 0, 2, 3, 130
+DONE, WRONG, FAILED, SUPERSEDED, INTERRUPTED = 0, 2, 3, 4, 130
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 
 
@@ -291,6 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _say(FAILED, lines)
         print(f"log: {error.log}\ncontinue with: {error.resume_command}", file=sys.stderr)
         return code
+    except Superseded as error:
+        return _say(SUPERSEDED, [f"{error}; the newer attempt goes on"])
     except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
         return _say(INTERRUPTED, [f"interrupted: {error}" if str(error) else "interrupted"])
     except typer.TyperException as error:

@@ -37,5 +37,9 @@ class StageFailed(RuntimeError):
         return type(self), (self.stage, self.why, self.log, self.resume_command)
 
 
+class Superseded(RuntimeError):
+    """A newer attempt of the run goes on, and this one has stopped (exit code 4)."""
+
+
 class Interrupted(RuntimeError):
     """The run was asked to stop and stopped cleanly (exit code 130)."""

@@ -13,11 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.session import Cluster, connect
+from cluster.session import Cluster, ask_to_grow, connect
 from cluster.storage import EventTail, EventWriter, Fenced, open_store
 from jobs import checks, preflight
 from jobs.cells.given import absolute_paths
-from jobs.errors import Interrupted, SpecErrors, StageFailed
+from jobs.errors import Interrupted, SpecErrors, StageFailed, Superseded
 from jobs.inputs import Inputs
 from jobs.live.beacon import Beacon
 from jobs.live.logs import LogPieces
@@ -47,8 +47,8 @@ def run_pipeline(
 ) -> int:
     """Runs what is left of a job; returns 0.
 
-    Raises SpecErrors (wrong input; before Ray starts wherever that can be known), StageFailed, or
-    Interrupted after a clean stop.
+    Raises SpecErrors (wrong input; before Ray starts wherever that can be known), StageFailed,
+    Superseded, or Interrupted after a clean stop.
     """
     job = prepare_job(spec, until, only, redo)
     if not job.plan.todo:
@@ -81,6 +81,7 @@ def prepare_job(
         spec = absolute_paths(resolve(spec))
         run = RunDir(open_store(spec.storage).sub(spec.name))
         inputs = Inputs(spec)
+        redo = _left_to_redo(run, redo)
         plan = Plan(spec, run, inputs, until, only, redo)
     except ValueError as error:
         raise error if isinstance(error, SpecErrors) else SpecErrors([str(error)]) from error
@@ -90,12 +91,20 @@ def prepare_job(
     return Job(spec, run, inputs, plan)
 
 
+def _left_to_redo(run: RunDir, redo: str | None) -> str | None:
+    """`redo`, unless an earlier attempt of this same Ray job began with it: then that goes on."""
+    job = os.environ.get(JOB_VARIABLE)
+    if redo is None or job is None:
+        return redo
+    return None if run.was_begun(redo, job) else redo
+
+
 class _Attempt:
     """One start of a run, from its number to its last word."""
 
     def __init__(self, job: Job, address: str | None) -> None:
         self.job, self.address = job, address
-        self.attempt = job.run.claim()
+        self.attempt = job.run.claim(job=os.environ.get(JOB_VARIABLE))
         self.log = log_file(job.run.store, self.attempt.number)
         self.began = time.time()
         self.tracking: _Tracking | None = _Tracking(job.spec, job.run)
@@ -103,21 +112,20 @@ class _Attempt:
     def go(self) -> int:
         """Runs what is left; see `run_pipeline`."""
         job, store, number = self.job, self.job.run.store, self.attempt.number
+        # Signals last until the last word is out: a job's end may be asked for more than once.
         with (
-            chatter_to(self.log) as console,
-            EventWriter(store, number) as events,
-            LogPieces(store, number, self.log),
+            Interruptible() as signals,
             Beacon(store, number, job=os.environ.get(JOB_VARIABLE)) as beacon,
+            chatter_to(self.log) as console,
+            LogPieces(store, number, self.log),
+            EventWriter(store, number) as events,
+            StopWatch(store, number, signals.stop, beacon.cut_off),
         ):
-            self.attempt.write_bytes("spec.yaml", dump_spec(job.spec).encode())
-            events.emit("run_start", name=job.spec.name, spec=job.spec.model_dump(mode="json"))
             status, error = "failed", None
             try:
-                with (
-                    Reporter(console) as reporter,
-                    Interruptible() as signals,
-                    StopWatch(store, number, signals.stop),
-                ):
+                self.attempt.write_bytes("spec.yaml", dump_spec(job.spec).encode())
+                events.emit("run_start", name=job.spec.name, spec=job.spec.model_dump(mode="json"))
+                with Reporter(console) as reporter:
                     self._stages(events, beacon, reporter, signals)
                 status = "done"
             except Interrupted as stop_error:
@@ -127,9 +135,9 @@ class _Attempt:
             except KeyboardInterrupt:
                 status, self.tracking = "stopped", None
                 raise
-            except ConnectionError as failure:
-                error = f"--address: {failure}"
-                raise SpecErrors([error]) from failure
+            except Fenced as failure:
+                error = str(failure)
+                raise Superseded(error) from failure
             except Exception as failure:
                 error = " ".join(str(failure).split())[:1000]
                 raise
@@ -138,12 +146,12 @@ class _Attempt:
                     seconds = time.time() - self.began
                     events.emit("run_end", status=_ENDS[status], seconds=seconds)
                     events.flush()
-                beacon.end(status, error)
                 note = self.tracking.finish() if self.tracking is not None else ""
                 if note:
                     console.print(note, markup=False, soft_wrap=True)
                 if status == "stopped":
                     console.print(f"log: {self.log}", markup=False, soft_wrap=True)
+                beacon.end(status, error)
             if "summarize" in job.plan.todo:
                 show_result(console, job.run)
             console.print(f"log: {self.log}", markup=False, soft_wrap=True)
@@ -159,7 +167,13 @@ class _Attempt:
             events.emit("stage_skip", stage=stage)
             reporter.say(f"{stage}: done before, skipped")
         beacon.tell(waits="connecting to Ray")
-        with connect(self.address) as cluster:
+        with contextlib.ExitStack() as connected:
+            try:
+                cluster = connected.enter_context(connect(self.address))
+            except ConnectionError as failure:
+                raise SpecErrors([f"--address: {failure}"]) from failure
+            if job.spec.resources.growth_minutes:
+                connected.callback(ask_to_grow, [])  # what was asked for would be held for ever
             signals.install()  # Ray has put its own handler of SIGTERM in place
             from jobs.stages.base import Context
 
@@ -193,9 +207,15 @@ class _Attempt:
         grown = preflight.wait_for_resources(job.spec, job.plan.todo, cluster, stopped, tell)
         scratch = self._keep_plan(grown)
         tell("looking at the nodes")
-        preflight.nodes(job.spec, job.run, grown, scratch, stopped, reporter.say)
+        try:
+            preflight.nodes(job.spec, job.run, grown, scratch, stopped, reporter.say)
+        except preflight.NodesSilent as error:
+            command = _command(job.spec)
+            raise StageFailed("preflight", str(error), str(self.log), command) from error
+        # A node may have gone meanwhile.
+        found = preflight.wait_for_resources(job.spec, job.plan.todo, grown, stopped, tell)
         tell("starting")
-        return grown
+        return found
 
     def _keep_plan(self, cluster: Cluster) -> int:
         """Keeps with the run what is to be expected of it, for the report to compare.
@@ -250,10 +270,8 @@ def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:
         why = " ".join(str(error).split()) or type(error).__name__
         context.events.emit("stage_failed", stage=stage, error=why)
         if isinstance(error, Fenced):
-            command = "nothing: the newer attempt goes on"
-        else:
-            command = _command(context.spec)
-        raise StageFailed(stage, why, str(log), command) from error
+            raise
+        raise StageFailed(stage, why, str(log), _command(context.spec)) from error
     finally:
         context.reporter.end_stage(stage)
     seconds = time.time() - began

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from cluster.everywhere import Answer, Silent, on_every_node
 from cluster.session import Cluster, ask_to_grow, refresh
@@ -24,6 +25,10 @@ FOLDER = "state/preflight"
 # A node that has not said so long that it sees the storage is given up on.
 LOOK_SECONDS = 120.0
 SAY_SECONDS = 30.0
+
+
+class NodesSilent(RuntimeError):
+    """Nodes that live could not be asked; another try may find them well."""
 
 
 def resources(spec: JobSpec, todo: Sequence[str], cluster: Cluster) -> None:
@@ -62,7 +67,8 @@ def wait_for_resources(
 ) -> Cluster:
     """The cluster, once it is large enough: it may take `resources.growth_minutes` to grow.
 
-    Raises SpecErrors when it is not by then, Interrupted if `stopped()`.
+    What an autoscaler was asked for then holds until `ask_to_grow([])`. Raises SpecErrors when it
+    is not by then, Interrupted if `stopped()`.
     """
     ends = time.monotonic() + 60.0 * spec.resources.growth_minutes
     asked = False
@@ -107,7 +113,7 @@ def nodes(
 ) -> None:
     """Looks at every node. Raises SpecErrors with a line per fault, Interrupted if `stopped()`.
 
-    scratch_bytes: what a node writes to its disk at once, e.g. of a checkpoint.
+    Also NodesSilent. scratch_bytes: what a node writes to its disk at once, e.g. of a checkpoint.
     """
     if cluster.embedded:
         faults = room(scratch_bytes)
@@ -125,8 +131,8 @@ def nodes(
             limit_s=LOOK_SECONDS,
             should_stop=stopped,
         )
-        faults = [f"node {a.node}: {a.lost}" for a in looked if a.lost]
-        faults += _storage_faults(spec, run.store, looked, folder)
+        _refuse_silent(looked)
+        faults = _storage_faults(spec, run.store, looked, folder)
         faults += [f"node {a.node}: {fault}" for a in looked for fault in (a.value or ([], ""))[0]]
         if faults:
             raise SpecErrors(faults)
@@ -134,14 +140,23 @@ def nodes(
         if models:
             word = _Word(say)
             fetched = on_every_node(fetch, models, should_stop=stopped, on_wait=word.waiting)
-            faults = [f"node {a.node}: {a.error or a.lost}" for a in fetched if a.error or a.lost]
+            _refuse_silent(fetched)
+            faults = [f"node {a.node}: {a.error}" for a in fetched if a.error]
             faults += [f"node {a.node}: {fault}" for a in fetched for fault in a.value or []]
             if faults:
                 raise SpecErrors(faults)
     except Silent:
         raise Interrupted("stopped before work started") from None
     finally:
-        run.store.delete(folder, recursive=True)
+        with suppress(Exception):  # what is left over is a few bytes
+            run.store.delete(folder, recursive=True)
+
+
+def _refuse_silent(answers: Sequence[Answer]) -> None:
+    """Raises NodesSilent for nodes that live and do not answer; what is gone does not matter."""
+    silent = [f"node {each.node} {each.lost}" for each in answers if each.lost and each.alive]
+    if silent:
+        raise NodesSilent("; ".join(silent))
 
 
 def _storage_faults(spec: JobSpec, store: Store, looked: list[Answer], folder: str) -> list[str]:

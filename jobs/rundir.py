@@ -34,10 +34,20 @@ class RunDir:
         self.store = store
         self.attempt: Attempt | None = None
 
-    def claim(self) -> Attempt:
-        """Starts a new attempt; older ones can no longer publish."""
-        self.attempt = Attempt.claim(self.store)
+    def claim(self, job: str | None = None) -> Attempt:
+        """Starts a new attempt; older ones can no longer publish. job: the Ray job it is of."""
+        self.attempt = Attempt.claim(self.store, job=job)
         return self.attempt
+
+    def was_begun(self, stage: str, job: str) -> bool:
+        """Whether an attempt of this Ray job has forgotten or finished a stage."""
+        attempts = self.store.list("state/attempts")
+        numbers = [
+            name.partition(".")[0]
+            for name in attempts
+            if self.store.read_json(f"state/attempts/{name}").get("job") == job
+        ]
+        return any(self.store.exists(f"state/{stage}-{number}.json") for number in numbers)
 
     def current(self) -> Attempt:
         """This process's attempt."""

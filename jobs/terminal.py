@@ -7,6 +7,7 @@ Python, so these descriptors are pointed at a log file; the user's terminal keep
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import sys
@@ -23,7 +24,9 @@ def log_file(run: Store, attempt: int) -> Path:
     local = run.local("logs")
     if local is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        local = cache / "stillhouse" / "logs" / run.name
+        # Runs of one name may be on several storages.
+        place = hashlib.blake2b(run.url.encode(), digest_size=4).hexdigest()
+        local = cache / "stillhouse" / "logs" / f"{run.name}-{place}"
     local.mkdir(parents=True, exist_ok=True)
     return local / f"{attempt:04d}.log"
 

@@ -18,6 +18,7 @@ from cluster.storage import Store
 SIGN_SECONDS = 15.0
 LOST_SECONDS = 75.0
 CHANGE_SECONDS = 2.0  # between two publications at least
+LAST_TRIES = 10
 
 # Events by which the workers of a stage show that they are at work.
 AT_WORK = {
@@ -71,6 +72,16 @@ class Beacon:
     def __exit__(self, *_: object) -> None:
         self._ending.set()
         self._thread.join()
+        for _again in range(
+            LAST_TRIES
+        ):  # without its last word a run that is done would count as lost
+            if self._publish():
+                return
+            time.sleep(CHANGE_SECONDS)
+
+    def cut_off(self) -> None:
+        """Publishes that the process ends now, by force."""
+        self.end("stopped", "ended by force; what is newer than the last checkpoint is lost")
         self._publish()
 
     def tell(self, **fields: Any) -> None:
@@ -121,7 +132,7 @@ class Beacon:
                 self._publish()
                 published = time.monotonic()
 
-    def _publish(self) -> None:
+    def _publish(self) -> bool:
         with self._lock:
             self._state["t"] = time.time()
             state, self._changed = dict(self._state), False
@@ -130,3 +141,5 @@ class Beacon:
         except Exception as error:  # a storage that is away for a moment is no reason to fail
             print(f"what the run does could not be published: {error}")
             self._changed = True
+            return False
+        return True

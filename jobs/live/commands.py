@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from jobs.errors import Interrupted, SpecErrors
 
 if TYPE_CHECKING:
     from cluster.storage import Store
+    from jobs.live.status import Status
 
 DONE, FAILED, INTERRUPTED = 0, 3, 130
 
@@ -32,7 +34,6 @@ def list_runs(storage: StorageOption = "./runs", as_json: JsonOption = False) ->
 
     from cluster.storage import open_store
     from jobs.live.show import plain, table
-    from jobs.live.status import status_of
     from jobs.live.submissions import remembered
     from jobs.runs import holds_run
 
@@ -44,7 +45,7 @@ def list_runs(storage: StorageOption = "./runs", as_json: JsonOption = False) ->
     runs = [run for run in here if holds_run(run)]
     runs += [run for run in remembered() if run not in runs and _is_there(run)]
     with ThreadPoolExecutor(8) as pool:
-        found = list(zip(runs, pool.map(status_of, runs), strict=True))
+        found = list(zip(runs, pool.map(_status_or_why, runs), strict=True))
     found.sort(key=lambda pair: -pair[1].since)
     if as_json:
         typer.echo(json.dumps([plain(*pair) for pair in found], indent=2))
@@ -132,9 +133,14 @@ def logs(
         raise SpecErrors([f"--attempt: {run} {has}; see stillhouse logs --help"])
     out = sys.stdout.buffer
 
-    def going() -> bool:
-        found = status_of(place, ask_ray=False)
-        return found.live and found.attempt == number
+    look = {"next": 0.0, "going": True}
+
+    def going() -> bool:  # asked often, and costs several requests
+        if time.monotonic() >= look["next"]:
+            found = status_of(place, ask_ray=False)
+            look["going"] = found.live and found.attempt == number
+            look["next"] = time.monotonic() + 5.0
+        return bool(look["going"])
 
     wrote = False
     try:
@@ -158,7 +164,7 @@ def stop(
         float, typer.Option(metavar="SECONDS", min=0, help="How long to wait until it has ended.")
     ] = 600.0,
     force: Annotated[
-        bool, typer.Option("--force", help="End a submitted job that has not stopped by then.")
+        bool, typer.Option("--force", help="End at once what has not stopped by then.")
     ] = False,
     storage: StorageOption = "./runs",
 ) -> int:
@@ -166,10 +172,14 @@ def stop(
 
     The next run or submit continues it.
     """
+    from cluster.rayjobs import Unreachable
     from jobs.live.stop import in_words, stop_run
 
     place = _find(run, storage, "stop")
-    end = stop_run(place, wait, force, typer.echo)
+    try:
+        end = stop_run(place, wait, force, typer.echo)
+    except Unreachable as error:
+        raise SpecErrors([str(error)]) from error
     typer.echo(f"{place.name}: {in_words(end)}")
     return DONE
 
@@ -205,6 +215,16 @@ def _find(run: str, storage: str, command: str) -> Store:
             if place.name == run and _is_there(place):
                 return place
         raise
+
+
+def _status_or_why(place: Store) -> Status:
+    """How a run is; of one that cannot be read, why."""
+    from jobs.live.status import Status, status_of
+
+    try:
+        return status_of(place)
+    except Exception as error:  # one of many must not hide the others
+        return Status("unknown", " ".join(str(error).split())[:200], 0)
 
 
 def _is_there(place: Store) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -21,10 +22,17 @@ def follow(run: Store, console: Console) -> Status:
     shown, next_look = "", 0.0
     with Reporter(console) as reporter:
         while True:
-            for event in tail.poll():
+            try:
+                news, status = tail.poll(), None
+                if time.monotonic() >= next_look:
+                    status = status_of(run)
+            except Exception as error:  # a storage that is away for a moment
+                news, status = [], None
+                next_look = time.monotonic() + STATUS_SECONDS
+                print(f"cannot look: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            for event in news:
                 _show(reporter, event)
-            if time.monotonic() >= next_look:
-                status = status_of(run)
+            if status is not None:
                 away = status.word == "unknown" and status.submission is not None
                 if not status.live and not away:  # a cluster may be away for a moment
                     for event in tail.poll():

@@ -17,7 +17,7 @@ from cluster.storage import Store
 FOLDER = "logs"
 PIECE_BYTES = 4 << 20
 FIRST_SECONDS, LONGEST_SECONDS = 5.0, 60.0
-POLL_SECONDS = 0.5
+LOCAL_POLL_SECONDS, REMOTE_POLL_SECONDS = 0.5, 3.0
 _PIECE = re.compile(r"^(\d+)-(\d+)\.txt$")
 
 
@@ -55,7 +55,7 @@ class LogPieces:
                     self._store.write_bytes(name, data)
                     self._sent += len(data)
                     self._next += 1
-        except OSError as error:  # the rest goes with the next piece
+        except Exception as error:  # the rest goes with the next piece
             print(f"the log could not be published: {error}")
 
 
@@ -82,4 +82,4 @@ def read_log(run: Store, attempt: int, follow: Callable[[], bool] | None = None)
                     yield run.read_bytes(f"{FOLDER}/{name}")
         if not going:
             return
-        time.sleep(POLL_SECONDS)
+        time.sleep(REMOTE_POLL_SECONDS if local is None else LOCAL_POLL_SECONDS)

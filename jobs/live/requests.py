@@ -13,14 +13,15 @@ from typing import Any
 
 from cluster.storage import Store
 
-STOP, SAVE = "stop.json", "save-"
+STOP, KILL, SAVE = "stop.json", "kill.json", "save-"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What has been asked for so far. saves: how many checkpoints."""
+    """What has been asked for so far. kill: to end at once; saves: how many checkpoints."""
 
     stop: bool = False
+    kill: bool = False
     saves: int = 0
 
 
@@ -34,6 +35,11 @@ def ask_stop(store: Store, attempt: int, **told: Any) -> bool:
     return store.create(f"{folder(attempt)}/{STOP}", _body(told))
 
 
+def ask_kill(store: Store, attempt: int, **told: Any) -> bool:
+    """Asks the driver of an attempt to end at once; False if that was asked before."""
+    return store.create(f"{folder(attempt)}/{KILL}", _body(told))
+
+
 def ask_save(store: Store, attempt: int, number: int, **told: Any) -> bool:
     """Asks for the `number`-th checkpoint out of turn; False if that was asked before."""
     return store.create(f"{folder(attempt)}/{SAVE}{number:04d}.json", _body(told))
@@ -42,19 +48,32 @@ def ask_save(store: Store, attempt: int, number: int, **told: Any) -> bool:
 def asked(store: Store, attempt: int) -> Asked:
     """What an attempt was asked for so far."""
     names = store.list(folder(attempt))
-    return Asked(STOP in names, sum(name.startswith(SAVE) for name in names))
+    return Asked(STOP in names, KILL in names, sum(name.startswith(SAVE) for name in names))
+
+
+def every_s(store: Store) -> float:
+    """Seconds between two looks: a listing of remote storage costs more than one of a folder."""
+    return 3.0 if store.local() is None else 1.0
 
 
 class Requests:
-    """The requests to an attempt, looked for at most once in `every_s` seconds."""
+    """The requests to an attempt, looked for at most once in `every` seconds.
 
-    def __init__(self, store: Store, attempt: int, every_s: float = 1.0) -> None:
-        self._store, self._attempt, self._every = store, attempt, every_s
+    While the storage does not answer, what it said last holds.
+    """
+
+    def __init__(self, store: Store, attempt: int, every: float | None = None) -> None:
+        self._store, self._attempt = store, attempt
+        self._every = every_s(store) if every is None else every
         self._next, self._asked = 0.0, Asked()
 
     def stop(self) -> bool:
         """Whether a clean stop is asked for."""
         return self._look().stop
+
+    def kill(self) -> bool:
+        """Whether the driver is to end at once."""
+        return self._look().kill
 
     def saves(self) -> int:
         """How many checkpoints out of turn were asked for."""
@@ -63,7 +82,10 @@ class Requests:
     def _look(self) -> Asked:
         now = time.monotonic()
         if now >= self._next:
-            self._asked = asked(self._store, self._attempt)
+            try:
+                self._asked = asked(self._store, self._attempt)
+            except Exception as error:  # each storage has errors of its own
+                print(f"requests to the run could not be read: {error}")
             self._next = time.monotonic() + self._every
         return self._asked
 

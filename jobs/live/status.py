@@ -12,7 +12,7 @@ from cluster.rayjobs import RayJob, RayJobs, Unreachable
 from cluster.storage import Attempt, Store
 from jobs.live.beacon import LOST_SECONDS, SIGN_SECONDS, live_path
 from jobs.live.requests import asked
-from jobs.live.submissions import Submission, submissions
+from jobs.live.submissions import Submission, last_submission
 
 LIVE = ("running", "waiting", "restarting", "stopping", "queued")
 
@@ -43,16 +43,15 @@ class Status:
 
 def status_of(run: Store, *, ask_ray: bool = True) -> Status:
     """How a run is; `ask_ray`: also asks the cluster that it was sent to, where that answers."""
-    sent = submissions(run)
-    last = sent[-1] if sent else None
+    last = last_submission(run)
     attempt = Attempt.latest(run)
     told = _told(run, attempt)
     job, silent = _ray_job(last) if last is not None and ask_ray else (None, "")
     found = _of_driver(run, attempt, told)
-    newer = last is not None and last.sent_at > told.get("began", 0.0)
     mine = last is not None and told.get("job") == last.id
-    if last is not None and (newer or mine):
-        found = _with_ray(found, last, job, silent, newer and not mine)
+    unheard = last is not None and not mine and attempt <= last.attempt
+    if last is not None and (mine or unheard):
+        found = _with_ray(found, last, job, silent, unheard)
     return found
 
 
@@ -120,7 +119,7 @@ def _of_events(run: Store, attempt: int) -> Status:
     """Of a run that publishes nothing but events: how it ended, if it has."""
     from cluster.storage import read_events
 
-    ends = [event for event in read_events(run) if event["event"] == "run_end"]
+    ends = [e for e in read_events(run) if e["event"] == "run_end" and e["attempt"] == attempt]
     if ends:
         word = {"interrupted": "stopped"}.get(ends[-1]["status"], ends[-1]["status"])
         return Status(word, "", attempt, ended=ends[-1]["t"])
@@ -132,6 +131,8 @@ def _with_ray(
 ) -> Status:
     """Adds what Ray says of the job. unheard: its driver has not said anything yet."""
     values = {**found.__dict__, "submission": last, "ray": job.status if job else None}
+    if unheard:  # what the attempt before did is another matter
+        values |= {"stage": None, "since": last.sent_at, "ended": None, "host": None}
     if silent:
         values["why"] = f"{found.why}; {silent}" if found.why else silent
         if unheard:
@@ -145,10 +146,16 @@ def _with_ray(
     elif job is not None and unheard:
         why = _shortly(job.message)
         if job.status in ("PENDING", "RUNNING"):
-            values |= {"word": "queued", "why": why or f"Ray says {job.status}", "stage": None}
+            values |= {"word": "queued", "why": why or f"Ray says {job.status}"}
         else:
             word = "stopped" if job.status == "STOPPED" else "failed"
-            values |= {"word": word, "why": why or f"Ray says {job.status}", "stage": None}
+            values |= {"word": word, "why": why or f"Ray says {job.status}"}
+    elif job is not None and job.live and found.word in ("failed", "lost"):
+        # The entry point tries again; what Ray has alive can be stopped.
+        word = "restarting" if found.word == "failed" else "waiting"
+        values |= {"word": word, "why": f"{found.why} (Ray says {job.status})", "ended": None}
+    elif job is not None and job.status == "STOPPED" and (found.live or found.word == "lost"):
+        values |= {"word": "stopped", "why": "ended by Ray; submit again to continue"}
     elif job is not None and not job.live and (found.live or found.word == "lost"):
         why = f"its driver ended without a word, Ray says {job.status}; submit again to continue"
         values |= {"word": "lost", "why": why}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from cluster.storage import Store
-from jobs.live.requests import asked
+from jobs.live.requests import Requests, every_s
 
-# Between two looks for a request; a listing of remote storage costs more than one of a folder.
-LOCAL_SECONDS, REMOTE_SECONDS = 1.0, 3.0
+ENDED = 130  # exit code of a process that was told to end
 SAME_SECONDS = 10.0  # within which signals to end are one
 
 
@@ -56,11 +57,20 @@ class Interruptible:
 
 
 class StopWatch:
-    """Sets the event `stop` once an attempt is asked to stop; looks from a thread."""
+    """Sets the event `stop` once an attempt is asked to stop; looks from a thread.
 
-    def __init__(self, store: Store, attempt: int, stop: threading.Event) -> None:
-        self._store, self._attempt, self._stop = store, attempt, stop
-        self._every_s = REMOTE_SECONDS if store.local() is None else LOCAL_SECONDS
+    Asked to end at once, it calls `last_word` and ends the process, whatever that is doing.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        attempt: int,
+        stop: threading.Event,
+        last_word: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._requests, self._stop = Requests(store, attempt, 0.0), stop
+        self._last_word, self._every_s = last_word, every_s(store)
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
 
@@ -74,9 +84,8 @@ class StopWatch:
 
     def _watch(self) -> None:
         while not self._ending.wait(self._every_s):
-            try:
-                if asked(self._store, self._attempt).stop:
-                    self._stop.set()
-                    return
-            except Exception as error:  # a storage that is away for a moment
-                print(f"requests to the run could not be read: {error}")
+            if self._requests.kill():
+                self._last_word()
+                os._exit(ENDED)
+            if self._requests.stop():
+                self._stop.set()

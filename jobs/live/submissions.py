@@ -17,9 +17,13 @@ FOLDER = "state/submissions"
 
 @dataclass(frozen=True)
 class Submission:
-    """One sending. address: of the dashboard; spec: as it was sent, to compare another with."""
+    """One sending. address: of the dashboard; spec: as it was sent, to compare another with.
+
+    attempt: the newest of the run when it was sent; the job's own have higher numbers.
+    """
 
     number: int
+    attempt: int
     id: str
     address: str
     fingerprint: str
@@ -32,11 +36,24 @@ def submissions(run: Store) -> list[Submission]:
     return [Submission(**run.read_json(f"{FOLDER}/{name}")) for name in run.list(FOLDER)]
 
 
-def record(run: Store, submission: Submission) -> None:
-    """Keeps a sending with its run, and remembers where that run is."""
+def last_submission(run: Store) -> Submission | None:
+    """The newest sending of a run."""
+    names = run.list(FOLDER)
+    return Submission(**run.read_json(f"{FOLDER}/{names[-1]}")) if names else None
+
+
+def record(run: Store, submission: Submission) -> bool:
+    """Keeps a sending with its run, and remembers where that run is; False if there is one of
+    its number."""
     body = json.dumps(asdict(submission), indent=2).encode()
-    run.create(f"{FOLDER}/{submission.number:04d}.json", body)
+    made = run.create(f"{FOLDER}/{submission.number:04d}.json", body)
     remember(run)
+    return made
+
+
+def take_back(run: Store, submission: Submission) -> None:
+    """Forgets a sending that failed."""
+    run.delete(f"{FOLDER}/{submission.number:04d}.json")
 
 
 def job_id(name: str, fingerprint: str, number: int) -> str:

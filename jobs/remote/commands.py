@@ -55,7 +55,7 @@ def submit(
     ] = False,
     retries: Annotated[
         int,
-        typer.Option(min=0, help="How often the run is started again after its driver was lost."),
+        typer.Option(min=0, help="How often the run is started again after it failed or was lost."),
     ] = 2,
     environment: Annotated[
         Environment,
@@ -123,7 +123,10 @@ def submit(
             "read its value",
             err=True,
         )
-    sent = send(job, jobs, how, typer.echo)
+    try:
+        sent = send(job, jobs, how, typer.echo)
+    except Unreachable as error:
+        raise SpecErrors([f"--address: {error}"]) from error
     does = "is live already, joined" if sent.joined else "sent"
     typer.echo(f"{sent.submission.id}: {does} ({url})")
     run = job.run.store
@@ -145,6 +148,13 @@ def _address(given: str | None) -> str:
             ["--address: missing; may be the dashboard of a cluster, e.g. http://HOST:8265"]
         )
     parts = urlsplit(url)
+    if parts.username or parts.password:
+        raise SpecErrors(
+            [
+                "--address: has a user or password in it, which would be kept with the run; may be "
+                "http://HOST:8265, with the token in RAY_AUTH_TOKEN_PATH"
+            ]
+        )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise SpecErrors(
             [

@@ -3,7 +3,8 @@
     python -m jobs.remote.retrying TRIES run SPEC --address auto
 
 Each try is a process of its own and a new attempt of the run, so whatever lives on of an older one
-can publish nothing. What the user got wrong (2), and a stop (130), are not tried again.
+can publish nothing. What the user got wrong (2), a stop (130), and a newer attempt from elsewhere
+(4) are not tried again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import sys
 import time
 from types import FrameType
 
-DONE, WRONG, INTERRUPTED = 0, 2, 130
+FINAL = (0, 2, 4)
+INTERRUPTED = 130
 REST_SECONDS = 5.0
 # `stillhouse stop` tells Ray to stop the job once the run has: until then it must not have ended,
 # or Ray would call it failed.
@@ -38,10 +40,12 @@ def main(arguments: list[str]) -> int:
             ends = time.monotonic() + STOPPED_SECONDS
             while time.monotonic() < ends and not stopping:
                 time.sleep(0.2)
-        if code in (DONE, WRONG, INTERRUPTED) or stopping or number == tries:
+        if code in (*FINAL, INTERRUPTED) or stopping or number == tries:
             return code if code >= 0 else 128 - code
         print(f"the run ended with {code}; try {number + 1} of {tries}", flush=True)
         time.sleep(REST_SECONDS)
+        if stopping:
+            return INTERRUPTED
     return code
 
 

@@ -7,18 +7,18 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.package import TooLarge, check_size, checkout, stage, travelling
-from cluster.rayjobs import RayJob, RayJobs, Taken
+from cluster.rayjobs import RayJob, RayJobs, Unreachable
 from cluster.session import Cluster
-from cluster.storage import Store
+from cluster.storage import Attempt, Store
 from jobs import preflight
 from jobs.errors import SpecErrors
 from jobs.live.status import status_of
-from jobs.live.submissions import Submission, job_id, record, submissions
+from jobs.live.submissions import Submission, job_id, last_submission, record, take_back
 from jobs.load import dump_spec
 from jobs.pipeline import JOB_VARIABLE, Job
 from jobs.remote.portable import portable
@@ -31,6 +31,8 @@ RUN_KEY = "stillhouse_run"  # in the metadata of a Ray job: which run it is of
 # So long a run may take to save its state when its job is stopped.
 STOP_SECONDS = 600
 LOCK = "requirements.lock"
+# A sending that is recorded but not known to Ray may be on its way for so long.
+SENDING_SECONDS, POLL_SECONDS = 180.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,6 @@ class Sent:
 
     submission: Submission
     joined: bool
-    notes: list[str] = field(default_factory=list)
 
 
 def submit(job: Job, jobs: RayJobs, how: How, say: Callable[[str], None]) -> Sent:
@@ -69,26 +70,67 @@ def submit(job: Job, jobs: RayJobs, how: How, say: Callable[[str], None]) -> Sen
     asked = {"until": how.until, "only": how.only, "redo": how.redo}
     print_ = fingerprint({**flatten(same), **asked})
     while True:
-        sent = submissions(run)
-        known = {each.metadata.get(RUN_KEY): each for each in jobs.all() if each.live}
-        live = known.get(run.url)
-        if live is not None:
-            return _join(live, sent, print_, values, jobs.address)
-        number = _next_number(run.name, print_, sent, jobs)
+        last = last_submission(run)
+        job_of_last = _job_of(last, jobs, run)
+        if last is not None and job_of_last is not None and job_of_last.live:
+            return _join(last, job_of_last, print_, values)
+        number = 1 if last is None else last.number + 1
+        while jobs.find(job_id(run.name, print_, number)) is not None:
+            number += 1  # of a run of this name whose folder is gone
         new = Submission(
-            number, job_id(run.name, print_, number), jobs.address, print_, time.time(), values
+            number=number,
+            attempt=Attempt.latest(run),
+            id=job_id(run.name, print_, number),
+            address=jobs.address,
+            fingerprint=print_,
+            sent_at=time.time(),
+            spec=values,
         )
+        if not record(run, new):
+            continue  # somebody else sends this run at this moment
         try:
             _send(new, spec, jobs, how, forwarded, run, say)
-        except Taken:  # by somebody who sent the same at this moment
-            continue
-        record(run, new)
+        except BaseException:
+            take_back(run, new)
+            raise
         return Sent(new, joined=False)
+
+
+def _job_of(last: Submission | None, jobs: RayJobs, run: Store) -> RayJob | None:
+    """The Ray job of a run's last sending; one that is on its way is waited for.
+
+    Raises SpecErrors where it is live on another cluster.
+    """
+    if last is None:
+        return None
+    there = jobs if last.address == jobs.address else _other(last.address)
+    while True:
+        found = there.find(last.id) if there is not None else None
+        on_its_way = 0 <= time.time() - last.sent_at < SENDING_SECONDS
+        has_begun = Attempt.latest(run) > last.attempt
+        if found is not None or there is None or has_begun or not on_its_way:
+            break
+        time.sleep(POLL_SECONDS)
+    if found is not None and found.live and there is not jobs:
+        raise SpecErrors(
+            [
+                f"--address: the job {last.id} of this run is {found.status} at {last.address}; "
+                "stop it first (stillhouse stop RUN), or send this to that cluster"
+            ]
+        )
+    return found
+
+
+def _other(address: str) -> RayJobs | None:
+    try:
+        return RayJobs(address)
+    except Unreachable:
+        return None  # a cluster that is gone
 
 
 def _refuse_running(run: Store) -> None:
     """Raises SpecErrors if the run goes on without a Ray job: it would be stopped in its middle."""
-    found = status_of(run)
+    found = status_of(run, ask_ray=False)
     if found.live and found.submission is None:
         raise SpecErrors(
             [
@@ -98,26 +140,11 @@ def _refuse_running(run: Store) -> None:
         )
 
 
-def _next_number(name: str, print_: str, sent: Sequence[Submission], jobs: RayJobs) -> int:
-    """A number that neither the run nor the cluster has seen."""
-    number = 1 + max((each.number for each in sent), default=0)
-    while jobs.find(job_id(name, print_, number)) is not None:
-        number += 1
-    return number
-
-
-def _join(
-    live: RayJob, sent: Sequence[Submission], print_: str, values: dict[str, Any], address: str
-) -> Sent:
+def _join(last: Submission, live: RayJob, print_: str, values: dict[str, Any]) -> Sent:
     """The live job of this run, if it is the same. Raises SpecErrors with the difference if not."""
-    of_live = [each for each in sent if each.id == live.id]
-    if not of_live:  # its sender has not recorded it yet, or died before
-        same = live.id.rpartition("-")[0].endswith(print_[:8])
-        number = int(live.id.rpartition("-")[2])
-        of_live = [Submission(number, live.id, address, print_ if same else "", 0.0, values)]
-    if of_live[-1].fingerprint == print_:
-        return Sent(of_live[-1], joined=True)
-    changed = differences(flatten(of_live[-1].spec), flatten(values))
+    if last.fingerprint == print_:
+        return Sent(last, joined=True)
+    changed = differences(flatten(last.spec), flatten(values))
     told = "; ".join(changed[:5]) or "other stages were asked for"
     raise SpecErrors(
         [

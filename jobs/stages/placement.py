@@ -41,10 +41,13 @@ class Placement:
 
     def _why(self) -> str:
         group = self._group
-        if not is_pending(group):
-            return f"starting {group}"
         count = group.workers if group.fewest is None else group.fewest
-        return waiting_for(count * group.cpus, count * group.gpus, *free())
+        try:
+            if not is_pending(group):
+                return f"starting {group}"
+            return waiting_for(count * group.cpus, count * group.gpus, *free())
+        except Exception as error:  # Ray's own; a display must not end a run
+            return f"waiting for {group} (Ray does not say what is free: {error})"
 
 
 def tasks_wait(context: Context, stage: str) -> Callable[[Need, float], None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -170,8 +171,9 @@ def run_ranks(
             context.reporter.say(f"{stage}: stopping; the state is saved first")
             context.beacon.tell(waits="stopping: the state is saved first")
             ask_stop(attempt.store, attempt.number, stage=stage)
-        for notice in draining.news():
-            _save_before(context, stage, str(notice))
+        with suppress(Exception):  # a notice that cannot be read or passed on ends nothing
+            for notice in draining.news():
+                _save_before(context, stage, str(notice))
     failure = launch.error()
     context.pump()
     context.beacon.tell(waits=None, restarting=None)

@@ -72,7 +72,7 @@ def test_an_attempt_that_wakes_up_publishes_nothing(storage: str, tmp_path: Path
     for pid in asleep:
         os.kill(pid, signal.SIGCONT)
     out, err = old.communicate(timeout=300)
-    assert old.returncode == 3, out + err
+    assert old.returncode == 4, out + err
     assert "superseded by attempt 2" in err and "the newer attempt goes on" in err
     assert results(run) == before
     assert not find("training_done", 1)

@@ -125,7 +125,7 @@ def test_runs_that_publish_events_alone_still_have_an_end(run: Store) -> None:
 def test_a_job_whose_driver_has_not_spoken(
     run: Store, monkeypatch: pytest.MonkeyPatch, ray: RayJob | None, word: str, why: str
 ) -> None:
-    record(run, Submission(1, "demo-1", "http://head:8265", "f" * 32, time.time() + 1, {}))
+    record(run, Submission(1, 1, "demo-1", "http://head:8265", "f" * 32, 0.0, {}))
     monkeypatch.setattr(module, "_ray_job", lambda last: (ray, ""))
     found = status_of(run)
     assert found.word == word and why in found.why
@@ -135,7 +135,7 @@ def test_a_job_whose_driver_has_not_spoken(
 def test_a_job_that_ray_has_ended_is_not_running(
     run: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record(run, Submission(1, "demo-1", "http://head:8265", "f" * 32, 0.0, {}))
+    record(run, Submission(1, 0, "demo-1", "http://head:8265", "f" * 32, 0.0, {}))
     publish(run, START, STEP, job="demo-1", host="elsewhere")
     ended = RayJob("demo-1", "FAILED", "", {})
     monkeypatch.setattr(module, "_ray_job", lambda last: (ended, ""))
@@ -145,10 +145,47 @@ def test_a_job_that_ray_has_ended_is_not_running(
     assert found.word == "running" and "does not answer" in found.why
 
 
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [({"status": "failed", "error": "a node died"}, "restarting"), ({"t": 1.0}, "waiting")],
+)
+def test_a_try_that_failed_is_not_the_end_of_a_job_that_lives(
+    run: Store, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], word: str
+) -> None:
+    record(run, Submission(1, 0, "demo-1", "http://head:8265", "f" * 32, 0.0, {}))
+    publish(run, START, STEP, job="demo-1", host="elsewhere")
+    rewrite(run, **fields)
+    alive = RayJob("demo-1", "RUNNING", "", {})
+    monkeypatch.setattr(module, "_ray_job", lambda last: (alive, ""))
+    found = status_of(run)
+    assert found.word == word and found.live and "Ray says RUNNING" in found.why
+    ended = RayJob("demo-1", "STOPPED", "", {})
+    monkeypatch.setattr(module, "_ray_job", lambda last: (ended, ""))
+    assert not status_of(run).live
+
+
+def test_of_a_job_that_is_queued_nothing_is_said_that_was_of_the_attempt_before(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(run, START, status="failed", error="disk full", ended=5.0)
+    record(run, Submission(1, 1, "demo-1", "http://head:8265", "f" * 32, 7.0, {}))
+    waits = RayJob("demo-1", "PENDING", "", {})
+    monkeypatch.setattr(module, "_ray_job", lambda last: (waits, ""))
+    found = status_of(run)
+    assert (found.word, found.ended, found.host, found.since) == ("queued", None, None, 7.0)
+
+
+def test_an_end_is_of_its_own_attempt(run: Store) -> None:
+    with EventWriter(run, 1) as events:
+        events.emit("run_end", status="interrupted", seconds=1.0)
+    Attempt.claim(run)
+    assert status_of(run).word == "unknown"
+
+
 def test_a_later_local_attempt_is_not_mixed_with_the_job_before(
     run: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record(run, Submission(1, "demo-1", "http://head:8265", "f" * 32, 0.0, {}))
+    record(run, Submission(1, 0, "demo-1", "http://head:8265", "f" * 32, 0.0, {}))
     publish(run, START, STEP)
     ended = RayJob("demo-1", "FAILED", "", {})
     monkeypatch.setattr(module, "_ray_job", lambda last: (ended, ""))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from jobs.remote import retrying
     [
         ([0], 3, 0),
         ([2], 3, 2),
+        ([4], 3, 4),
         ([3, 0], 3, 0),
         ([-9, 3, 0], 3, 0),
         ([3, 3, 3], 3, 3),
@@ -35,6 +37,16 @@ def test_lost_and_failed_runs_are_tried_again(
     monkeypatch.setattr(retrying.subprocess, "call", lambda command: left.pop(0))
     assert retrying.main([str(tries), "run", "spec.yaml"]) == last
     assert left == []
+
+
+def test_a_stop_between_two_tries_is_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    calls: list[int] = []
+    monkeypatch.setattr(retrying.subprocess, "call", lambda command: calls.append(1) or 3)
+    monkeypatch.setattr(retrying.time, "sleep", lambda s: handlers[signal.SIGTERM](15, None))
+    assert retrying.main(["3", "run"]) == 130
+    assert len(calls) == 1
 
 
 def test_after_a_stop_there_is_no_other_try_and_ray_may_have_the_last_word(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,18 @@ from jobs.errors import SpecErrors
 from jobs.live.submissions import (
     Submission,
     job_id,
+    last_submission,
     record,
     registry,
     remembered,
-    submissions,
+    take_back,
 )
 from jobs.remote import submit as module
 from jobs.remote.submit import locked
+
+
+def sending(number: int) -> Submission:
+    return Submission(number, 0, f"demo-{number}", "http://h:8265", "f", float(number), {})
 
 
 def test_sendings_are_kept_in_order_and_the_run_is_found_again(
@@ -26,8 +32,12 @@ def test_sendings_are_kept_in_order_and_the_run_is_found_again(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     run = open_store(tmp_path / "shared" / "demo")
     for number in (1, 2):
-        record(run, Submission(number, f"demo-{number}", "http://h:8265", "f", float(number), {}))
-    assert [each.id for each in submissions(run)] == ["demo-1", "demo-2"]
+        assert record(run, sending(number))
+    assert last_submission(run) == sending(2)
+    assert not record(run, replace(sending(2), id="of another sender"))
+    assert last_submission(run) == sending(2)
+    take_back(run, sending(2))
+    assert last_submission(run) == sending(1)
     assert remembered() == [run]
     (registry() / "torn.json").write_text('{"url": ')
     assert remembered() == [run]
