@@ -5,10 +5,11 @@ The same rank code runs under Ray Train and under torchrun; what differs is hand
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,24 @@ class Worker:
         """Waits for all ranks."""
         if self.world > 1:
             dist.barrier(group=self.group)
+
+    @contextlib.contextmanager
+    def limiting(self) -> Iterator[None]:
+        """Process groups that are made in the block wait as long as the ranks' own, `timeout`.
+
+        DeepSpeed makes groups of its own, with the 30 minutes (10 of NCCL) that torch gives those
+        for which nothing is said.
+        """
+        if self.timeout is None or not dist.is_initialized():
+            yield
+            return
+        from torch.distributed import distributed_c10d
+
+        before = set(distributed_c10d._world.pg_map)
+        yield
+        for group in set(distributed_c10d._world.pg_map) - before:
+            if dist.get_rank(group) >= 0:
+                distributed_c10d._set_pg_timeout(self.timeout, group)
 
     def nodes(self) -> list[list[int]]:
         """The ranks by the machine they run on, as the launcher named it; collective."""

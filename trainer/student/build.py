@@ -61,11 +61,12 @@ def build(
     if spec.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = StudentWithLoss(model, vocab, _compared(job, config), job.seed)
-    engine, *_ = deepspeed.initialize(
-        model=module.to(worker.device),
-        optimizer=make_optimizer(module, spec),
-        config=training_config(spec, micro_batch, accumulation, worker.world),
-    )
+    with worker.limiting():
+        engine, *_ = deepspeed.initialize(
+            model=module.to(worker.device),
+            optimizer=make_optimizer(module, spec),
+            config=training_config(spec, micro_batch, accumulation, worker.world),
+        )
     student = job.student
     return Built(
         engine=engine,

@@ -127,18 +127,19 @@ def load_sharded(
     }
     if group.device.type == "cpu":
         _give_back_from(GIVE_BACK)
-    init = deepspeed.zero.Init(data_parallel_group=group.group, config_dict_or_path=settings)
+    with group.limiting():
+        init = deepspeed.zero.Init(data_parallel_group=group.group, config_dict_or_path=settings)
 
-    def take(parameters: list[Any]) -> None:
-        for parameter in parameters:
-            init._convert_to_deepspeed_param(parameter)
-            parameter.partition()
+        def take(parameters: list[Any]) -> None:
+            for parameter in parameters:
+                init._convert_to_deepspeed_param(parameter)
+                parameter.partition()
 
-    model = stream_model(folder, config, dtype, group.device, take)
-    mark_leaves(model)
-    settings["zero_optimization"] |= _limits(model)
-    root = _Root(wrap(model), vocab).eval()
-    engine, *_ = deepspeed.initialize(model=root, config=settings)
+        model = stream_model(folder, config, dtype, group.device, take)
+        mark_leaves(model)
+        settings["zero_optimization"] |= _limits(model)
+        root = _Root(wrap(model), vocab).eval()
+        engine, *_ = deepspeed.initialize(model=root, config=settings)
     sharded = ShardedEngine(engine, group)
     sharded()
     return sharded
