@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer.oplocks import dropping_stale_locks
+
 
 def _nothing(*_: Any, **__: Any) -> None:
     return None
@@ -142,7 +144,8 @@ class Worker:
         from torch.distributed import distributed_c10d
 
         before = set(distributed_c10d._world.pg_map)
-        yield
+        with dropping_stale_locks():  # of ops that an engine loads, such as an optimizer's
+            yield
         for group in set(distributed_c10d._world.pg_map) - before:
             if dist.get_rank(group) >= 0:
                 distributed_c10d._set_pg_timeout(self.timeout, group)
@@ -209,9 +212,10 @@ def start_worker(hooks: Hooks, *, threads: int, uses_gpu: bool, timeout_minutes:
     import deepspeed
 
     # DeepSpeed wraps the group that exists; it must neither look for MPI nor make its own.
-    deepspeed.init_distributed(
-        dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
-    )
+    with dropping_stale_locks():
+        deepspeed.init_distributed(
+            dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
+        )
     return Worker(dist.get_rank(), dist.get_world_size(), device, hooks, timeout=timeout)
 
 
