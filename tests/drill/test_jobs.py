@@ -350,7 +350,7 @@ def test_a_job_that_is_not_placed_says_what_it_waits_for(world: World) -> None:
     jobs.submit("holds-all", f"python -c '{code}'", {}, {})
     try:
         path, run, _ = world.quick("placed")
-        told, out, err = world.submit(path, "resources.placement_minutes=0.4")
+        told, out, err = world.submit(path, "resources.placement_minutes=0.4", "--retries", "0")
         assert told == 0, out + err
         waits = []
         while (found := world.status(run))["status"] in ("queued", "waiting", "running"):
