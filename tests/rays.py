@@ -125,7 +125,8 @@ def start(folder: Path, *, cpus: int = 1, **more: Any) -> Rays:
     """A head alone. more: variables of the environment of all nodes."""
     port, dashboard = more.pop("port", None) or free_port(), more.pop("dashboard", None)
     dashboard = dashboard or free_port()
-    token = folder / "token"
+    # One for all clusters of this process, which reads it once.
+    token = Path(tempfile.gettempdir()) / f"stillhouse-ray-token-{os.getpid()}"
     if not token.exists():
         token.write_text(uuid.uuid4().hex)
     # Only those that have its token are let in; this process's own commands find it there.

@@ -184,7 +184,7 @@ def run_ranks(
     if found["status"] == "stopped":
         raise Interrupted(found["why"])
     if found["status"] == "failed" and found["kind"] == "Fenced":
-        raise Fenced(found["why"])
+        raise Fenced(found["why"].removeprefix("Fenced: "))
     if found["status"] == "failed":
         raise GroupFailed(f"{found['kind']}: {found['why']}") from failure
     return found["results"], group

@@ -38,7 +38,8 @@ def storage(
 
 def results(run: Store) -> dict[str, str]:
     """Hashes of all that a run gives; not what each attempt says of itself."""
-    own = ("events/", "logs/", "state/live/", "state/attempts/", "state/requests/")
+    own = ("events/", "logs/", "plan.json")
+    own += tuple(f"state/{name}/" for name in ("live", "attempts", "requests", "launches"))
     return {
         name: hashlib.sha256(run.read_bytes(name)).hexdigest()
         for name in run.glob("**")
