@@ -53,7 +53,9 @@ class Node:
         return any(process.pid == pid for process in self.processes())
 
     def kill(self) -> None:
-        """Ends the node as a machine ends that loses its power."""
+        """Ends the node as a machine ends that loses its power; one that has ended stays so."""
+        if self.process.poll() is not None:
+            return
         mine = self.processes()
         for process in (psutil.Process(self.process.pid), *mine):
             try:
