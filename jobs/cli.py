@@ -11,7 +11,6 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs import cache
+from jobs.arguments import OnlyOption, OverridesArgument, RedoOption, SpecArgument, UntilOption
 from jobs.errors import Interrupted, SpecErrors, StageFailed, Superseded
 from jobs.live import commands as live
 from jobs.manifest import manifest
@@ -32,16 +32,6 @@ if TYPE_CHECKING:
 EXAMPLE = "\b\nExample:\n  "  # \b keeps the command on a line of its own
 DONE, WRONG, FAILED, SUPERSEDED, INTERRUPTED = 0, 2, 3, 4, 130
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
-
-
-class Stage(StrEnum):
-    """The stages of a run, in their order."""
-
-    prepare = "prepare"
-    capture = "capture"
-    distill = "distill"
-    sweep = "sweep"
-    summarize = "summarize"
 
 
 app = typer.Typer(
@@ -105,15 +95,8 @@ def init(
 
 @app.command(epilog=EXAMPLE + "stillhouse run demo distill.steps=50 'sweep.bits=[8,4]'")
 def run(
-    spec: Annotated[
-        str, typer.Argument(metavar="SPEC", help="A YAML file, or the name of a bundled recipe.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Dotted keys with YAML values.", show_default=False
-        ),
-    ] = None,
+    spec: SpecArgument,
+    overrides: OverridesArgument = None,
     address: Annotated[
         str | None,
         typer.Option(
@@ -121,11 +104,9 @@ def run(
             help="The Ray cluster. Default: RAY_ADDRESS, else local: one inside this process.",
         ),
     ] = None,
-    until: Annotated[Stage | None, typer.Option(help="Stop after this stage.")] = None,
-    only: Annotated[Stage | None, typer.Option(help="Run this stage alone.")] = None,
-    redo: Annotated[
-        Stage | None, typer.Option(help="Run this stage again, from its beginning.")
-    ] = None,
+    until: UntilOption = None,
+    only: OnlyOption = None,
+    redo: RedoOption = None,
     each: Annotated[
         str | None,
         typer.Option(

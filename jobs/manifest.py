@@ -7,15 +7,14 @@ from typing import Annotated
 
 import typer
 
+from jobs.arguments import OverridesArgument, SpecArgument
 from jobs.errors import SpecErrors
 
 DONE = 0
 
 
 def manifest(
-    spec: Annotated[
-        str, typer.Argument(metavar="SPEC", help="A YAML file, or the name of a bundled recipe.")
-    ],
+    spec: SpecArgument,
     image: Annotated[
         str,
         typer.Option(
@@ -23,12 +22,7 @@ def manifest(
             help="Built from this checkout's Dockerfile, with a tag other than latest.",
         ),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Dotted keys with YAML values.", show_default=False
-        ),
-    ] = None,
+    overrides: OverridesArgument = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write it. Default: stdout.")
     ] = None,

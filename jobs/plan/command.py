@@ -6,21 +6,15 @@ from typing import Annotated
 
 import typer
 
+from jobs.arguments import OverridesArgument, SpecArgument
 from jobs.errors import SpecErrors
 
 DONE = 0
 
 
 def plan(
-    spec: Annotated[
-        str, typer.Argument(metavar="SPEC", help="A YAML file, or the name of a bundled recipe.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Dotted keys with YAML values.", show_default=False
-        ),
-    ] = None,
+    spec: SpecArgument,
+    overrides: OverridesArgument = None,
     gpu: Annotated[
         str | None,
         typer.Option(

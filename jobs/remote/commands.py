@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.arguments import OnlyOption, OverridesArgument, RedoOption, SpecArgument, UntilOption
 from jobs.errors import SpecErrors
 
 DONE = 0
@@ -23,26 +24,9 @@ class Environment(StrEnum):
     lock = "lock"
 
 
-class Stage(StrEnum):
-    """The stages of a run, in their order."""
-
-    prepare = "prepare"
-    capture = "capture"
-    distill = "distill"
-    sweep = "sweep"
-    summarize = "summarize"
-
-
 def submit(
-    spec: Annotated[
-        str, typer.Argument(metavar="SPEC", help="A YAML file, or the name of a bundled recipe.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Dotted keys with YAML values.", show_default=False
-        ),
-    ] = None,
+    spec: SpecArgument,
+    overrides: OverridesArgument = None,
     address: Annotated[
         str | None,
         typer.Option(
@@ -80,11 +64,9 @@ def submit(
             "the nodes. Again for more.",
         ),
     ] = None,
-    until: Annotated[Stage | None, typer.Option(help="Stop after this stage.")] = None,
-    only: Annotated[Stage | None, typer.Option(help="Run this stage alone.")] = None,
-    redo: Annotated[
-        Stage | None, typer.Option(help="Run this stage again, from its beginning.")
-    ] = None,
+    until: UntilOption = None,
+    only: OnlyOption = None,
+    redo: RedoOption = None,
 ) -> int:
     """Send a run to a Ray cluster, as a Ray job.
 
