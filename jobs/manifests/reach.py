@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from cluster.manifest import Secret, Volume
+from jobs import places
 from jobs.manifests.options import below
 from jobs.spec import JobSpec
-from trainer.corpus.files import is_local
-from trainer.spec import AnswersEndpoint, AnswersFile
+from trainer.spec import AnswersEndpoint
 
 _LOCAL = ("file", "local", "memory")
 
@@ -19,12 +18,14 @@ _LOCAL = ("file", "local", "memory")
 def reach_faults(spec: JobSpec, volumes: Sequence[Volume], secrets: Sequence[Secret]) -> list[str]:
     """One line for everything that the pods could not read, or must not be told."""
     faults = [_storage_fault(spec.storage, volumes)]
-    for key, model in _models(spec):
+    for key, model in places.models(spec):
         if "://" in model:
             faults.append(_credentials_fault(key, model))
-        elif _is_folder(model):
+        elif places.is_folder(model):
             faults.append(_local_fault(key, model, volumes, "a hub id or a URL"))
-    for key, path, instead in _files(spec):
+    for key, path in places.sources(spec):
+        faults.append(_local_fault(key, path, volumes, "a hub data set"))
+    for key, path, instead in places.others(spec):
         faults.append(_local_fault(key, path, volumes, instead))
     faults.append(_api_key_fault(spec, secrets))
     return [fault for fault in faults if fault is not None]
@@ -72,38 +73,6 @@ def _api_key_fault(spec: JobSpec, secrets: Sequence[Secret]) -> str | None:
     return (
         f"responses.from.api_key_env: {variable} is not set in the pods; give "
         f"--secret {variable}=SECRET/KEY"
-    )
-
-
-def _models(spec: JobSpec) -> Iterable[tuple[str, str]]:
-    if spec.teacher is not None:
-        yield "teacher.model", spec.teacher.model
-    if spec.student.model is not None:
-        yield "student.model", spec.student.model
-    for number, extra in enumerate(spec.sweep.extra if spec.sweep else ()):
-        yield f"sweep.extra.{number}.path", extra.path
-
-
-def _files(spec: JobSpec) -> Iterable[tuple[str, str, str]]:
-    """Key, path, and what may stand there instead."""
-    if isinstance(spec.student.config, str):
-        yield "student.config", spec.student.config, "the values themselves"
-    for number, source in enumerate(spec.data.train if spec.data else ()):
-        if not source.source.startswith("builtin:") and is_local(source.source):
-            yield f"data.train.{number}.source", source.source, "a hub data set"
-    if spec.responses and isinstance(spec.responses.origin, AnswersFile):
-        yield "responses.from.file", spec.responses.origin.file, ""
-    for number, task in enumerate(spec.sweep.tasks if spec.sweep else ()):
-        if task.folder is not None:
-            yield f"sweep.tasks.{number}.folder", task.folder, "a task of lm-eval"
-
-
-def _is_folder(model: str) -> bool:
-    """As `trainer.models.find_model` tells a folder from a hub id."""
-    return (
-        model.startswith((".", "/", "~"))
-        or model.count("/") != 1
-        or Path(model).expanduser().is_dir()
     )
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.storage import open_store
+from jobs import places
 from jobs.errors import SpecErrors
 from jobs.pipeline import Job
 from jobs.spec import JobSpec
-from trainer.corpus.files import is_local
-from trainer.spec import AnswersFile
 
 
 def portable(job: Job, shared: Sequence[str]) -> JobSpec:
@@ -35,18 +35,19 @@ def portable(job: Job, shared: Sequence[str]) -> JobSpec:
             f"storage=s3://bucket/prefix, or below a folder that all nodes mount: "
             f"--shared {open_store(spec.storage).local()}"
         )
-    for key, path in _models(spec):
-        if not _lies_in(path, folders):
+    named = [(key, model) for key, model in places.models(spec) if places.is_folder(model)]
+    named += [(key, path) for key, path, _ in places.others(spec)]
+    for key, name in named:
+        if not _lies_in(Path(name).expanduser(), folders):
             faults.append(
-                f"{key}: {path} is a folder of this machine; may be a hub id, or the URL of a copy "
-                "in the storage (s3://bucket/prefix/model), or below a folder given by --shared"
+                f"{key}: {name} is of this machine; may be a hub id, or the URL of a copy in the "
+                "storage (s3://bucket/prefix/model), or below a folder given by --shared"
             )
     local = [
-        (f"data.train.{index}.source", Path(source.source).expanduser().absolute())
-        for index, source in enumerate(spec.data.train if spec.data is not None else ())
-        if is_local(source.source)
+        (key, path)
+        for key, path in places.sources(spec)
+        if not _lies_in(Path(path).expanduser(), folders)
     ]
-    local = [(key, path) for key, path in local if not _lies_in(path, folders)]
     if local and "prepare" in job.plan.todo:
         faults += [
             f"{key}: {path} is of this machine; prepare the corpus here first, into a storage that "
@@ -60,7 +61,27 @@ def portable(job: Job, shared: Sequence[str]) -> JobSpec:
         spec = spec.model_copy(update={"data": spec.data.model_copy(update={"corpus": corpus})})
     if faults:
         raise SpecErrors(faults)
-    return spec
+    return _absolute(spec)
+
+
+def _absolute(spec: JobSpec) -> JobSpec:
+    """The spec with storage and sources named absolutely: a job runs in a folder of its own.
+
+    Models and other files have been made so by `trainer.job.resolve`.
+    """
+    update: dict[str, Any] = {}
+    if open_store(spec.storage).local() is not None:
+        update["storage"] = open_store(spec.storage).url
+    if spec.data is not None:
+        local = dict(places.sources(spec))
+        train = [
+            source.model_copy(update={"source": os.path.abspath(os.path.expanduser(source.source))})
+            if f"data.train.{number}.source" in local
+            else source
+            for number, source in enumerate(spec.data.train)
+        ]
+        update["data"] = spec.data.model_copy(update={"train": train})
+    return spec.model_copy(update=update)
 
 
 def _lies_in(path: Path | None, folders: Sequence[Path]) -> bool:
@@ -69,19 +90,6 @@ def _lies_in(path: Path | None, folders: Sequence[Path]) -> bool:
         return True
     real = path.resolve()
     return any(real == folder or folder in real.parents for folder in folders)
-
-
-def _models(spec: JobSpec) -> list[tuple[str, Path]]:
-    """Models and other folders that are of this machine, by the key that names them."""
-    named: list[tuple[str, str | None]] = [("student.model", spec.student.model)]
-    if spec.teacher is not None:
-        named.append(("teacher.model", spec.teacher.model))
-    if spec.responses is not None and isinstance(spec.responses.origin, AnswersFile):
-        named.append(("responses.from.file", spec.responses.origin.file))
-    if spec.sweep is not None:
-        named += [("sweep.extra", extra.path) for extra in spec.sweep.extra]
-        named += [("sweep.tasks", task.folder) for task in spec.sweep.tasks]
-    return [(key, Path(name)) for key, name in named if name is not None and Path(name).exists()]
 
 
 def _inline(spec: JobSpec) -> JobSpec:

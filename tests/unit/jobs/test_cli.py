@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import Stage, app, main
+from jobs.arguments import Stage
+from jobs.cli import app, main
 from jobs.errors import Interrupted, SpecErrors, StageFailed
 from jobs.load import load_spec, recipes
 

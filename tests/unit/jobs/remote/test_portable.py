@@ -46,8 +46,25 @@ def test_local_storage_and_sources_are_refused_with_the_way_out(tmp_path: Path) 
 def test_what_lies_below_a_shared_folder_stays_as_it_is(tmp_path: Path) -> None:
     given = job(tmp_path)
     spec = portable(given, [str(tmp_path)])
-    assert spec.storage == given.spec.storage and spec.data == given.spec.data
+    assert spec.storage == str(tmp_path / "runs") and spec.data == given.spec.data
     assert spec.student.config == tiny.model(64, 2)  # a file of this machine no longer
+
+
+def test_relative_paths_mean_the_same_in_the_folder_of_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = job(tmp_path, storage="./runs", data={**tiny.teacher_spec(tmp_path)["data"], "train": [
+        {"source": "texts/*.jsonl"}, {"source": "builtin:python-docs"}]})  # fmt: skip
+    spec = portable(given, [str(tmp_path)])
+    assert spec.storage == str(tmp_path / "runs")
+    assert spec.data is not None
+    assert [source.source for source in spec.data.train] == [
+        str(tmp_path / "texts" / "*.jsonl"),
+        "builtin:python-docs",
+    ]
+    before, after = (fingerprint(identities(each).corpus) for each in (given.spec, spec))
+    assert before == after
 
 
 def test_a_folder_that_only_begins_alike_is_not_shared(tmp_path: Path) -> None:
