@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from cluster.everywhere import Answer, Silent, on_every_node
 from cluster.session import Cluster, ask_to_grow, refresh
+from cluster.spec import WorkerResources
 from cluster.storage import Store
 from cluster.workers import NotEnough, fit_group
 from jobs.cells.needs import cell_resources
@@ -50,9 +51,9 @@ def resources(spec: JobSpec, todo: Sequence[str], cluster: Cluster) -> None:
         raise SpecErrors(faults)
 
 
-def _fits(key: str, asked: object, cluster: Cluster) -> list[str]:
+def _fits(key: str, asked: WorkerResources, cluster: Cluster) -> list[str]:
     try:
-        fit_group(key, asked, cluster)  # type: ignore[arg-type]
+        fit_group(key, asked, cluster)
     except NotEnough as error:
         return [str(error)]
     return []

@@ -186,18 +186,18 @@ def stop(
 
 def _job_log(place: Any) -> int:
     from cluster.rayjobs import RayJobs, Unreachable
-    from jobs.live.submissions import submissions
+    from jobs.live.submissions import last_submission
 
-    sent = submissions(place)
-    if not sent:
+    sent = last_submission(place)
+    if sent is None:
         raise SpecErrors([f"--job: {place.name} was not submitted; leave --job out"])
     try:
-        jobs = RayJobs(sent[-1].address)
-        if jobs.find(sent[-1].id) is None:
+        jobs = RayJobs(sent.address)
+        if jobs.find(sent.id) is None:
             raise SpecErrors(
-                [f"--job: the cluster at {sent[-1].address} does not know {sent[-1].id} any more"]
+                [f"--job: the cluster at {sent.address} does not know {sent.id} any more"]
             )
-        typer.echo(jobs.log(sent[-1].id))
+        typer.echo(jobs.log(sent.id))
     except Unreachable as error:
         raise SpecErrors([str(error)]) from error
     return DONE

@@ -69,17 +69,14 @@ class Requests:
 
     def stop(self) -> bool:
         """Whether a clean stop is asked for."""
-        return self._look().stop
-
-    def kill(self) -> bool:
-        """Whether the driver is to end at once."""
-        return self._look().kill
+        return self.look().stop
 
     def saves(self) -> int:
         """How many checkpoints out of turn were asked for."""
-        return self._look().saves
+        return self.look().saves
 
-    def _look(self) -> Asked:
+    def look(self) -> Asked:
+        """All that is asked for."""
         now = time.monotonic()
         if now >= self._next:
             try:

@@ -84,8 +84,9 @@ class StopWatch:
 
     def _watch(self) -> None:
         while not self._ending.wait(self._every_s):
-            if self._requests.kill():
+            asked = self._requests.look()
+            if asked.kill:
                 self._last_word()
                 os._exit(ENDED)
-            if self._requests.stop():
+            if asked.stop:
                 self._stop.set()

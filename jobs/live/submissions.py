@@ -31,11 +31,6 @@ class Submission:
     spec: dict[str, Any]
 
 
-def submissions(run: Store) -> list[Submission]:
-    """All sendings of a run, in order."""
-    return [Submission(**run.read_json(f"{FOLDER}/{name}")) for name in run.list(FOLDER)]
-
-
 def last_submission(run: Store) -> Submission | None:
     """The newest sending of a run."""
     names = run.list(FOLDER)

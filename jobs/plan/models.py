@@ -84,7 +84,8 @@ def _student(spec: JobSpec, teacher: Shape | None) -> Shape:
     else:
         raw = student.config if isinstance(student.config, dict) else _read(Path(student.config))
         rows = _vocabulary(spec, teacher)
-        raw = {"max_position_embeddings": spec.data.sequence_length, **raw, "vocab_size": rows}  # type: ignore[union-attr]
+        assert spec.data is not None
+        raw = {"max_position_embeddings": spec.data.sequence_length, **raw, "vocab_size": rows}
     if spec.distill is not None:
         key = "student.config.model_type" if student.config is not None else None
         check_family("student", _config(raw), "student.init" if student.init == "slice" else key)

@@ -29,29 +29,12 @@ from jobs.plan.training import states
 from jobs.report.planned import lines
 from jobs.report.source import load_run
 from jobs.rundir import RunDir
+from tests.unit.jobs.plan.world import LLAMA_8B, LLAMA_70B, folder_of
 
 RESULT = Path(__file__).parent / "results" / "plan.json"
 COMMAND = "make demo && make bench-plan"
 BOUND = 0.10
 PARAMETERS, LARGEST, GPUS = 8_030_261_248, 525_340_672, 8  # Llama 3 8B
-LLAMA_70B = {
-    "model_type": "llama",
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 131072,
-}
-LLAMA_8B = {
-    **LLAMA_70B,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-}
 
 
 def demo(run: Store) -> dict[str, Any]:
@@ -103,10 +86,7 @@ def large_plan() -> float:
     with tempfile.TemporaryDirectory() as folder:
         models = []
         for key, config in (("teacher", LLAMA_70B), ("student", LLAMA_8B)):
-            path = Path(folder, key)
-            path.mkdir()
-            (path / "config.json").write_text(json.dumps(config))
-            models.append(f"{key}.model={path}")
+            models.append(f"{key}.model={folder_of(config, Path(folder, key))}")
         options = ["--gpu", "h100", "--gpus", "16", f"storage={folder}"]
         return seconds("plan", "llama-70b-to-8b", *models, *options)
 
