@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 import traceback
@@ -17,6 +16,7 @@ from cluster.session import Cluster, ask_to_grow, connect
 from cluster.storage import EventTail, EventWriter, Fenced, open_store
 from jobs import checks, preflight
 from jobs.cells.given import absolute_paths
+from jobs.driver import job_of_driver, tries_left
 from jobs.errors import Interrupted, SpecErrors, StageFailed, Superseded
 from jobs.inputs import Inputs
 from jobs.live.beacon import Beacon
@@ -32,8 +32,6 @@ from trainer.job import resolve
 
 # How long the end of a run waits for Weights & Biases.
 TRACKING_SECONDS = 120.0
-# Names, for the driver of a submitted job, the id under which Ray knows it.
-JOB_VARIABLE = "STILLHOUSE_JOB"
 _ENDS = {"done": "done", "failed": "failed", "stopped": "interrupted"}  # in the events
 
 
@@ -93,7 +91,7 @@ def prepare_job(
 
 def _left_to_redo(run: RunDir, redo: str | None) -> str | None:
     """`redo`, unless an earlier attempt of this same Ray job began with it: then that goes on."""
-    job = os.environ.get(JOB_VARIABLE)
+    job = job_of_driver()
     if redo is None or job is None:
         return redo
     return None if run.was_begun(redo, job) else redo
@@ -104,7 +102,7 @@ class _Attempt:
 
     def __init__(self, job: Job, address: str | None) -> None:
         self.job, self.address = job, address
-        self.attempt = job.run.claim(job=os.environ.get(JOB_VARIABLE))
+        self.attempt = job.run.claim(job=job_of_driver())
         self.log = log_file(job.run.store, self.attempt.number)
         self.began = time.time()
         self.tracking: _Tracking | None = _Tracking(job.spec, job.run)
@@ -115,7 +113,7 @@ class _Attempt:
         # Signals last until the last word is out: a job's end may be asked for more than once.
         with (
             Interruptible() as signals,
-            Beacon(store, number, job=os.environ.get(JOB_VARIABLE)) as beacon,
+            Beacon(store, number, job=job_of_driver(), tries_left=tries_left()) as beacon,
             chatter_to(self.log) as console,
             LogPieces(store, number, self.log),
             EventWriter(store, number) as events,
@@ -137,7 +135,12 @@ class _Attempt:
                 raise
             except Fenced as failure:
                 error = str(failure)
+                beacon.tell(tries_left=0)
                 raise Superseded(error) from failure
+            except SpecErrors as failure:  # the same in every try
+                error = " ".join(str(failure).split())[:1000]
+                beacon.tell(tries_left=0)
+                raise
             except Exception as failure:
                 error = " ".join(str(failure).split())[:1000]
                 raise

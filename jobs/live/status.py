@@ -51,7 +51,7 @@ def status_of(run: Store, *, ask_ray: bool = True) -> Status:
     mine = last is not None and told.get("job") == last.id
     unheard = last is not None and not mine and attempt <= last.attempt
     if last is not None and (mine or unheard):
-        found = _with_ray(found, last, job, silent, unheard)
+        found = _with_ray(found, last, job, silent, unheard, told.get("tries_left", 0))
     return found
 
 
@@ -127,7 +127,12 @@ def _of_events(run: Store, attempt: int) -> Status:
 
 
 def _with_ray(
-    found: Status, last: Submission, job: RayJob | None, silent: str, unheard: bool
+    found: Status,
+    last: Submission,
+    job: RayJob | None,
+    silent: str,
+    unheard: bool,
+    tries_left: int,
 ) -> Status:
     """Adds what Ray says of the job. unheard: its driver has not said anything yet."""
     values = {**found.__dict__, "submission": last, "ray": job.status if job else None}
@@ -150,6 +155,8 @@ def _with_ray(
         else:
             word = "stopped" if job.status == "STOPPED" else "failed"
             values |= {"word": word, "why": why or f"Ray says {job.status}"}
+    elif job is not None and job.live and found.word == "failed" and not tries_left:
+        pass  # Ray will notice in a moment
     elif job is not None and job.live and found.word in ("failed", "lost"):
         # The entry point tries again; what Ray has alive can be stopped.
         word = "restarting" if found.word == "failed" else "waiting"

@@ -80,13 +80,13 @@ def submit(
     job_spec = load_spec(spec, overrides or [])
     from cluster.rayjobs import RayJobs, Unreachable
     from jobs.pipeline import prepare_job
-    from jobs.remote.submit import How
+    from jobs.remote.submit import How, forwarded
     from jobs.remote.submit import submit as send
 
     how = How(
         environment.value,
         retries,
-        tuple(forward_env or ()),
+        forwarded(forward_env or ()),
         tuple(shared or ()),
         *(stage.value if stage else None for stage in (until, only, redo)),
     )

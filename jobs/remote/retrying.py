@@ -9,11 +9,14 @@ can publish nothing. What the user got wrong (2), a stop (130), and a newer atte
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from types import FrameType
+
+from jobs.driver import TRIES_LEFT
 
 FINAL = (0, 2, 4)
 INTERRUPTED = 130
@@ -35,7 +38,8 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     for number in range(1, tries + 1):
-        code = subprocess.call(command)
+        # What is left is told to who asks how the run is: a failure of the last try is the end.
+        code = subprocess.call(command, env={**os.environ, TRIES_LEFT: str(tries - number)})
         if code == INTERRUPTED and not stopping:
             ends = time.monotonic() + STOPPED_SECONDS
             while time.monotonic() < ends and not stopping:

@@ -6,8 +6,8 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from cluster.rayjobs import RayJob, RayJobs, Unreachable
 from cluster.session import Cluster
 from cluster.storage import Attempt, Store
 from jobs import preflight
+from jobs.driver import JOB
 from jobs.errors import SpecErrors
 from jobs.live.status import status_of
 from jobs.live.submissions import Submission, job_id, last_submission, record, take_back
 from jobs.load import dump_spec
-from jobs.pipeline import JOB_VARIABLE, Job
+from jobs.pipeline import Job
 from jobs.remote.portable import portable
 from jobs.rundir import differences
 from jobs.spec import JobSpec
@@ -37,12 +38,12 @@ SENDING_SECONDS, POLL_SECONDS = 180.0, 1.0
 
 @dataclass(frozen=True)
 class How:
-    """How a job is sent. environment: image or lock; forward: names of variables to send along;
+    """How a job is sent. environment: image or lock; forward: variables to send along;
     shared: folders that all machines have; until, only, redo: as of `run`."""
 
     environment: str = "image"
     retries: int = 2
-    forward: Sequence[str] = ()
+    forward: Mapping[str, str] = field(default_factory=dict, repr=False)
     shared: Sequence[str] = ()
     until: str | None = None
     only: str | None = None
@@ -60,7 +61,6 @@ class Sent:
 def submit(job: Job, jobs: RayJobs, how: How, say: Callable[[str], None]) -> Sent:
     """Sends a job, or joins the same one that is live. Raises SpecErrors; then nothing was sent."""
     spec = portable(job, how.shared)
-    forwarded = _forwarded(how.forward)
     if not spec.resources.growth_minutes:  # else the run waits for the cluster to grow
         preflight.resources(spec, job.plan.todo, _cluster(jobs))
     _refuse_running(job.run.store)
@@ -89,7 +89,7 @@ def submit(job: Job, jobs: RayJobs, how: How, say: Callable[[str], None]) -> Sen
         if not record(run, new):
             continue  # somebody else sends this run at this moment
         try:
-            _send(new, spec, jobs, how, forwarded, run, say)
+            _send(new, spec, jobs, how, run, say)
         except BaseException:
             take_back(run, new)
             raise
@@ -160,7 +160,6 @@ def _send(
     spec: JobSpec,
     jobs: RayJobs,
     how: How,
-    forwarded: dict[str, str],
     run: Store,
     say: Callable[[str], None],
 ) -> None:
@@ -174,8 +173,8 @@ def _send(
     variables = {
         # Read by the job's supervisor on the cluster.
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
-        JOB_VARIABLE: new.id,
-        **forwarded,
+        JOB: new.id,
+        **how.forward,
     }
     environment: dict[str, Any] = {"env_vars": variables}
     if how.environment == "lock":
@@ -199,7 +198,7 @@ def locked(root: Path) -> list[str]:
     return [line for line in pinned if not line.startswith("ray==")]
 
 
-def _forwarded(names: Sequence[str]) -> dict[str, str]:
+def forwarded(names: Sequence[str]) -> dict[str, str]:
     """The values of variables to send along. Raises SpecErrors for those that are not set."""
     faults = [
         f"--forward-env: got {name.partition('=')[0]}=..., may be the NAME of a variable that is "

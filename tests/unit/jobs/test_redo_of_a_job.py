@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 
 from cluster.storage import open_store
-from jobs.pipeline import JOB_VARIABLE, _left_to_redo
+from jobs.driver import JOB
+from jobs.pipeline import _left_to_redo
 from jobs.rundir import RunDir
 
 
 def test_redo_is_of_the_first_try_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(open_store(tmp_path))
-    monkeypatch.setenv(JOB_VARIABLE, "demo-1")
+    monkeypatch.setenv(JOB, "demo-1")
     run.claim(job="demo-1")
     run.finish("distill", {}, {}, 1.0)
-    monkeypatch.setenv(JOB_VARIABLE, "demo-2")
+    monkeypatch.setenv(JOB, "demo-2")
     assert _left_to_redo(run, "distill") == "distill"  # done by another job
     run.claim(job="demo-2")
     assert _left_to_redo(run, "distill") == "distill"  # the try was lost before it came to that
@@ -24,5 +25,5 @@ def test_redo_is_of_the_first_try_alone(tmp_path: Path, monkeypatch: pytest.Monk
     run.claim(job="demo-2")
     assert _left_to_redo(run, "distill") is None
     assert _left_to_redo(run, "sweep") == "sweep"
-    monkeypatch.delenv(JOB_VARIABLE)
+    monkeypatch.delenv(JOB)
     assert _left_to_redo(run, "distill") == "distill"  # a user at a terminal means it

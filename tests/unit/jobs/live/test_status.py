@@ -147,7 +147,10 @@ def test_a_job_that_ray_has_ended_is_not_running(
 
 @pytest.mark.parametrize(
     ("fields", "word"),
-    [({"status": "failed", "error": "a node died"}, "restarting"), ({"t": 1.0}, "waiting")],
+    [
+        ({"status": "failed", "error": "a node died", "tries_left": 1}, "restarting"),
+        ({"t": 1.0}, "waiting"),
+    ],
 )
 def test_a_try_that_failed_is_not_the_end_of_a_job_that_lives(
     run: Store, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], word: str
@@ -162,6 +165,16 @@ def test_a_try_that_failed_is_not_the_end_of_a_job_that_lives(
     ended = RayJob("demo-1", "STOPPED", "", {})
     monkeypatch.setattr(module, "_ray_job", lambda last: (ended, ""))
     assert not status_of(run).live
+
+
+def test_the_last_try_that_failed_is_the_end(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the moment before Ray has noticed."""
+    record(run, Submission(1, 0, "demo-1", "http://head:8265", "f" * 32, 0.0, {}))
+    publish(run, START, STEP, job="demo-1", tries_left=0, status="failed", error="disk full")
+    alive = RayJob("demo-1", "RUNNING", "", {})
+    monkeypatch.setattr(module, "_ray_job", lambda last: (alive, ""))
+    found = status_of(run)
+    assert (found.word, found.why, found.live) == ("failed", "disk full", False)
 
 
 def test_of_a_job_that_is_queued_nothing_is_said_that_was_of_the_attempt_before(

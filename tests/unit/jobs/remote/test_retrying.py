@@ -33,17 +33,23 @@ def test_lost_and_failed_runs_are_tried_again(
 ) -> None:
     monkeypatch.setattr(retrying, "REST_SECONDS", 0.0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    left = list(codes)
-    monkeypatch.setattr(retrying.subprocess, "call", lambda command: left.pop(0))
+    left, tries_left = list(codes), []
+
+    def told(env: dict[str, str]) -> int:
+        tries_left.append(int(env["STILLHOUSE_TRIES_LEFT"]))
+        return left.pop(0)
+
+    monkeypatch.setattr(retrying.subprocess, "call", lambda command, env: told(env))
     assert retrying.main([str(tries), "run", "spec.yaml"]) == last
     assert left == []
+    assert tries_left == list(range(tries - 1, tries - 1 - len(codes), -1))
 
 
 def test_a_stop_between_two_tries_is_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     handlers: dict[int, Any] = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     calls: list[int] = []
-    monkeypatch.setattr(retrying.subprocess, "call", lambda command: calls.append(1) or 3)
+    monkeypatch.setattr(retrying.subprocess, "call", lambda command, env: calls.append(1) or 3)
     monkeypatch.setattr(retrying.time, "sleep", lambda s: handlers[signal.SIGTERM](15, None))
     assert retrying.main(["3", "run"]) == 130
     assert len(calls) == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.storage import open_store
+from jobs.cli import main
 from jobs.errors import SpecErrors
 from jobs.live.submissions import (
     Submission,
@@ -20,6 +21,7 @@ from jobs.live.submissions import (
 )
 from jobs.remote import submit as module
 from jobs.remote.submit import locked
+from tests import tiny
 
 
 def sending(number: int) -> Submission:
@@ -52,9 +54,9 @@ def test_values_of_variables_are_taken_from_here_and_never_shown(
 ) -> None:
     monkeypatch.setenv("A_KEY", "secret")
     monkeypatch.delenv("NOT_SET", raising=False)
-    assert module._forwarded(["A_KEY"]) == {"A_KEY": "secret"}
+    assert module.forwarded(["A_KEY"]) == {"A_KEY": "secret"}
     with pytest.raises(SpecErrors) as error:
-        module._forwarded(["A_KEY=secret", "NOT_SET"])
+        module.forwarded(["A_KEY=secret", "NOT_SET"])
     assert len(error.value.faults) == 2 and "secret" not in str(error.value)
 
 
@@ -62,3 +64,13 @@ def test_ray_installs_what_is_locked_but_not_itself() -> None:
     lines = locked(Path(__file__).resolve().parents[4])
     assert "torch==2.13.0" in lines
     assert not any(line.startswith("ray==") for line in lines) and len(lines) > 100
+
+
+def test_a_value_on_the_command_line_is_told_by_its_name_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tiny.write_spec(tiny.teacher_spec(tmp_path), tmp_path))
+    options = ["--address", "http://127.0.0.1:9", "--forward-env", "HF_TOKEN=abc-secret"]
+    assert main(["submit", path, *options]) == 2
+    said = capsys.readouterr()
+    assert "HF_TOKEN=..." in said.err and "abc-secret" not in said.out + said.err
