@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.rayjobs import RayJob, RayJobs, Unreachable
@@ -135,38 +135,55 @@ def _with_ray(
     tries_left: int,
 ) -> Status:
     """Adds what Ray says of the job. unheard: its driver has not said anything yet."""
-    values = {**found.__dict__, "submission": last, "ray": job.status if job else None}
     if unheard:  # what the attempt before did is another matter
-        values |= {"stage": None, "since": last.sent_at, "ended": None, "host": None}
+        found = replace(found, stage=None, since=last.sent_at, ended=None, host=None)
     if silent:
-        values["why"] = f"{found.why}; {silent}" if found.why else silent
-        if unheard:
-            values |= {"word": "unknown"}
-    elif job is None and (unheard or found.live or found.word == "lost"):
-        values |= {
-            "word": "lost",
-            "why": f"the cluster at {last.address} does not know the job {last.id} any more, it "
-            "was restarted; submit it again to continue",
-        }
-    elif job is not None and unheard:
-        why = _shortly(job.message)
-        if job.status in ("PENDING", "RUNNING"):
-            values |= {"word": "queued", "why": why or f"Ray says {job.status}"}
-        else:
-            word = "stopped" if job.status == "STOPPED" else "failed"
-            values |= {"word": word, "why": why or f"Ray says {job.status}"}
-    elif job is not None and job.live and found.word == "failed" and not tries_left:
-        pass  # Ray will notice in a moment
-    elif job is not None and job.live and found.word in ("failed", "lost"):
-        # The entry point tries again; what Ray has alive can be stopped.
-        word = "restarting" if found.word == "failed" else "waiting"
-        values |= {"word": word, "why": f"{found.why} (Ray says {job.status})", "ended": None}
-    elif job is not None and job.status == "STOPPED" and (found.live or found.word == "lost"):
-        values |= {"word": "stopped", "why": "ended by Ray; submit again to continue"}
-    elif job is not None and not job.live and (found.live or found.word == "lost"):
-        why = f"its driver ended without a word, Ray says {job.status}; submit again to continue"
-        values |= {"word": "lost", "why": why}
-    return Status(**values)
+        word = "unknown" if unheard else found.word
+        why = f"{found.why}; {silent}" if found.why else silent
+    elif job is None:
+        word, why = _unknown_to_ray(found, last, unheard)
+    elif unheard:
+        word, why = _of_job(job)
+    else:
+        word, why = _of_both(found, job, tries_left)
+    return replace(
+        found,
+        word=word,
+        why=why,
+        ended=None if word in LIVE else found.ended,
+        submission=last,
+        ray=job.status if job else None,
+    )
+
+
+def _unknown_to_ray(found: Status, last: Submission, unheard: bool) -> tuple[str, str]:
+    if not (unheard or found.live or found.word == "lost"):
+        return found.word, found.why  # it had ended by then
+    return "lost", (
+        f"the cluster at {last.address} does not know the job {last.id} any more, it was "
+        "restarted; submit it again to continue"
+    )
+
+
+def _of_job(job: RayJob) -> tuple[str, str]:
+    """What Ray says of a job whose driver has not spoken."""
+    why = _shortly(job.message) or f"Ray says {job.status}"
+    if job.live:
+        return "queued", why
+    return ("stopped" if job.status == "STOPPED" else "failed"), why
+
+
+def _of_both(found: Status, job: RayJob, tries_left: int) -> tuple[str, str]:
+    """What a driver says of itself, and Ray of its job."""
+    if job.live and found.word == "failed" and tries_left:
+        return "restarting", f"{found.why} (Ray says {job.status})"
+    if job.live and found.word == "lost":  # it may be started again, and can be stopped
+        return "waiting", f"{found.why} (Ray says {job.status})"
+    if job.live or not (found.live or found.word == "lost"):
+        return found.word, found.why
+    if job.status == "STOPPED":
+        return "stopped", "ended by Ray; submit again to continue"
+    return "lost", f"its driver ended without a word, Ray says {job.status}; submit to continue"
 
 
 def _shortly(message: str) -> str:
