@@ -305,7 +305,9 @@ def _remark(stage: str, outputs: dict[str, Any]) -> str:
 
 
 def _command(spec: JobSpec) -> str:
-    """The command that continues: the one that was given."""
+    """The command that continues: the one that was given, here or where the job was sent from."""
+    if job_of_driver() is not None:
+        return "stillhouse submit, with what it was sent with"
     return " ".join(["stillhouse", *sys.argv[1:]]) if sys.argv[1:] else f"run of {spec.name}"
 
 
