@@ -56,16 +56,17 @@ bench-sweep: $(READY) ## Measure the sweep: fan-out, allocation, recovery, tasks
 bench-plan: $(READY) ## Hold forecasts against the demo and DeepSpeed's estimators (after make demo)
 	$(BIN)/python -m tests.bench.plan
 
-# Unit tests take a core each; the others have processes of their own that want both.
-UNIT := $(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
+# Two files at a time: one has a core while the ranks of the other start, or wait. In the order of
+# their names: by the number of their tests the whole pipeline, which takes longest, would come late.
+# The drills, which kill nodes and watch clocks, have the machine for themselves.
+TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(READY) ## Unit and system tests
-	$(UNIT)
-	$(BIN)/python -m pytest tests/system
+	$(BIN)/python -m pytest tests/unit $(TWO)
+	$(BIN)/python -m pytest tests/system $(TWO)
 
-test-all: $(READY) ## Everything, with the drills: kills, resumes, clusters that lose nodes
-	$(UNIT)
-	$(BIN)/python -m pytest tests/system tests/drill
+test-all: test ## Everything, with the drills: kills, resumes, clusters that lose nodes
+	$(BIN)/python -m pytest tests/drill
 
 check: $(READY) ## Lint, format and types
 	$(BIN)/ruff check .

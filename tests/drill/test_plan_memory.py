@@ -69,7 +69,7 @@ def test_a_training_takes_what_was_foretold(name, tmp_path) -> None:
     case = CASES[name]
     spec = make_spec(case, tmp_path)
     foretold = forecast(case, spec)
-    ranks = Ranks(train, spec, str(tmp_path), world=case["world"])
+    ranks = Ranks(train, spec, str(tmp_path), world=case["world"], fresh=True)
     try:
         metrics = ranks.results(timeout=400)[0]
     finally:

@@ -6,3 +6,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.ranks import warm_up  # noqa: E402
+
+
+def pytest_configure() -> None:
+    """Ranks are forked from a process whose imports go on while tests are collected."""
+    warm_up()
