@@ -52,7 +52,8 @@ def detail(run: Store, status: Status) -> list[str]:
     lines = [f"{run.name}: {in_words(status)}", f"run        {run.url}"]
     started, took = _times(status)
     if status.attempt:
-        lines.append(f"attempt    {status.attempt}, started {started}, {took}")
+        when = f", started {started}, {took}" if status.since else ""
+        lines.append(f"attempt    {status.attempt}{when}")
     if status.host:
         lines.append(f"driver     on {status.host}")
     sent = status.submission

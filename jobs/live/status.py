@@ -119,11 +119,14 @@ def _of_events(run: Store, attempt: int) -> Status:
     """Of a run that publishes nothing but events: how it ended, if it has."""
     from cluster.storage import read_events
 
-    ends = [e for e in read_events(run) if e["event"] == "run_end" and e["attempt"] == attempt]
+    events = [e for e in read_events(run) if e["attempt"] == attempt]
+    starts = [e["t"] for e in events if e["event"] == "run_start"]
+    since = starts[0] if starts else 0.0
+    ends = [e for e in events if e["event"] == "run_end"]
     if ends:
         word = {"interrupted": "stopped"}.get(ends[-1]["status"], ends[-1]["status"])
-        return Status(word, "", attempt, ended=ends[-1]["t"])
-    return Status("unknown", "no process of it has said anything", attempt)
+        return Status(word, "", attempt, since=since, ended=ends[-1]["t"])
+    return Status("unknown", "no process of it has said anything", attempt, since=since)
 
 
 def _with_ray(

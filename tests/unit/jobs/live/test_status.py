@@ -108,9 +108,14 @@ def test_a_driver_whose_process_is_gone_is_lost_sooner(run: Store) -> None:
 
 def test_runs_that_publish_events_alone_still_have_an_end(run: Store) -> None:
     assert status_of(run).word == "unknown"
+    assert detail(run, status_of(run))[2] == "attempt    1"
     with EventWriter(run, 1) as events:
+        events.emit("run_start", name="demo", spec={})
         events.emit("run_end", status="interrupted", seconds=1.0)
-    assert status_of(run).word == "stopped"
+    found = status_of(run)
+    assert found.word == "stopped" and found.ended is not None
+    assert time.time() - 60 < found.since <= found.ended
+    assert "started" in detail(run, found)[2]
 
 
 @pytest.mark.parametrize(
