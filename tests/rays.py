@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -127,12 +126,7 @@ def start(folder: Path, *, cpus: int = 1, **more: Any) -> Rays:
     """A head alone. more: variables of the environment of all nodes."""
     port, dashboard = more.pop("port", None) or free_port(), more.pop("dashboard", None)
     dashboard = dashboard or free_port()
-    # One for all clusters of this process, which reads it once.
-    token = Path(tempfile.gettempdir()) / f"stillhouse-ray-token-{os.getpid()}"
-    if not token.exists():
-        token.write_text(uuid.uuid4().hex)
-    # Only those that have its token are let in; this process's own commands find it there.
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    _need_token()
     env = {**os.environ, **SETTINGS, "RAY_AUTH_MODE": "token", **more}
     env.pop("RAY_ADDRESS", None)
     # The driver of a job is started by name.
@@ -141,6 +135,20 @@ def start(folder: Path, *, cpus: int = 1, **more: Any) -> Rays:
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
     command += ["--ray-client-server-port", str(free_port()), *PORTS]
     return Rays(folder, env, port, dashboard, _start(command, env, folder / "head.log"))
+
+
+def _need_token() -> None:
+    """Only who has this user's token is let in; Ray makes it where there is none.
+
+    No other one: Ray reads it once in the life of a process, so one that has had a cluster of its
+    own (`ray.init`) could not speak to these, nor the other way round.
+    """
+    if "RAY_AUTH_TOKEN" in os.environ:
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    if not path.exists():
+        command = [RAY, "get-auth-token", "--generate"]
+        subprocess.run(command, capture_output=True, check=True)
 
 
 def _start(command: list[str], env: dict[str, str], log: Path) -> Node:
@@ -160,7 +168,6 @@ def _start(command: list[str], env: dict[str, str], log: Path) -> Node:
 @contextmanager
 def cluster(folder: Path, nodes: int = 3, *, cpus: int = 1, **more: Any) -> Iterator[Rays]:
     """A head with so many other nodes of one CPU each."""
-    before = os.environ.get("RAY_AUTH_TOKEN_PATH")
     rays = start(folder, cpus=cpus, **more)
     try:
         rays.wait_for(1)
@@ -170,6 +177,3 @@ def cluster(folder: Path, nodes: int = 3, *, cpus: int = 1, **more: Any) -> Iter
         yield rays
     finally:
         rays.end()
-        os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
-        if before is not None:
-            os.environ["RAY_AUTH_TOKEN_PATH"] = before

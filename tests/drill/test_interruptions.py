@@ -208,3 +208,28 @@ def test_a_lost_worker_is_replaced_without_a_new_run(world: World) -> None:
     assert resumed["step"] > 0 and resumed["attempt"] == 1
     for stage in ("distill", "control"):
         assert tiny.losses(run, stage) == tiny.losses(world.undisturbed, stage)
+
+
+def test_stopped_from_another_terminal_by_force(world: World) -> None:
+    """While a third one reads along."""
+    spec = job(world.folder, "storage-force")
+    run = tiny.run_store(spec)
+    process = tiny.start("run", str(tiny.write_spec(spec, world.folder)), cwd=world.folder)
+    tiny.wait_for(run, lambda e: e["event"] == "step" and e["step"] >= 12, process)
+    reader = tiny.start("logs", run.url, "--follow", cwd=world.folder)
+    code, out, err = tiny.stillhouse(
+        "stop", "drill", "--storage", spec["storage"], "--wait", "0", "--force", cwd=world.folder
+    )
+    assert code == 0 and "drill: stopped, ended by force" in out, out + err
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    text, err = reader.communicate(timeout=60)
+    assert reader.returncode == 0 and "RayTrainWorker" in text, err
+    code, out, err = tiny.stillhouse(
+        "status", "drill", "--storage", spec["storage"], cwd=world.folder
+    )
+    assert code == 0 and "continue   stillhouse run SPEC" in out, out + err
+    code, out, err = tiny.stillhouse("run", str(world.folder / "drill.yaml"), cwd=world.folder)
+    assert code == 0, out + err
+    assert events(run, "resume", "distill")[0]["step"] > 0
+    assert tiny.losses(run, "distill") == tiny.losses(world.undisturbed, "distill")
