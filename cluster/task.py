@@ -53,6 +53,10 @@ def perform(call: bytes) -> Iterator[Start | End]:
         function, arguments = pickle.loads(call)
         value = function(*arguments)
     except (Exception, SystemExit) as error:  # not KeyboardInterrupt: so Ray cancels
+        # Ray's own way out after SIGTERM, such as from its memory monitor or of a node that shuts
+        # down: the process was taken away, the function has not ended.
+        if hasattr(error, "ray_terminate_msg"):
+            raise
         value = of_exception(error)
     yield End(value, time.time())
 

@@ -78,6 +78,9 @@ def work(folder: Path, key: str, what: str = "", seconds: float = 0) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "die once" and count(folder, key, "began") == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "term once" and count(folder, key, "began") == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
     if what == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     if what == "stuck":
@@ -172,22 +175,24 @@ def test_results_decide_what_comes_next(tmp_path: Path) -> None:
 def test_a_lost_worker_is_made_good_and_one_that_always_dies_is_lost(tmp_path: Path) -> None:
     retried: list[tuple[str, str, int]] = []
     pool = FanOut(work, need=ONE, retries=2, on_retry=lambda *told: retried.append(told))
-    for key in ("die once", "die", "good"):
+    # SIGKILL, and SIGTERM, by which Ray ends workers of a node that shuts down or has no memory.
+    for key in ("die once", "term once", "die", "good"):
         pool.add(key, tmp_path, key, key)
     pool.add("behind", tmp_path, "behind", after=("die",))
     found = dict(pool)
-    assert found["die once"][0] == "die once" and found["good"][0] == "good"
+    assert all(found[key][0] == key for key in ("die once", "term once", "good"))
     assert found["die"].kind == "lost"
     assert found["die"].error.startswith("its worker or node was lost 3 times: WorkerCrashedError")
     assert found["behind"].kind == "dependency"
-    began = {key: count(tmp_path, key, "began") for key in ("die once", "die", "good", "behind")}
-    assert began == {"die once": 2, "die": 3, "good": 1, "behind": 0}
+    began = {key: count(tmp_path, key, "began") for key in (*found, "behind")}
+    assert began == {"die once": 2, "term once": 2, "die": 3, "good": 1, "behind": 0}
     assert sorted((key, attempt) for key, _, attempt in retried) == [
         ("die", 2),
         ("die", 3),
         ("die once", 2),
+        ("term once", 2),
     ]
-    assert pool.timings["die once"].attempts == 2
+    assert pool.timings["die once"].attempts == pool.timings["term once"].attempts == 2
 
 
 def test_what_fits_on_no_node_is_refused_with_the_numbers(tmp_path: Path) -> None:
