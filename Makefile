@@ -56,14 +56,14 @@ bench-sweep: $(READY) ## Measure the sweep: fan-out, allocation, recovery, tasks
 bench-plan: $(READY) ## Hold forecasts against the demo and DeepSpeed's estimators (after make demo)
 	$(BIN)/python -m tests.bench.plan
 
-# Two files at a time: one has a core while the ranks of the other start, or wait. In the order of
-# their names: by the number of their tests the whole pipeline, which takes longest, would come late.
-# The drills, which kill nodes and watch clocks, have the machine for themselves.
-TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Two files at a time: one has a core while the ranks of the other start, or wait. System tests in the
+# order of their names: by the number of their tests the whole pipeline, which takes longest, would
+# come late. The drills, which kill nodes and watch clocks, have the machine for themselves.
+TWO := --numprocesses 2 --dist loadfile
 
 test: $(READY) ## Unit and system tests
 	$(BIN)/python -m pytest tests/unit $(TWO)
-	$(BIN)/python -m pytest tests/system $(TWO)
+	$(BIN)/python -m pytest tests/system $(TWO) --no-loadscope-reorder
 
 test-all: test ## Everything, with the drills: kills, resumes, clusters that lose nodes
 	$(BIN)/python -m pytest tests/drill
