@@ -9,7 +9,6 @@ forked from one that has imported torch and DeepSpeed, which would take each of 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import importlib.util
@@ -22,11 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 # What nearly every rank imports, and nothing that starts a thread.
@@ -222,22 +222,11 @@ def warm_up() -> ForkServerContext:
     """Starts the process that ranks are forked from, once in the life of this one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(WARM))
-    with _environ(environment(0, 1, free_port())):  # the imports read it
+    with mock.patch.dict(os.environ, environment(0, 1, free_port())):  # the imports read it
         from multiprocessing import forkserver
 
         forkserver.ensure_running()
     return context
-
-
-@contextlib.contextmanager
-def _environ(environ: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _as_rank(job: Path, result: Path, log: Path, environ: Mapping[str, str]) -> None:
