@@ -114,10 +114,12 @@ def test_300_layers_of_9_options_are_near_the_bound_in_no_time(share):
     chosen = knapsack(options, losses, budget)
     seconds = time.process_time() - start
     total = sum(losses[name, option.key] for name, option in chosen.items())
+    start = time.process_time()
     bound = relaxed(options, losses, budget)
+    measure = time.process_time() - start  # 6001 sums over the same table
     assert bound * (1 - 1e-9) <= total <= 1.002 * bound, total / bound
     assert options.total(chosen) <= budget
-    assert seconds < 2, seconds  # 0.4 s of one core
+    assert seconds < 10 * measure, seconds / measure  # seen: 1.6
 
 
 def test_more_bytes_never_lose():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Sequence
@@ -316,13 +317,20 @@ class Slow:
 
     def __init__(self, seconds: float = 0.0, broken: int | None = None) -> None:
         self.seconds, self.broken, self.asked = seconds, broken, 0
+        self.at_once = self.most = 0
+        self._lock = threading.Lock()
 
     def step_epochs(self, step: int) -> np.ndarray:
         return np.zeros(1, np.int64)
 
     def step_indices(self, step: int) -> np.ndarray:
-        self.asked += 1
+        with self._lock:
+            self.asked += 1
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
         time.sleep(self.seconds)
+        with self._lock:
+            self.at_once -= 1
         if step == self.broken:
             raise KeyError("sequence of step 2 is not in the logit cache")
         return np.array([step])
@@ -335,27 +343,29 @@ def test_steps_are_made_ahead_of_time(part) -> None:
         time.sleep(0.12)  # a training step
         waits.append(step.wait_s)
     assert waits[0] > 0.03
-    assert max(waits[2:]) < 0.03
+    assert statistics.median(waits[2:]) < 0.025  # half of what reading takes
 
 
 def test_reading_begins_before_the_first_step_is_asked_for(part) -> None:
     """A model is built meanwhile, which takes longer."""
-    order = Slow(0.05)
+    order = Slow(0.5)
     steps = replace(loader(part, micro_batch=1), order=order).steps(0, 6, ahead=3)
-    time.sleep(0.4)
+    end = time.monotonic() + 30
+    while order.asked < 3 and time.monotonic() < end:
+        time.sleep(0.05)
     assert order.asked == 3
     first = next(iter(steps))
-    assert first.number == 0 and first.wait_s < 0.03
+    assert first.number == 0 and first.wait_s < 0.25
     steps.close()
 
 
 def test_several_steps_are_read_at_once_and_come_in_order(part) -> None:
     """Where reading is waiting for another machine."""
-    maker = replace(loader(part, micro_batch=1), order=Slow(0.1))
-    began = time.perf_counter()
+    order = Slow(0.1)
+    maker = replace(loader(part, micro_batch=1), order=order)
     with closing(maker.steps(0, 12, ahead=8, threads=4)) as steps:
         assert [step.number for step in steps] == list(range(12))
-    assert time.perf_counter() - began < 0.8  # one after the other takes 1.2
+    assert 2 <= order.most <= 4
 
 
 def test_only_so_many_steps_are_held(part) -> None:
