@@ -44,8 +44,8 @@ def submit(
     environment: Annotated[
         Environment,
         typer.Option(
-            help="image: the cluster has the packages; lock: Ray installs those of "
-            "requirements.lock on each node first."
+            help="image: the cluster has the packages; lock: Ray first installs them "
+            "on each node, in the versions of requirements.lock."
         ),
     ] = Environment.image,
     shared: Annotated[

@@ -22,6 +22,7 @@ from jobs.live.status import status_of
 from jobs.live.submissions import Submission, job_id, last_submission, record, take_back
 from jobs.load import dump_spec
 from jobs.pipeline import Job
+from jobs.remote.environment import locked_environment
 from jobs.remote.portable import portable
 from jobs.rundir import differences
 from jobs.spec import JobSpec
@@ -31,7 +32,6 @@ SPEC_FILE = "stillhouse-job.yaml"
 RUN_KEY = "stillhouse_run"  # in the metadata of a Ray job: which run it is of
 # So long a run may take to save its state when its job is stopped.
 STOP_SECONDS = 600
-LOCK = "requirements.lock"
 # A sending that is recorded but not known to Ray may be on its way for so long.
 SENDING_SECONDS, POLL_SECONDS = 180.0, 1.0
 
@@ -178,7 +178,7 @@ def _send(
     }
     environment: dict[str, Any] = {"env_vars": variables}
     if how.environment == "lock":
-        environment["pip"] = {"packages": locked(root), "pip_check": False}
+        environment |= locked_environment(spec, root)
     command = ["python", "-m", "jobs.remote.retrying", str(how.retries + 1), "run", SPEC_FILE]
     command += ["--address", "auto"]
     for option in ("until", "only", "redo"):
@@ -189,13 +189,6 @@ def _send(
         (Path(folder) / SPEC_FILE).write_text(dump_spec(spec), encoding="utf-8")
         environment["working_dir"] = folder
         jobs.submit(new.id, shlex.join(command), environment, {RUN_KEY: run.url})
-
-
-def locked(root: Path) -> list[str]:
-    """The pinned packages of the lock file, for Ray to install; Ray itself stays the cluster's."""
-    lines = (root / LOCK).read_text(encoding="utf-8").splitlines()
-    pinned = [line.strip() for line in lines if "==" in line and not line.startswith("#")]
-    return [line for line in pinned if not line.startswith("ray==")]
 
 
 def forwarded(names: Sequence[str]) -> dict[str, str]:

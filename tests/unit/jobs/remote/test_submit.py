@@ -20,7 +20,6 @@ from jobs.live.submissions import (
     take_back,
 )
 from jobs.remote import submit as module
-from jobs.remote.submit import locked
 from tests import tiny
 
 
@@ -58,12 +57,6 @@ def test_values_of_variables_are_taken_from_here_and_never_shown(
     with pytest.raises(SpecErrors) as error:
         module.forwarded(["A_KEY=secret", "NOT_SET"])
     assert len(error.value.faults) == 2 and "secret" not in str(error.value)
-
-
-def test_ray_installs_what_is_locked_but_not_itself() -> None:
-    lines = locked(Path(__file__).resolve().parents[4])
-    assert "torch==2.13.0" in lines
-    assert not any(line.startswith("ray==") for line in lines) and len(lines) > 100
 
 
 def test_a_value_on_the_command_line_is_told_by_its_name_alone(
