@@ -40,8 +40,8 @@ def on_every_node(
     """Calls `function(*arguments)` once on every living node, at the same time.
 
     A node that raises, dies, or gives no answer within `limit_s` seconds is an `Answer` without a
-    value. on_wait(waiting, count): called again and again with the nodes that have not answered, of
-    `count`. Raises Silent if `should_stop()` says so.
+    value. on_wait(waiting, count): called again and again with the nodes that have not answered,
+    never none, of `count`. Raises Silent if `should_stop()` says so.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -72,7 +72,8 @@ def on_every_node(
                 ray.cancel(reference, force=False)
                 answers.append(Answer(node, lost=f"gave no answer within {limit_s:g} s"))
             break
-        on_wait(sorted(asked.values()), len(nodes))
+        if asked:
+            on_wait(sorted(asked.values()), len(nodes))
     living = {node["NodeID"][:8] for node in ray.nodes() if node["Alive"]}
     told = [replace(each, alive=each.node.rpartition("(")[2][:-1] in living) for each in answers]
     return sorted(told, key=lambda answer: answer.node)

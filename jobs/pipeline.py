@@ -209,9 +209,8 @@ class _Attempt:
 
         grown = preflight.wait_for_resources(job.spec, job.plan.todo, cluster, stopped, tell)
         scratch = self._keep_plan(grown)
-        tell("looking at the nodes")
         try:
-            preflight.nodes(job.spec, job.run, grown, scratch, stopped, reporter.say)
+            preflight.nodes(job.spec, job.run, grown, scratch, stopped, reporter.say, tell)
         except preflight.NodesSilent as error:
             command = _command(job.spec)
             raise StageFailed("preflight", str(error), str(self.log), command) from error

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from cluster.everywhere import Answer, Silent, on_every_node
-from cluster.session import Cluster, ask_to_grow, refresh
+from cluster.session import Cluster, ask_to_grow, install_seconds, refresh
 from cluster.spec import WorkerResources
 from cluster.storage import Store
 from cluster.workers import NotEnough, fit_group
@@ -111,10 +111,12 @@ def nodes(
     scratch_bytes: int,
     stopped: Callable[[], bool],
     say: Callable[[str], None],
+    tell: Callable[[str], None],
 ) -> None:
     """Looks at every node. Raises SpecErrors with a line per fault, Interrupted if `stopped()`.
 
     Also NodesSilent. scratch_bytes: what a node writes to its disk at once, e.g. of a checkpoint.
+    tell: says what is waited for.
     """
     if cluster.embedded:
         faults = room(scratch_bytes)
@@ -126,6 +128,15 @@ def nodes(
     nonce = uuid.uuid4().hex
     run.store.write_text(f"{folder}/driver", nonce)
     try:
+        install_s = install_seconds()
+        if install_s:  # Ray does so when a node is first asked for anything
+            word = _Word(say, tell, "packages", "installs")
+            _refuse_silent(
+                on_every_node(
+                    versions, limit_s=install_s, should_stop=stopped, on_wait=word.waiting
+                )
+            )
+        tell("looking at the nodes")
         looked = on_every_node(
             look,
             (run.store, folder, nonce, versions(), scratch_bytes),
@@ -139,7 +150,7 @@ def nodes(
             raise SpecErrors(faults)
         models = _models(spec)
         if models:
-            word = _Word(say)
+            word = _Word(say, tell, "models", "fetches")
             fetched = on_every_node(fetch, models, should_stop=stopped, on_wait=word.waiting)
             _refuse_silent(fetched)
             faults = [f"node {a.node}: {a.error}" for a in fetched if a.error]
@@ -201,13 +212,18 @@ def _models(spec: JobSpec) -> list[Model]:
 
 
 class _Word:
-    """Tells now and then which nodes still fetch."""
+    """Tells which nodes are still at it, and says so now and then."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._next = say, time.monotonic() + SAY_SECONDS
+    def __init__(
+        self, say: Callable[[str], None], tell: Callable[[str], None], what: str, does: str
+    ) -> None:
+        self._say, self._tell, self._what, self._does = say, tell, what, does
+        self._next = time.monotonic() + SAY_SECONDS
 
     def waiting(self, waiting: list[str], count: int) -> None:
+        done = count - len(waiting)
+        word = f"{self._what}: {done} of {count} nodes have them, {waiting[0]} {self._does}"
+        self._tell(word)
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + SAY_SECONDS
-            done = count - len(waiting)
-            self._say(f"models: {done} of {count} nodes have them, {waiting[0]} fetches")
+            self._say(word)
