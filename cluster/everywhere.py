@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cluster.installing import not_installed
+
 _POLL_S = 0.5
 RETRIES = 2  # of a worker that dies; a node that is gone stays so
 
@@ -87,7 +89,8 @@ def _answer(node: str, reference: Any) -> Answer:
     except ray.exceptions.RayTaskError as error:
         return Answer(node, error=_in_words(error.cause or error))
     except Exception as error:  # Ray's own, of many kinds
-        return Answer(node, lost=f"could not be asked ({_in_words(error)})")
+        why = not_installed(str(error)) or _in_words(error)
+        return Answer(node, lost=f"could not be asked ({why})")
 
 
 def _in_words(error: BaseException) -> str:

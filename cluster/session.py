@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +14,6 @@ from cluster.room import GPU_TYPE
 
 # After Ray's end its processes have so long to go by themselves.
 END_SECONDS = 10.0
-# Fields of Ray's runtime environment by which it installs packages, and its own limit for that.
-_INSTALLERS = ("pip", "uv", "conda")
-_INSTALL_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -125,17 +121,6 @@ def ask_to_grow(bundles: Sequence[Mapping[str, float]]) -> None:
     from ray.autoscaler.sdk import request_resources
 
     request_resources(bundles=[dict(bundle) for bundle in bundles])
-
-
-def install_seconds() -> float:
-    """How long Ray may take to install this job's packages on a node; 0 if it installs none."""
-    import ray
-
-    environment = ray.get_runtime_context().runtime_env
-    if not any(environment.get(kind) for kind in _INSTALLERS):
-        return 0.0
-    limit = float((environment.get("config") or {}).get("setup_timeout_seconds", _INSTALL_S))
-    return limit if limit > 0 else math.inf  # -1: none
 
 
 def free() -> tuple[Resources, Resources]:

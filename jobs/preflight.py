@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from cluster.everywhere import Answer, Silent, on_every_node
-from cluster.session import Cluster, ask_to_grow, install_seconds, refresh
+from cluster.installing import install_seconds
+from cluster.session import Cluster, ask_to_grow, refresh
 from cluster.spec import WorkerResources
 from cluster.storage import Store
 from cluster.workers import NotEnough, fit_group

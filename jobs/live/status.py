@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cluster.installing import not_installed
 from cluster.rayjobs import RayJob, RayJobs, Unreachable
 from cluster.storage import Attempt, Store
 from jobs.live.beacon import LOST_SECONDS, SIGN_SECONDS, live_path
@@ -191,6 +192,8 @@ def _of_both(found: Status, job: RayJob, tries_left: int) -> tuple[str, str]:
 
 def _shortly(message: str) -> str:
     """What Ray says of a job, in one line: of a log that it repeats, the last line."""
+    if missing := not_installed(message):
+        return missing
     head, logs, tail = message.partition("last available logs")
     if not logs:
         return " ".join(message.split())[:300]

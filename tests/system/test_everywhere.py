@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.everywhere import Silent, on_every_node
-from cluster.session import install_seconds
+from cluster.installing import install_seconds
 
 pytestmark = pytest.mark.timeout(120)
 

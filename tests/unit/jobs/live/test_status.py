@@ -219,6 +219,12 @@ def test_the_last_line_of_a_failed_jobs_log_is_shown() -> None:
         "Job entrypoint command failed with exit code 1: "
         "ModuleNotFoundError: No module named 'typer'"
     )
+    message = (
+        "runtime_env setup failed: Failed to set up runtime environment.\n[Node 10.0.0.7] Traceback"
+        "\n  File x\n    ERROR: No matching distribution found for hqq==9.0\n"
+    )
+    why = "packages could not be installed on node 10.0.0.7: No matching distribution found for hqq"
+    assert module._shortly(message).startswith(why)
 
 
 def test_lines_say_what_to_do_next(run: Store) -> None:
