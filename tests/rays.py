@@ -94,7 +94,9 @@ class Rays:
     def add(self, *options: str, prefix: Sequence[str] = ()) -> Node:
         """Starts another node; `prefix`: a command to start it by, such as unshare."""
         command = [*prefix, RAY, "start", "--address", self.gcs, "--block", *PORTS, *options]
-        self.others.append(_start(command, self.env, self.folder / f"node-{len(self.others)}.log"))
+        self.others.append(
+            start_node(command, self.env, self.folder / f"node-{len(self.others)}.log")
+        )
         return self.others[-1]
 
     def node_of(self, pid: int) -> Node:
@@ -122,8 +124,8 @@ class Rays:
             shutil.rmtree(node.temp, ignore_errors=True)
 
 
-def start(folder: Path, *, cpus: int = 1, **more: Any) -> Rays:
-    """A head alone. more: variables of the environment of all nodes."""
+def start(folder: Path, *, cpus: int = 1, options: Sequence[str] = (), **more: Any) -> Rays:
+    """A head alone. options: of its `ray start`; more: variables of all nodes' environment."""
     port, dashboard = more.pop("port", None) or free_port(), more.pop("dashboard", None)
     dashboard = dashboard or free_port()
     _need_token()
@@ -133,8 +135,8 @@ def start(folder: Path, *, cpus: int = 1, **more: Any) -> Rays:
     env["PATH"] = os.pathsep.join([str(Path(RAY).parent), env["PATH"]])
     command = [RAY, "start", "--head", "--block", "--port", str(port), "--num-cpus", str(cpus)]
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
-    command += ["--ray-client-server-port", str(free_port()), *PORTS]
-    return Rays(folder, env, port, dashboard, _start(command, env, folder / "head.log"))
+    command += ["--ray-client-server-port", str(free_port()), *PORTS, *options]
+    return Rays(folder, env, port, dashboard, start_node(command, env, folder / "head.log"))
 
 
 def _need_token() -> None:
@@ -151,7 +153,8 @@ def _need_token() -> None:
         subprocess.run(command, capture_output=True, check=True)
 
 
-def _start(command: list[str], env: dict[str, str], log: Path) -> Node:
+def start_node(command: list[str], env: dict[str, str], log: Path) -> Node:
+    """Runs a `ray start --block` as a node with a folder of its own; what it says goes to `log`."""
     # As on machines of their own: nodes that shared it would unpack the checkout over each other's.
     temp = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # the names of sockets must be short
     with log.open("ab") as out:
