@@ -63,10 +63,6 @@ def test_nodes_answer_or_are_named(ray: Any) -> None:
         on_every_node(answer, 60, False, should_stop=lambda: True)
 
 
-@pytest.mark.parametrize(
-    ("config", "seconds"),
-    [({}, 600), ({"setup_timeout_seconds": 77}, 77), ({"setup_timeout_seconds": -1}, float("inf"))],
-)
-def test_how_long_packages_may_take(ray: Any, config: dict[str, Any], seconds: float) -> None:
-    begin(ray, pip=["psutil"], config={"eager_install": False, **config})
-    assert install_seconds() == seconds
+def test_ray_tells_how_long_packages_may_take(ray: Any) -> None:
+    begin(ray, pip=["psutil"], config={"eager_install": False, "setup_timeout_seconds": 77})
+    assert install_seconds() == 77

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import math
+from types import SimpleNamespace
 
-from cluster.installing import not_installed
+import pytest
+import ray
+from ray.runtime_env import RuntimeEnv, RuntimeEnvConfig
+
+from cluster.installing import install_seconds, not_installed
 
 RAY = """runtime_env setup failed: Failed to set up runtime environment.
 Could not create the actor because its associated runtime env failed to be created.
@@ -33,6 +38,23 @@ ENDS = " (all that was said is in runtime_env_setup-*.log among Ray's logs there
 def test_the_line_that_says_why_is_found(text: str, why: str) -> None:
     found = not_installed(RAY + text)
     assert found == f"packages could not be installed on node 192.0.2.2: {why}{ENDS}"
+
+
+@pytest.mark.parametrize(
+    ("environment", "seconds"),
+    [
+        (RuntimeEnv(env_vars={"A": "1"}), 0),
+        (RuntimeEnv(pip=["hqq"]), 600),
+        (RuntimeEnv(uv=["hqq"], config=RuntimeEnvConfig(setup_timeout_seconds=77)), 77),
+        (RuntimeEnv(pip=["hqq"], config=RuntimeEnvConfig(setup_timeout_seconds=-1)), math.inf),
+    ],
+)
+def test_how_long_packages_may_take(
+    environment: RuntimeEnv, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = SimpleNamespace(runtime_env=environment)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    assert install_seconds() == seconds
 
 
 def test_other_words_stay_as_they_are() -> None:
