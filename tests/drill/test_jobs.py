@@ -174,15 +174,16 @@ def test_a_node_lost_in_every_stage(world: World) -> None:
     assert code == 0 and "sent" in out, out + err
     until(run, lambda e: e["event"] == "progress" and e["stage"] == "capture" and e["done"] >= 20)
     (start,) = find(run, "capture_start", "capture")
-    replace(world, start["pids"][1])
+    replace(world, *start["pids"])
 
     begun = until(run, lambda e: e["event"] == "training_start")
     until(run, lambda e: e["event"] == "step" and e["step"] >= CHECKPOINT_STEPS + 10)
     until(run, lambda e: e["event"] == "checkpoint")
     reached = max(tiny.losses(run, "distill"))
-    replace(world, begun["pids"][1])
-    said = []
+    replace(world, *begun["pids"])
+    said, ends = [], time.monotonic() + 300
     while not find(run, "resume", "distill"):
+        assert time.monotonic() < ends, said
         said.append(status_of(run))
         time.sleep(0.5)
     (resumed,) = find(run, "resume", "distill")
@@ -208,9 +209,12 @@ def driver_is_elsewhere(world: World, event: dict[str, Any]) -> bool:
     return any(node.holds(pid) for node in world.rays.others)
 
 
-def replace(world: World, pid: int) -> None:
-    """Takes the power from the node of a process, and adds another to the cluster."""
-    node = next((node for node in world.rays.others if node.holds(pid)), world.rays.others[-1])
+def replace(world: World, *pids: int) -> None:
+    """Takes the power from a node that has one of the processes, and adds another to the cluster.
+
+    Not from the head, on which one of a group's ranks may be.
+    """
+    node = next(node for node in world.rays.others if any(node.holds(pid) for pid in pids))
     node.kill()
     world.rays.others.remove(node)
     world.rays.add("--num-cpus", "1")
