@@ -11,12 +11,12 @@ from typing import Any
 from jobs.load import dump_spec
 from jobs.spec import JobSpec
 
-LOCK, PROJECT = "requirements.lock", "pyproject.toml"
-DRIVERS = {"s3": "s3", "gs": "gcs", "abfs": "azure"}  # extras of the project, by URL
+_LOCK, _PROJECT = "requirements.lock", "pyproject.toml"
+_DRIVERS = {"s3": "s3", "gs": "gcs", "abfs": "azure"}  # extras of the project, by URL
 # Where Ray unpacks the checkout; pip puts the variable's value in.
 _THERE = "${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}"
 # Wheels of CUDA are gigabytes; Ray's own limit is 10 minutes.
-INSTALL_SECONDS = 3600
+_INSTALL_S = 3600
 
 
 def locked_environment(spec: JobSpec, root: Path) -> dict[str, Any]:
@@ -27,23 +27,23 @@ def locked_environment(spec: JobSpec, root: Path) -> dict[str, Any]:
     """
     return {
         "pip": {"packages": requirements(spec, root), "pip_check": False},
-        "config": {"setup_timeout_seconds": INSTALL_SECONDS},
+        "config": {"setup_timeout_seconds": _INSTALL_S},
     }
 
 
 def requirements(spec: JobSpec, root: Path) -> list[str]:
     """The lines of a requirements file."""
-    project = tomllib.loads((root / PROJECT).read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((root / _PROJECT).read_text(encoding="utf-8"))["project"]
     wanted = list(project["dependencies"])
     for extra in _extras(spec):
         wanted += project["optional-dependencies"][extra]
     # Ray keeps an environment under a digest of these lines: that of the lock file is one of them.
-    digest = hashlib.sha256((root / LOCK).read_bytes()).hexdigest()
-    lines = [f"--constraint {_THERE}/{LOCK} # sha256 {digest}"]
+    digest = hashlib.sha256((root / _LOCK).read_bytes()).hexdigest()
+    lines = [f"--constraint {_THERE}/{_LOCK} # sha256 {digest}"]
     return lines + [each for each in wanted if re.split(r"[^\w-]", each, maxsplit=1)[0] != "ray"]
 
 
 def _extras(spec: JobSpec) -> list[str]:
     text = dump_spec(spec)
-    extras = [extra for scheme, extra in DRIVERS.items() if f"{scheme}://" in text]
+    extras = [extra for scheme, extra in _DRIVERS.items() if f"{scheme}://" in text]
     return extras + ["tasks"] * (spec.sweep is not None and bool(spec.sweep.tasks))

@@ -56,7 +56,7 @@ def test_a_cluster_grows_for_a_job_and_shrinks_after_it(growing: rays.Rays, tmp_
     (began,) = [e for e in read_events(run) if e["event"] == "training_start"]
     assert len(set(began["pids"])) == 2
     assert len(RayJobs(growing.address).nodes()) == 2
-    wait_for_nodes(growing, 1)
+    growing.wait_for(1, 120)
 
 
 def test_what_a_stopped_job_asked_for_holds_no_longer_than_it(
@@ -69,19 +69,11 @@ def test_what_a_stopped_job_asked_for_holds_no_longer_than_it(
     world = World(tmp_path, growing, run)
     code, out, err = world.submit(str(tiny.write_spec(spec, tmp_path)))
     assert code == 0, out + err
-    wait_for_nodes(growing, 4)
+    growing.wait_for(4, 120)
     ends = time.monotonic() + 60
     while "only 4 do" not in (found := world.status(run))["why"]:  # it looks now and then
         assert found["status"] == "waiting" and time.monotonic() < ends, found
     code, out, err = tiny.stillhouse("stop", run.url, cwd=tmp_path)
     assert code == 0, out + err
     assert world.wait(run)["status"] == "stopped"
-    wait_for_nodes(growing, 1)
-
-
-def wait_for_nodes(cluster: rays.Rays, count: int) -> None:
-    """Returns when so many are there, the head included."""
-    jobs, ends = RayJobs(cluster.address), time.monotonic() + 120
-    while len(jobs.nodes()) != count:
-        assert time.monotonic() < ends, jobs.nodes()
-        time.sleep(1)
+    growing.wait_for(1, 120)

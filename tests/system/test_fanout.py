@@ -261,11 +261,11 @@ def test_a_stop_ends_it_soon(tmp_path: Path) -> None:
             wait_for(lambda: any(tmp_path.glob("long*.began")))
             stop.append(True)
             began = time.monotonic()
-    assert time.monotonic() - began < 15  # seconds; the tasks take 60
+    assert time.monotonic() - began < 2
     before = sorted(tmp_path.glob("long*"))
     # The CPUs are free again: those that ran were interrupted, those that waited never begin.
     assert dict(fan_out(work, {"next": (tmp_path, "next")}, cpus=2))["next"][0] == "next"
-    assert time.monotonic() - began < 45
+    assert time.monotonic() - began < 20
     assert sorted(tmp_path.glob("long*")) == before and len(before) <= 2
 
 
@@ -315,7 +315,7 @@ def test_times_add_up(tmp_path: Path) -> None:
     for _ in pool:
         pass
     took = time.time() - began
-    assert 2.0 <= pool.busy_s() <= 2 * took  # four of half a second, on two CPUs
+    assert 2.0 <= pool.busy_s() < 2.6  # four of half a second
     assert 1.0 <= pool.makespan_s() <= took
     first = min(time.started for time in pool.timings.values())
     assert began <= min(time.submitted for time in pool.timings.values()) <= first

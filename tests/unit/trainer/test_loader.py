@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections.abc import Sequence
@@ -343,7 +342,7 @@ def test_steps_are_made_ahead_of_time(part) -> None:
         time.sleep(0.12)  # a training step
         waits.append(step.wait_s)
     assert waits[0] > 0.03
-    assert statistics.median(waits[2:]) < 0.025  # half of what reading takes
+    assert max(waits[2:]) < 0.03
 
 
 def test_reading_begins_before_the_first_step_is_asked_for(part) -> None:
@@ -355,7 +354,7 @@ def test_reading_begins_before_the_first_step_is_asked_for(part) -> None:
         time.sleep(0.05)
     assert order.asked == 3
     first = next(iter(steps))
-    assert first.number == 0 and first.wait_s < 0.25
+    assert first.number == 0 and first.wait_s < 0.03
     steps.close()
 
 
@@ -363,9 +362,11 @@ def test_several_steps_are_read_at_once_and_come_in_order(part) -> None:
     """Where reading is waiting for another machine."""
     order = Slow(0.1)
     maker = replace(loader(part, micro_batch=1), order=order)
+    began = time.perf_counter()
     with closing(maker.steps(0, 12, ahead=8, threads=4)) as steps:
         assert [step.number for step in steps] == list(range(12))
-    assert 2 <= order.most <= 4
+    assert time.perf_counter() - began < 0.8  # one after the other takes 1.2
+    assert order.most == 4
 
 
 def test_only_so_many_steps_are_held(part) -> None:
