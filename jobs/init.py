@@ -21,7 +21,7 @@ storage: ./runs            # a folder or URL (s3://bucket/prefix) that all machi
 
 teacher:                   # null: plain training, with losses: {{ce: 1.0}}
   model: {teacher}         # hub id, folder or URL
-  dtype: bfloat16
+  dtype: auto              # bfloat16 where the hardware is fast at it, else float32
   sharding: auto           # zero3 shards the teacher over the workers where it does not fit one
 
 student:

@@ -6,17 +6,19 @@ import contextlib
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from cluster.session import Cluster, ask_to_grow, connect
+from cluster.session import Cluster, ask_to_grow, connect, target
 from cluster.storage import EventTail, EventWriter, Fenced, open_store
 from jobs import checks, preflight
 from jobs.cells.given import absolute_paths
 from jobs.driver import job_of_driver, tries_left
+from jobs.dtypes import cluster_dtypes, local_dtypes
 from jobs.errors import Interrupted, SpecErrors, StageFailed, Superseded
 from jobs.inputs import Inputs
 from jobs.live.beacon import Beacon
@@ -28,7 +30,9 @@ from jobs.rundir import RunDir
 from jobs.spec import JobSpec
 from jobs.terminal import chatter_to, log_file
 from jobs.todo import Plan, is_current
+from trainer.dtypes import recorded_dtypes, undecided_dtypes, with_auto
 from trainer.job import resolve
+from trainer.processor import DtypeName
 
 # How long the end of a run waits for Weights & Biases.
 TRACKING_SECONDS = 120.0
@@ -48,7 +52,7 @@ def run_pipeline(
     Raises SpecErrors (wrong input; before Ray starts wherever that can be known), StageFailed,
     Superseded, or Interrupted after a clean stop.
     """
-    job = prepare_job(spec, until, only, redo)
+    job = prepare_job(spec, until, only, redo, local=target(address) == "local")
     if not job.plan.todo:
         console = Console(highlight=False)
         for stage in job.plan.skipped:
@@ -62,22 +66,39 @@ def run_pipeline(
 class Job:
     """A job that has passed all checks that need no cluster."""
 
+    asked: JobSpec
     spec: JobSpec  # resolved
     run: RunDir
     inputs: Inputs
     plan: Plan
+    stages: tuple[str | None, str | None, str | None]  # until, only, redo
+    undecided: list[str]  # sections whose dtype the cluster's nodes decide
 
 
 def prepare_job(
-    spec: JobSpec, until: str | None = None, only: str | None = None, redo: str | None = None
+    spec: JobSpec,
+    until: str | None = None,
+    only: str | None = None,
+    redo: str | None = None,
+    *,
+    local: bool = False,
+    dtypes: Mapping[str, DtypeName] | None = None,
 ) -> Job:
-    """Checks a job and says what is left of it. Raises SpecErrors; nothing is started."""
+    """Checks a job and says what is left of it. Raises SpecErrors; nothing is started.
+
+    `dtype: auto` becomes what the run computed in before. For a new run it is what this machine is
+    fast at, which stands if the job runs here alone (`local`); else the nodes decide, and what they
+    say comes as `dtypes`.
+    """
+    asked = spec
     faults = checks.storage_faults(spec)
     if faults:
         raise SpecErrors(faults)
     try:
-        spec = absolute_paths(resolve(spec))
         run = RunDir(open_store(spec.storage).sub(spec.name))
+        known = {**(dtypes or {}), **recorded_dtypes(run.store)}
+        undecided = [] if local else [name for name in undecided_dtypes(spec) if name not in known]
+        spec = absolute_paths(resolve(spec, {**local_dtypes(spec), **known}))
         inputs = Inputs(spec)
         redo = _left_to_redo(run, redo)
         plan = Plan(spec, run, inputs, until, only, redo)
@@ -86,7 +107,7 @@ def prepare_job(
     faults = checks.spec_faults(spec, plan.todo)
     if faults:
         raise SpecErrors(faults)
-    return Job(spec, run, inputs, plan)
+    return Job(asked, spec, run, inputs, plan, (until, only, redo), undecided)
 
 
 def _left_to_redo(run: RunDir, redo: str | None) -> str | None:
@@ -121,7 +142,7 @@ class _Attempt:
         ):
             status, error = "failed", None
             try:
-                self.attempt.write_bytes("spec.yaml", dump_spec(job.spec).encode())
+                self._keep_spec(with_auto(job.spec, job.undecided))
                 events.emit("run_start", name=job.spec.name, spec=job.spec.model_dump(mode="json"))
                 with Reporter(console) as reporter:
                     self._stages(events, beacon, reporter, signals)
@@ -160,6 +181,9 @@ class _Attempt:
             console.print(f"log: {self.log}", markup=False, soft_wrap=True)
         return 0
 
+    def _keep_spec(self, spec: JobSpec) -> None:
+        self.attempt.write_bytes("spec.yaml", dump_spec(spec).encode())
+
     def _stages(
         self, events: EventWriter, beacon: Beacon, reporter: Reporter, signals: Interruptible
     ) -> None:
@@ -181,6 +205,7 @@ class _Attempt:
             from jobs.stages.base import Context
 
             cluster = self._look(cluster, beacon, reporter, signals)
+            job = self.job  # with the dtypes that the nodes are fast at
             tail = EventTail(job.run.store)
             tail.poll()  # what earlier attempts said is not news
             context = Context(
@@ -208,8 +233,9 @@ class _Attempt:
             beacon.tell(waits=why)
 
         grown = preflight.wait_for_resources(job.spec, job.plan.todo, cluster, stopped, tell)
-        scratch = self._keep_plan(grown)
         try:
+            job = self._decide_dtypes(grown, reporter, stopped)
+            scratch = self._keep_plan(grown)
             preflight.nodes(job.spec, job.run, grown, scratch, stopped, reporter.say, tell)
         except preflight.NodesSilent as error:
             command = _command(job.spec)
@@ -218,6 +244,21 @@ class _Attempt:
         found = preflight.wait_for_resources(job.spec, job.plan.todo, grown, stopped, tell)
         tell("starting")
         return found
+
+    def _decide_dtypes(
+        self, cluster: Cluster, reporter: Reporter, stopped: Callable[[], bool]
+    ) -> Job:
+        """The job with `dtype: auto` as the nodes decide it, if it is still open; kept from now."""
+        job = self.job
+        if job.undecided:
+            dtypes = cluster_dtypes(with_auto(job.spec, job.undecided), cluster, stopped)
+            decided = prepare_job(job.asked, *job.stages, dtypes=dtypes)
+            self.job = job = replace(decided, run=job.run)
+            self._keep_spec(job.spec)
+        if asked := undecided_dtypes(job.asked):
+            told = ", ".join(f"{name} {getattr(job.spec, name).dtype}" for name in asked)
+            reporter.say(f"dtype: {told}")
+        return job
 
     def _keep_plan(self, cluster: Cluster) -> int:
         """Keeps with the run what is to be expected of it, for the report to compare.

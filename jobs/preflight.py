@@ -132,7 +132,7 @@ def nodes(
         install_s = install_seconds()
         if install_s:  # Ray does so when a node is first asked for anything
             word = _Word(say, tell, "packages", "installs")
-            _refuse_silent(
+            refuse_silent(
                 on_every_node(
                     versions, limit_s=install_s, should_stop=stopped, on_wait=word.waiting
                 )
@@ -144,7 +144,7 @@ def nodes(
             limit_s=LOOK_SECONDS,
             should_stop=stopped,
         )
-        _refuse_silent(looked)
+        refuse_silent(looked)
         faults = _storage_faults(spec, run.store, looked, folder)
         faults += [f"node {a.node}: {fault}" for a in looked for fault in (a.value or ([], ""))[0]]
         if faults:
@@ -153,7 +153,7 @@ def nodes(
         if models:
             word = _Word(say, tell, "models", "fetches")
             fetched = on_every_node(fetch, models, should_stop=stopped, on_wait=word.waiting)
-            _refuse_silent(fetched)
+            refuse_silent(fetched)
             faults = [f"node {a.node}: {a.error}" for a in fetched if a.error]
             faults += [f"node {a.node}: {fault}" for a in fetched for fault in a.value or []]
             if faults:
@@ -165,7 +165,7 @@ def nodes(
             run.store.delete(folder, recursive=True)
 
 
-def _refuse_silent(answers: Sequence[Answer]) -> None:
+def refuse_silent(answers: Sequence[Answer]) -> None:
     """Raises NodesSilent for nodes that live and do not answer; what is gone does not matter."""
     silent = [f"node {each.node} {each.lost}" for each in answers if each.lost and each.alive]
     if silent:

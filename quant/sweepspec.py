@@ -209,6 +209,12 @@ class SweepSpec(Section):
         description="Modules that stay in 16 bits in every cell: names or globs, which hold for "
         "all inside a module, e.g. '*.experts*'. What cannot be quantized must be listed.",
     )
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="What models and cells are computed in when they are measured, all alike, "
+        "whatever dtype they are stored in. auto: bfloat16 on GPUs and on CPUs with instructions "
+        "for it, else float32.",
+    )
     batch_sequences: WholeNumber = Field(
         8,
         ge=1,

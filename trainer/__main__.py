@@ -29,8 +29,10 @@ from pydantic import Field, field_validator, model_validator
 
 from cluster.storage import Attempt, EventWriter, Fenced, Store, open_store
 from trainer import job
+from trainer.dtypes import DTYPE_SECTIONS, recorded_dtypes
 from trainer.faultlines import SpecReader
 from trainer.news import is_out_of_memory, line_of, why_of
+from trainer.processor import DtypeName, fast_dtype
 from trainer.rules import NAME, RULES, faults_of, plain_name, raise_faults
 from trainer.section import Section
 from trainer.spec import (
@@ -226,7 +228,7 @@ class Rank:
         """Prepare, capture, distill, control."""
         from trainer.logits.store import open_cache
 
-        spec = self.after(lambda: job.resolve(self.spec))
+        spec = self._resolved()
         self.emit("run_start", name=spec.name, spec=spec.model_dump(mode="json"))
         names = job.identities(spec)
         root = open_store(spec.storage)
@@ -240,6 +242,13 @@ class Rank:
             ).run(self.worker)
         for training in job.make_trainings(spec, inputs, self.store, corpus, cache):
             training.run(self.worker)
+
+    def _resolved(self) -> Any:
+        """The spec with `auto` resolved; `dtype: auto` as before, else as all ranks are fast at."""
+        fast = self.worker.gather(fast_dtype(self.worker.device.type))
+        dtype: DtypeName = "bfloat16" if set(fast) == {"bfloat16"} else "float32"
+        dtypes = dict.fromkeys(DTYPE_SECTIONS, dtype)
+        return self.after(lambda: job.resolve(self.spec, {**dtypes, **recorded_dtypes(self.store)}))
 
     def _inputs(self, spec: Any, names: job.Identities, corpus: Store) -> dict[str, Any]:
         """Of the trainings. Raises ValueError if an unfinished one would be passed over."""

@@ -17,10 +17,12 @@ from trainer.auto import (
     auto_micro_batch,
 )
 from trainer.checkpoints.names import DONE, INPUTS, records, step_of
+from trainer.dtypes import with_dtypes
 from trainer.fingerprint import fingerprint, flatten
 from trainer.identity import Identities
 from trainer.lossspec import LossesSpec
 from trainer.models import absolute, find_model, width_of
+from trainer.processor import DtypeName
 from trainer.rules import Sections
 from trainer.spec import (
     AnswersFile,
@@ -50,13 +52,14 @@ _RUNNING = {
 Spec = TypeVar("Spec", bound=Sections)
 
 
-def resolve(spec: Spec) -> Spec:
-    """The spec with local models named absolutely and `auto` resolved in `data` and `distill`.
+def resolve(spec: Spec, dtypes: Mapping[str, DtypeName] | None = None) -> Spec:
+    """The spec with local models named absolutely and `auto` resolved.
 
+    dtypes: what `dtype: auto` means, by section; None: what this machine is fast at.
     Workers run in directories of their own, so a relative name would mean nothing there. Raises
     ValueError, one line, if the student's config cannot be read.
     """
-    spec = _absolute(spec)
+    spec = with_dtypes(_absolute(spec), dtypes)
     distill, data, student = spec.distill, spec.data, spec.student
     if distill is None:
         return spec

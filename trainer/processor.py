@@ -12,6 +12,7 @@ Kind = Literal["avx2", "avx512", "avx512_bf16", "amx", "neon", "generic"]
 DtypeName = Literal["bfloat16", "float32"]
 
 CPUINFO = Path("/proc/cpuinfo")
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA, its WSL driver, AMD
 # oneDNN's names for the most that it may use, in order; torch's products of matrices run in it.
 # https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html
 _CAPS = (
@@ -68,6 +69,18 @@ def cpu_dtype() -> DtypeName:
 def fast_dtype(device: str = "cpu") -> DtypeName:
     """The dtype that `dtype: auto` means on a device of this machine: "cpu", "cuda", "cuda:1"."""
     return "bfloat16" if device.partition(":")[0] == "cuda" else cpu_dtype()
+
+
+def this_device() -> Literal["cpu", "cuda"]:
+    """What workers of this machine compute on where nothing else is asked for.
+
+    torch, whose import takes seconds, is asked only where a driver of GPUs is.
+    """
+    if not any(Path(path).exists() for path in GPU_DRIVERS):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def processor_kind(device: str = "cpu") -> str:

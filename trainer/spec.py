@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from trainer.lossspec import LossesSpec
 from trainer.section import Section, fault_at
 
-Dtype = Literal["bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float32"]
 Auto = Literal["auto"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -23,7 +23,11 @@ class TeacherSpec(Section):
         min_length=1, description="Hub id, local folder, or URL of a Hugging Face folder."
     )
     revision: str = Field("main", description="Branch, tag or commit; for hub ids only.")
-    dtype: Dtype = Field("bfloat16", description="Number format of the teacher's weights.")
+    dtype: Dtype = Field(
+        "auto",
+        description="Number format that the teacher's weights are held and multiplied in. auto: "
+        "bfloat16 on GPUs and on CPUs with instructions for it, else float32.",
+    )
     sharding: Literal["auto", "none", "zero3"] = Field(
         "auto",
         description="none: every worker holds the whole teacher; zero3: DeepSpeed ZeRO-3 shards "
@@ -269,8 +273,9 @@ class DistillSpec(Section):
         "cache.temperatures.",
     )
     dtype: Dtype = Field(
-        "bfloat16",
-        description="bfloat16: bf16 weights with float32 master weights; float32: all float32.",
+        "auto",
+        description="bfloat16: bf16 weights with float32 master weights; float32: all float32. "
+        "auto: bfloat16 on GPUs and on CPUs with instructions for it, else float32.",
     )
     steps: int = Field(2000, ge=1, description="Optimizer steps.")
     tokens_per_step: int = Field(

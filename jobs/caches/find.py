@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage import Store, open_store
+from jobs.dtypes import local_dtypes
 from jobs.errors import SpecErrors
 from jobs.load import load_spec, recipes
 from jobs.spec import JobSpec
+from trainer.dtypes import recorded_dtypes
 from trainer.fingerprint import fingerprint
 from trainer.identity import Identities
 from trainer.job import CACHES, CORPORA, identities, make_capture, resolve
@@ -111,7 +113,9 @@ def find(text: str, overrides: Sequence[str], storage: str) -> Asked:
         SpecErrors: as `load_spec` and `find_cache` do, or for a spec without a teacher.
     """
     if overrides or _is_spec(text):
-        return of_spec(resolve(load_spec(text, overrides)))
+        spec = load_spec(text, overrides)
+        run = open_store(spec.storage).sub(spec.name)
+        return of_spec(resolve(spec, {**local_dtypes(spec), **recorded_dtypes(run)}))
     return Asked(find_cache(text, storage))
 
 

@@ -83,9 +83,11 @@ def _spec_of(place: Store) -> dict[str, Any]:
 
 def _may_fill(values: dict[str, Any], identity: dict[str, Any]) -> bool:
     asked = {
-        "teacher.dtype": (values.get("teacher") or {}).get("dtype", "bfloat16"),
         "attention": (values.get("data") or {}).get("packing", "documents"),
     }
+    dtype = (values.get("teacher") or {}).get("dtype", "auto")
+    if dtype != "auto":  # else the nodes have not decided yet
+        asked["teacher.dtype"] = dtype
     if "teacher.name" in identity:  # a hub id; local teachers are known by their weights alone
         asked["teacher.name"] = (values.get("teacher") or {}).get("model")
     with suppress(TypeError, ValueError):  # of another version, whose settings say nothing here

@@ -13,6 +13,7 @@ from jobs import places
 from jobs.errors import SpecErrors
 from jobs.pipeline import Job
 from jobs.spec import JobSpec
+from trainer.dtypes import undecided_dtypes, with_auto
 
 
 def portable(job: Job, shared: Sequence[str]) -> JobSpec:
@@ -21,7 +22,7 @@ def portable(job: Job, shared: Sequence[str]) -> JobSpec:
     A student's config file is written into the spec. Local sources may stay where the corpus is
     made already: the spec then names it. Raises SpecErrors, a line for every local path.
     """
-    spec = _inline(job.spec)
+    spec = _inline(with_auto(job.spec, undecided_dtypes(job.asked)))
     folders = [Path(folder).expanduser().resolve() for folder in shared]
     faults = [
         f"--shared: {folder} is no folder here; may be one that this machine and all nodes mount "

@@ -176,7 +176,7 @@ def faults_of(file: Path, text: str) -> list[str]:
             "cache.temperatures: got [1, 1]; repeated temperatures in [1.0, 1.0]; list each once",
         ),
         ("cache=null", "cache: got null; may be a section (method, draws, redraws, seed, ...)"),
-        ("teacher.dtype=fp16", 'teacher.dtype: got "fp16"; may be bfloat16 or float32'),
+        ("teacher.dtype=fp16", 'teacher.dtype: got "fp16"; may be auto, bfloat16 or float32'),
         ("teacher.model=", "teacher.model: got null; may be text, not empty"),
         ('teacher.model=""', 'teacher.model: got ""; may be text, not empty'),
         (
@@ -311,13 +311,13 @@ sweep: {bits: [8], cells: []}
 """,
     ) == [
         "name: missing; may be text",
-        'teacher.dtype: got "fp16"; may be bfloat16 or float32',
+        'teacher.dtype: got "fp16"; may be auto, bfloat16 or float32',
         "data.train.0.wieght: unknown key; did you mean data.train.0.weight?",
         "distill.zero_stage: got true; may be 1, 2 or 3",
         "distill.micro_batch: got 0; may be auto or a whole number from 1",
         "sweep.cells: unknown key; may be bits, group_size, methods, embeddings, head, exclude, "
-        "models, extra, budgets_mb, recover, tasks, keep_models, keep_16bit, batch_sequences, "
-        "speed_prompt_tokens or speed_decode_tokens",
+        "models, extra, budgets_mb, recover, tasks, keep_models, keep_16bit, dtype, "
+        "batch_sequences, speed_prompt_tokens or speed_decode_tokens",
         "steps: unknown key; did you mean distill.steps or sweep.recover.steps?",
         "distill.tokens_per_step: got 1001; may be a multiple of data.sequence_length (100), "
         "e.g. 1000",

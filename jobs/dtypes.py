@@ -1,0 +1,74 @@
+"""What `dtype: auto` becomes: decided once, for the machines that do the work, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from cluster.session import Cluster
+from jobs.spec import JobSpec
+from trainer.dtypes import undecided_dtypes
+from trainer.processor import DtypeName, cpu_dtype, this_device
+
+LOOK_SECONDS = 120.0  # a node that has not answered by then is given up on
+
+
+def local_dtypes(spec: JobSpec) -> dict[str, DtypeName]:
+    """What each section computes in on this machine alone."""
+    return decide_dtypes(spec, this_device() == "cuda", [cpu_dtype()])
+
+
+def cluster_dtypes(
+    spec: JobSpec, cluster: Cluster, stopped: Callable[[], bool]
+) -> dict[str, DtypeName]:
+    """What each section computes in on a cluster, whose nodes are asked.
+
+    Raises NodesSilent for a node that lives and does not answer, Interrupted if `stopped()`.
+    """
+    if cluster.embedded:
+        return decide_dtypes(spec, cluster.gpus > 0, [cpu_dtype()])
+    from cluster.everywhere import Silent, on_every_node
+    from jobs.errors import Interrupted
+    from jobs.preflight import refuse_silent
+
+    try:
+        answers = on_every_node(cpu_dtype, limit_s=LOOK_SECONDS, should_stop=stopped)
+    except Silent:
+        raise Interrupted("stopped before work started") from None
+    refuse_silent(answers)
+    found = [answer.value for answer in answers if answer.value is not None]
+    return decide_dtypes(spec, cluster.gpus > 0, found)
+
+
+def decide_dtypes(
+    spec: JobSpec, gpus: bool, cpu_dtypes: Iterable[DtypeName]
+) -> dict[str, DtypeName]:
+    """What each section computes in: bfloat16 on GPUs; on CPUs what all of them are fast at.
+
+    gpus: whether the cluster has any. cpu_dtypes: `cpu_dtype()` of its nodes.
+    """
+    on_cpus: DtypeName = "bfloat16" if set(cpu_dtypes) == {"bfloat16"} else "float32"
+    asked: dict[str, Any] = {
+        "teacher": spec.resources.capture.gpus_per_worker,
+        "distill": spec.resources.distill.gpus_per_worker,
+        "sweep": spec.resources.sweep.gpus_per_cell,
+    }
+    found: dict[str, DtypeName] = {}
+    for name in undecided_dtypes(spec):
+        uses = asked[name]
+        if uses == "auto":
+            uses = gpus and (name != "sweep" or _cells_want_gpus(spec))
+        found[name] = "bfloat16" if uses else on_cpus
+    return found
+
+
+def _cells_want_gpus(spec: JobSpec) -> bool:
+    """Whether `gpus_per_cell: auto` gives cells of this job's models a GPU."""
+    from jobs.cells.needs import GPU_WEIGHTS
+    from jobs.plan.models import read_models
+
+    assert spec.sweep is not None
+    models = read_models(spec)
+    shapes = {"student": models.student, "teacher": models.teacher}
+    sizes = [each.parameters for name in spec.sweep.models if (each := shapes[name]) is not None]
+    return max(sizes, default=0) >= GPU_WEIGHTS
