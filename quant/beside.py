@@ -19,13 +19,14 @@ from quant.measured import (
     METRICS,
     Part,
     Setting,
-    load_model,
+    dtype_name,
     measured,
     metrics,
     tasks_of,
     versions,
 )
 from quant.memory import Peak
+from quant.quantize import cast_stored
 from quant.reference import StoredReference, write_reference
 from quant.spec import QuantSpec
 
@@ -45,16 +46,17 @@ def evaluate_model(
     """The result of an unquantized model, as in `evaluations/<role>.json`.
 
     A teacher's numbers come from its records, its size from its config (`model_folder` may then be
-    a hub name); it is loaded only for tasks and for `references`: {part: folder} where its final
-    hidden states go, for cells to be compared with. Bytes are those of 16-bit weights. Retention
-    and top1_agreement are against the teacher. Raises ValueError for a teacher without records.
+    a hub name); it is loaded (and has a compute_dtype) only for tasks and for `references`:
+    {part: folder} where its final hidden states go, for cells to be compared with. Bytes are those
+    of 16-bit weights. Retention and top1_agreement are against the teacher. Raises ValueError for
+    a teacher without records.
     """
     setting = setting or Setting()
     torch.set_num_threads(setting.threads)
     parts = {"report": report, "select": select}
     model = None
     if role != "teacher" or references or setting.tasks:
-        model = load_model(model_folder, setting.device)
+        model = setting.load(model_folder)
     stored: dict[str, Any] = {}
     for part_name, folder in (references or {}).items():
         part = parts[part_name]
@@ -86,6 +88,7 @@ def evaluate_model(
     assert found["report"] is not None
     result = {**found["report"], "select": found["select"]}
     tasks = None if model is None else tasks_of(model, model_folder, setting, None)
+    compute_dtype = None if model is None else dtype_name(model.dtype)
     if model is None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
@@ -97,6 +100,7 @@ def evaluate_model(
         **result,
         "top1_agreement": result["teacher_top1_agreement"],
         "tasks": tasks,
+        "compute_dtype": compute_dtype,
         "decode_tokens_per_s": None,
         "prefill_tokens_per_s": None,
         "versions": versions(),
@@ -123,7 +127,7 @@ def evaluate_extra(
     torch.set_num_threads(setting.threads)
     start = time.perf_counter()
     with Peak(setting.device) as peak:
-        model, how = load_extra(extra_folder, setting.device)
+        model, how = load_extra(extra_folder, setting)
         with dense_weights(model, model.dtype):
             found = measured(model, model_folder, "student", report, select, setting)
             tasks = tasks_of(model, model_folder, setting, reference_tasks)
@@ -143,6 +147,7 @@ def evaluate_extra(
         "bytes": files,
         "parameters": weights,
         "bits_per_weight": 8 * files / weights,
+        "compute_dtype": dtype_name(model.dtype),
         "tasks": tasks,
         **dict.fromkeys(SPEEDS),
         "eval_s": time.perf_counter() - start,
@@ -152,22 +157,23 @@ def evaluate_extra(
     }
 
 
-def load_extra(folder: str, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, str]:
+def load_extra(folder: str, setting: Setting) -> tuple[PreTrainedModel, str]:
     """A model quantized elsewhere and how it was, in words. Raises ValueError, one line."""
     from quant.stored.description import DESCRIPTION
 
     if (Path(folder) / DESCRIPTION).is_file():
-        model = load_quantized(folder, device, prefer="plain")
+        model = load_quantized(folder, setting.device, prefer="plain")
+        cast_stored(model, setting.compute_dtype(model))
         spec: QuantSpec = model.quant_spec  # type: ignore[assignment]
         return model, f"quantized elsewhere ({spec.key})"
     try:
-        model = load_model(folder, device)
+        model = setting.load(folder)
     except Exception as error:  # transformers and quantizers raise many kinds
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}: transformers cannot load it ({why})") from error
     by: Any = getattr(model.config, "quantization_config", None)
     if by is None:
-        return model, f"as given, in {str(model.dtype).removeprefix('torch.')}"
+        return model, f"as given, in {dtype_name(model.dtype)}"
     known = by if isinstance(by, dict) else by.to_dict()
     return model, f"quantized elsewhere ({known.get('quant_method', 'unknown')})"
 

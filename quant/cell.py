@@ -21,6 +21,7 @@ from quant.measured import (
     METRICS,
     Part,
     Setting,
+    dtype_name,
     load_model,
     measured,
     reference_of,
@@ -29,7 +30,7 @@ from quant.measured import (
 )
 from quant.memory import Peak
 from quant.methods import load_method
-from quant.quantize import quantize
+from quant.quantize import cast_stored, quantize, stored_dtype
 from quant.spec import DYNAMIC, QuantSpec
 from quant.speed import measure_speed
 
@@ -39,6 +40,7 @@ MADE = (
     "parameters",
     "recovered",
     "tasks",
+    "compute_dtype",
     "evaluated_with",
     "keep_16bit",
     "quantize_s",
@@ -89,12 +91,19 @@ def run_cell(
         model = load_model(model_folder, setting.device)
         load_method(cell.spec.method)  # importing it is no part of the time
         start = time.perf_counter()
+        kept = stored_dtype(model)
         layers = {**cell.layers, **dict.fromkeys(keep_16bit)}
-        model = quantize(model, cell.spec, layers=layers)
+        model = quantize(model, cell.spec, layers, kept)
         quantize_s = time.perf_counter() - start
-        recovered = recover(model) if recover is not None and cell.recovered else None
+        recovered = None
+        if recover is not None and cell.recovered:
+            cast_stored(model, setting.compute_dtype(model))
+            recovered = recover(model)
+            cast_stored(model, kept)
+        size = {"bits_per_weight": true_bits_per_weight(model), "bytes": true_bytes(model)}
         if out_folder is not None:
             save_quantized(model, out_folder, cell.spec, {"versions": versions()})
+        cast_stored(model, setting.compute_dtype(model))
         start = time.perf_counter()
         with dense_weights(model, model.dtype):
             found = measured(model, model_folder, cell.model, report, select, setting)
@@ -104,12 +113,12 @@ def run_cell(
         "status": "done",
         "error": None,
         **found,
-        "bits_per_weight": true_bits_per_weight(model),
-        "bytes": true_bytes(model),
+        **size,
         "parameters": parameter_count(model),
         "recovered": recovered,
         "tasks": tasks,
         **dict.fromkeys(SPEEDS),
+        "compute_dtype": dtype_name(model.dtype),
         "evaluated_with": _evaluated_with(cell.spec, model.dtype),
         "keep_16bit": sorted(set(keep_16bit)),
         "quantize_s": quantize_s,
@@ -135,7 +144,9 @@ def select_kl(
     setting = setting or Setting()
     torch.set_num_threads(setting.threads)
     model = load_model(model_folder, setting.device)
-    model = quantize(model, cell.spec, layers={**cell.layers, **dict.fromkeys(keep_16bit)})
+    layers = {**cell.layers, **dict.fromkeys(keep_16bit)}
+    model = quantize(model, cell.spec, layers, stored_dtype(model))
+    cast_stored(model, setting.compute_dtype(model))
     reference = reference_of(select, model_folder, setting)
     with dense_weights(model, model.dtype):
         found = evaluate(
@@ -200,7 +211,7 @@ def device_name(device: torch.device | str) -> str:
 def _evaluated_with(spec: QuantSpec, dtype: torch.dtype) -> str:
     """In words, what the evaluation multiplied: no kernel's packed codes."""
     activations = ", activations in int8" if spec.method == DYNAMIC else ""
-    return f"dequantized weights in {str(dtype).removeprefix('torch.')}{activations}"
+    return f"dequantized weights in {dtype_name(dtype)}{activations}"
 
 
 def failed_cell(cell: Cell, error: str) -> dict[str, Any]:

@@ -59,7 +59,10 @@ def model_with_head(
     head = _mapped_head(model, folder, dtype)
     if head is None or head_hash(head) != wanted["head_hash"]:
         # Names in the files may not be the model's own: transformers knows how to read them.
-        head = {name: tensor.clone() for name, tensor in head_tensors(whole_model(folder)).items()}
+        head = {
+            name: tensor.clone()
+            for name, tensor in head_tensors(whole_model(folder, dtype)).items()
+        }
         if head_hash(head) != wanted["head_hash"]:
             return None
     getattr(model, model.base_model_prefix).to("meta")  # norms and tables, which are not hollow
@@ -68,10 +71,10 @@ def model_with_head(
     return model
 
 
-def whole_model(folder: Path) -> PreTrainedModel:
-    """The causal language model of a folder, in the dtype that its config names."""
+def whole_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model of a folder, in `dtype`."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=False, use_safetensors=True
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
     )
     return model.requires_grad_(False).eval()
 

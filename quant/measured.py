@@ -66,7 +66,8 @@ class Part:
 class Setting:
     """How models are evaluated: threads of torch, device, ids that exist, benchmark tasks.
 
-    batch_sequences: texts of a batch in a task.
+    batch_sequences: texts of a batch in a task. dtype: what all models are computed in, by its name
+    in torch, whatever they are stored in; None: each in its own.
     """
 
     threads: int = 1
@@ -74,6 +75,16 @@ class Setting:
     vocab: int | None = None
     tasks: Sequence[Task] = ()
     batch_sequences: int = 8
+    dtype: str | None = None
+
+    def compute_dtype(self, model: PreTrainedModel) -> torch.dtype:
+        """What this model is computed in."""
+        return model.dtype if self.dtype is None else getattr(torch, self.dtype)
+
+    def load(self, folder: str) -> PreTrainedModel:
+        """A 16-bit model, on the device and in the dtype that it is computed in."""
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        return load_model(folder, self.device, dtype)
 
 
 def versions() -> dict[str, str]:
@@ -93,6 +104,11 @@ def load_model(
         folder, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
     )
     return model.requires_grad_(False).eval().to(device)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as specs and results name it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def measured(
@@ -127,7 +143,7 @@ def measured(
 def reference_of(part: Part, folder: str, setting: Setting) -> Any:
     """The 16-bit model that a part is compared with: stored, or loaded."""
     if part.reference is None:
-        return load_model(folder, setting.device)
+        return setting.load(folder)
     return open_reference(part.reference, folder, setting.device, setting.vocab)
 
 

@@ -15,7 +15,7 @@ from quant.model import mark_quantized
 from quant.spec import DYNAMIC, QuantSpec
 from quant.targets import Layers, Target, Targets, check_group_size, find_targets
 
-__all__ = ["cast_stored", "check_group_size", "quantize"]
+__all__ = ["cast_stored", "check_group_size", "quantize", "stored_dtype"]
 
 Progress = Callable[[int, int], None]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -25,7 +25,7 @@ def quantize(
     model: PreTrainedModel,
     spec: QuantSpec,
     layers: Layers | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
@@ -33,7 +33,8 @@ def quantize(
 
     spec: of all linear layers but the head, which `find_targets` names; embeddings and head by its
     flags. layers: names or globs of modules with a spec of their own, or None to leave them in 16
-    bits; the first that matches counts. dtype: of all that is not quantized. device: where the
+    bits; the first that matches counts. dtype: of all that is not quantized; None: as it is
+    (`stored_dtype` is what a folder of 16-bit parts has). device: where the
     arithmetic runs; None takes a CUDA device if there is one, else where the weight lies. Layers
     stay on the device that they are on. progress: called with the number of weights done and of
     all, after each layer.
@@ -44,6 +45,7 @@ def quantize(
     layer whose scales exceed float16: the layers before it are quantized, load the model again.
     """
     _check_arguments(model, spec, dtype)
+    dtype = dtype or model.dtype
     targets = find_targets(model, spec, layers)
     _check_weights(model, targets)
     total = sum(target.weights for target in targets.layers.values())
@@ -62,6 +64,11 @@ def quantize(
     return mark_quantized(model, spec)
 
 
+def stored_dtype(model: PreTrainedModel) -> torch.dtype:
+    """What is not quantized is stored in: the model's own 16 bits, or bfloat16 for wider ones."""
+    return model.dtype if model.dtype.itemsize == 2 else torch.bfloat16
+
+
 def cast_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast parameters and unquantized persistent buffers to `dtype`, in place, ties kept.
 
@@ -72,6 +79,8 @@ def cast_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     for module in model.modules():
+        if isinstance(module, QuantEmbedding):
+            module.dtype = dtype  # what a lookup gives
         if isinstance(module, QuantWeight):
             continue
         for name, buffer in module.named_buffers(recurse=False):
@@ -136,13 +145,13 @@ def _device(weight: Tensor, asked: torch.device | str | None) -> torch.device:
     return weight.device
 
 
-def _check_arguments(model: PreTrainedModel, spec: QuantSpec, dtype: torch.dtype) -> None:
+def _check_arguments(model: PreTrainedModel, spec: QuantSpec, dtype: torch.dtype | None) -> None:
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {kind}; may be a transformers PreTrainedModel")
     if not isinstance(spec, QuantSpec):
         raise ValueError(f"spec is {spec!r}; may be a QuantSpec, e.g. QuantSpec(4, 64)")
-    if dtype not in FLOATS:
+    if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}; may be {', '.join(map(str, FLOATS))}")
     by = getattr(model.config, "quantization_config", None)
     if quant_weights(model) or by is not None or getattr(model, "hf_quantizer", None) is not None:

@@ -191,9 +191,10 @@ def open_reference(
 
     Raises ValueError (one line) as `StoredReference` does.
     """
-    if read_meta(folder)["kind"] == "hidden":
+    meta = read_meta(folder)
+    if meta["kind"] == "hidden":
         return StoredReference(folder, model_folder, device, vocab)
-    model = whole_model(Path(model_folder))
+    model = whole_model(Path(model_folder), getattr(torch, str(meta["model_dtype"])))
     runs: nn.Module = model  # transformers' own `to` has no types
     runs.to(device)
     return model
@@ -203,7 +204,11 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     """The meta that `write_reference` wrote. Raises ValueError (one line) when it is not one."""
     path = Path(folder) / META
     meta = read_object(path)
-    missing = [key for key in ("kind", "model_class", "batch_hashes", "head") if key not in meta]
+    missing = [
+        key
+        for key in ("kind", "model_class", "model_dtype", "batch_hashes", "head")
+        if key not in meta
+    ]
     if meta.get("format") != FORMAT or missing:
         what = f"has no {missing[0]}" if missing else f"is of format {shown(meta.get('format'))}"
         raise broken(path, f"it {what}; must be a reference of format {FORMAT}; {AGAIN}")

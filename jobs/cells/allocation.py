@@ -293,7 +293,6 @@ def sensitivity_task(
     import torch
 
     from quant.allocate import sensitivity
-    from quant.measured import load_model
     from quant.reference import open_reference
 
     torch.set_num_threads(material.threads)
@@ -301,7 +300,7 @@ def sensitivity_task(
     part = material.part("select", source)
     assert part.reference is not None
     reference = open_reference(part.reference, folder, material.device, material.vocab)
-    model = load_model(folder, material.device)
+    model = material.setting().load(folder)
     return sensitivity(model, reference, part.batches, pieces, material.device, material.vocab)
 
 

@@ -115,6 +115,7 @@ class Material:
             self.vocab,
             self.sweep.tasks,
             self.sweep.batch_sequences,
+            self.sweep.dtype,
         )
 
 

@@ -20,6 +20,7 @@ def common(sweep: SweepSpec, outputs: Outputs) -> dict[str, Any]:
         "corpus": outputs["prepare"]["corpus"],
         "cache": outputs.get("capture", {}).get("cache"),
         "batch_sequences": sweep.batch_sequences,
+        "dtype": sweep.dtype,
         **({"tasks": [task_identity(task) for task in sweep.tasks]} if sweep.tasks else {}),
     }
 
@@ -56,6 +57,7 @@ def reference_folder(role: str, spec: JobSpec, model: Any, outputs: Outputs) -> 
     found = {
         "corpus": outputs["prepare"]["corpus"],
         "batch_sequences": spec.sweep.batch_sequences,
+        "dtype": spec.sweep.dtype,
         "model": model,
         "evaluation": EVALUATION,
     }

@@ -96,7 +96,7 @@ def recover(
         indices = held
     else:
         assert reference_folder is not None
-        signal = _Beside(load_model(reference_folder, where), vocab)
+        signal = _Beside(load_model(reference_folder, where, model.dtype), vocab)
         indices = np.arange(len(opened.part("train")))
     loader = _loader(opened, indices, signal.teacher, spec, seed, where)
     measure = _measure(select, signal.reference, reference_folder, vocab, where)

@@ -43,6 +43,14 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Dtype(StrEnum):
+    """What a model is computed in."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
 class Prefer(StrEnum):
     """What kernels are chosen for."""
 
@@ -53,6 +61,13 @@ class Prefer(StrEnum):
 
 StorageOption = Annotated[str, typer.Option(metavar="URL", help="Where runs given by name are.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: a GPU if there is one.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        help="What is computed in. auto: bfloat16 on GPUs and on CPUs that are fast at it, else "
+        "float32."
+    ),
+]
 CellOption = Annotated[
     str | None, typer.Option(metavar="KEY", help="With RUN: which cell, e.g. hqq-4b-g64.")
 ]
@@ -223,6 +238,7 @@ def export(
             "of up to 5 bits as they are, 8-bit ones as Q8_0, the rest as F16), f32, f16, q8_0."
         ),
     ] = Kind.auto,
+    dtype: DtypeOption = Dtype.auto,
     storage: StorageOption = "./runs",
 ) -> int:
     """Write a model in a format that other programs load.
@@ -239,7 +255,7 @@ def export(
     folder = check_out(out, "the exported model")
     found = find(model, storage, "export", cell)
     with terminable(), enough_memory(found.name):
-        for line in export_to(found, format.value, kind.value, folder):
+        for line in export_to(found, format.value, kind.value, folder, dtype.value):
             typer.echo(line)
     return DONE
 
@@ -295,6 +311,7 @@ def generate(
         int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
     device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.auto,
     cell: CellOption = None,
     storage: StorageOption = "./runs",
     revision: RevisionOption = None,
@@ -335,7 +352,7 @@ def generate(
         raise SpecErrors([f"--chat: {found.name} has no chat template; leave --chat away"])
     with enough_memory(found.name):
         made = stream(
-            model_of(found, spec, place, kernels),
+            model_of(found, spec, place, kernels, dtype.value),
             tokenizer,
             [{"role": "user", "content": text}] if chat else text,
             max_new_tokens,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.storage import Store, open_store
 from jobs.errors import SpecErrors
 from jobs.models.find import Found
-from jobs.models.load import load_any, load_tokenizer, quiet
+from jobs.models.load import compute_dtype, load_any, load_tokenizer, quiet
 from jobs.models.patience import progress_bar
 from jobs.models.show import bits, size
 
@@ -47,10 +47,13 @@ def check_kind(format: str, kind: str) -> None:
         raise SpecErrors([f"--kind {kind}: is of {other}; with --format {format} may be {own}"])
 
 
-def export_to(found: Found, format: str, kind: str, out: Path) -> Iterator[str]:
+def export_to(
+    found: Found, format: str, kind: str, out: Path, dtype: str = "auto"
+) -> Iterator[str]:
     """Exports to the folder `out`; yields lines for the terminal.
 
-    format: hf or gguf; kind: one of `KINDS`. Raises SpecErrors and ValueError, one line.
+    format: hf or gguf; kind: one of `KINDS`. dtype: what models are computed in while ways to keep
+    the weights are compared. Raises SpecErrors and ValueError, one line.
     """
     if found.kind == "packed":
         raise SpecErrors([f"{found.name}: is exported already; give the model it was made of"])
@@ -61,6 +64,8 @@ def export_to(found: Found, format: str, kind: str, out: Path) -> Iterator[str]:
                 f"stillhouse quantize {found.name} --bits 4 --out DIR"
             ]
         )
+    if format == "gguf" and dtype != "auto":
+        raise SpecErrors([f"--dtype: got {dtype}; nothing is computed for gguf; leave it away"])
     quiet()
     tokenizer = load_tokenizer(found)
     if format == "gguf":
@@ -88,6 +93,7 @@ def export_to(found: Found, format: str, kind: str, out: Path) -> Iterator[str]:
                 formats=None if kind == "auto" else [kind],
                 original=material.original,
                 progress=progress,
+                dtype=compute_dtype(dtype, "cpu"),
             )
     except ValueError as error:
         raise ValueError(re.sub(r'formats=\["(\w+)"\]', r"--kind \1", str(error))) from error

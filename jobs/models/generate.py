@@ -9,7 +9,7 @@ import typer
 
 from jobs.errors import SpecErrors
 from jobs.models.find import Found
-from jobs.models.load import load_any, quiet
+from jobs.models.load import compute_dtype, load_any, quiet
 from jobs.models.show import rate, size
 
 if TYPE_CHECKING:
@@ -84,21 +84,25 @@ def preference(found: Found, spec: QuantSpec | None, asked: str | None) -> str:
     return asked or "speed"
 
 
-def model_of(found: Found, spec: QuantSpec | None, device: str, prefer: str) -> Any:
-    """The model, ready to run; a plain one is quantized in memory where `spec` asks for it.
+def model_of(
+    found: Found, spec: QuantSpec | None, device: str, prefer: str, dtype: str = "auto"
+) -> Any:
+    """The model, ready to run in `dtype`; a plain one is quantized in memory where `spec` asks.
 
     Raises SpecErrors, one line, where a quantized model is asked for in other bits.
     """
     quiet()
     if spec is None:
-        return load_any(found, device, prefer)
+        return load_any(found, device, prefer, compute_dtype(dtype, device))
     if found.kind != "plain":
         raise SpecErrors([f"--bits {spec.bits}: {found.name} {_is_quantized(found)}"])
     from jobs.models.quantize import check_fits, load_and_quantize
     from quant.kernels import use_kernels
+    from quant.quantize import cast_stored
 
     check_fits(found.folder, spec)
     model, _ = load_and_quantize(found, spec, {}, device)
+    cast_stored(model, compute_dtype(dtype, device))
     model.to(device)
     use_kernels(model, prefer)  # type: ignore[arg-type]
     return model

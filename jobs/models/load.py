@@ -6,10 +6,13 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.models.find import Found
 from quant.tokenizer_files import has_tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 
 class OutOfMemory(OSError):
@@ -69,8 +72,18 @@ def load_tokenizer(found: Found) -> Any:
         raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason})") from None
 
 
-def load_unquantized(folder: Path, device: str) -> Any:
-    """A plain model, in the dtype that it is stored in, on the CPU or a GPU.
+def compute_dtype(asked: str, device: str) -> torch.dtype:
+    """The torch dtype of a `--dtype`; auto is what the device is fast at."""
+    import torch
+
+    from trainer.processor import fast_dtype
+
+    found: torch.dtype = getattr(torch, fast_dtype(device) if asked == "auto" else asked)
+    return found
+
+
+def load_unquantized(folder: Path, device: str, dtype: torch.dtype | None = None) -> Any:
+    """A plain model on the CPU or a GPU. dtype: None: that it is stored in.
 
     Raises ValueError, one line, if its weights are not those of its config.
     """
@@ -79,7 +92,7 @@ def load_unquantized(folder: Path, device: str) -> Any:
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder}: holds no *.safetensors; give a Hugging Face folder")
     try:
-        model = load_model(folder, "auto")  # type: ignore[arg-type]
+        model = load_model(folder, dtype or "auto")  # type: ignore[arg-type]
     except MemoryError:
         raise
     except ValueError as error:
@@ -93,19 +106,22 @@ def load_unquantized(folder: Path, device: str) -> Any:
     return model.requires_grad_(False).eval().to(device)
 
 
-def load_any(found: Found, device: str, prefer: str) -> Any:
-    """A model of any kind, ready for `generate`. Raises ValueError, one line."""
+def load_any(found: Found, device: str, prefer: str, dtype: torch.dtype | None = None) -> Any:
+    """A model of any kind, ready for `generate`. Raises ValueError, one line.
+
+    dtype: what it computes in; None: as it is stored.
+    """
     if found.kind == "artifact":
         from quant.artifact import load_quantized
 
-        return load_quantized(found.folder, device, prefer)  # type: ignore[arg-type]
+        return load_quantized(found.folder, device, prefer, dtype)  # type: ignore[arg-type]
     if found.kind == "plain":
-        return load_unquantized(found.folder, device)
+        return load_unquantized(found.folder, device, dtype)
     _check_packed(found)
     import torch
 
     with contextlib.redirect_stderr(io.StringIO()):  # bars that nobody can turn off
-        model = load_unquantized(found.folder, device)
+        model = load_unquantized(found.folder, device, dtype)
         with torch.inference_mode():  # the first pass may unpack the weights, and shows it
             model(torch.zeros(1, 1, dtype=torch.int64, device=device))
     return model

@@ -154,13 +154,14 @@ def load_and_quantize(
     device: where the arithmetic runs; a GPU is given one weight at a time, so that a model may be
     larger than it. A terminal shows a bar.
     """
-    from quant.quantize import quantize
+    from quant.quantize import quantize, stored_dtype
 
     model = load_unquantized(found.folder, "cpu")
+    kept = stored_dtype(model)
     began = time.perf_counter()
     with progress_bar("quantizing") as advance:
         try:
-            model = quantize(model, spec, layers=layers or None, device=device, progress=advance)
+            model = quantize(model, spec, layers or None, kept, device, advance)
         except RuntimeError as error:  # of a layer, which it names
             if not str(error).startswith("layer ") or short_of_memory(error):
                 raise

@@ -22,6 +22,7 @@ Asymmetric weights load in transformers only while it dequantizes: config.json a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,7 @@ from quant.export.hf_folder import check_folders, write_folder
 from quant.export.report import ExportReport
 from quant.export.trial import Reference, importance, put, quantized_inputs, stock_model
 from quant.linear import QuantEmbedding, quant_weights
+from quant.quantize import cast_stored
 
 SHARD_BYTES = 5_000_000_000
 
@@ -76,6 +78,7 @@ def export_hf(
     original: PreTrainedModel | str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int, str], None] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> HfReport:
     """Write a quantized model into `out`, a folder that appears whole or not at all.
 
@@ -84,7 +87,8 @@ def export_hf(
     "symmetric" and "asymmetric" (default: both; the lowest KL wins), or "exact" or "bf16" alone.
     original: the unquantized model or its folder: weights to quantize from, and the reference of
     the choice. shard_bytes: largest safetensors file. progress: called with the number of
-    candidates that were measured, of all, and the name of the next. Raises ValueError (one line)
+    candidates that were measured, of all, and the name of the next. dtype: what models are computed
+    in while candidates are compared; None: their own. Raises ValueError (one line)
     for folders, ids or models that will not do: experts, group sizes, layers that are no
     `torch.nn.Linear`, formats that do not hold the model.
     """
@@ -102,7 +106,7 @@ def export_hf(
         plan = exact_plan(model)
     elif wanted != ("bf16",):
         plan = portable_plan(model, linear)
-    chosen = _choose(model, stock, plan, wanted, calibration, original, progress)
+    chosen = _choose(model, stock, plan, wanted, calibration, original, progress, dtype)
     put(stock, chosen.packed)
     notes = [*plan.notes, *chosen.notes, *_sixteen_bits(model, stock, plan)]
     files, tensors = write_folder(
@@ -143,8 +147,9 @@ def _choose(
     calibration: Tensor | None,
     original: PreTrainedModel | str | Path | None,
     progress: Callable[[int, int, str], None] | None,
+    dtype: torch.dtype | None,
 ) -> _Chosen:
-    """The candidate of lowest KL; without calibration the default one. Leaves `stock` changed."""
+    """The candidate of lowest KL; without calibration the default one. May change `stock`."""
     if not plan.schemes:
         return _Chosen("16 bits", {}, False, ["No layer is quantized in this folder."])
     first = _original(original, stock)
@@ -159,10 +164,11 @@ def _choose(
         return _Chosen(
             tries[0].name, tries[0].pack(), tries[0].dequantize, note if len(tries) > 1 else []
         )
+    stock, quantized = _computing(stock, dtype), _computing(model, dtype)
     inputs = importance(stock, calibration, list(plan.schemes))
     tries = candidates(model, plan, formats, weights, inputs)
-    codes = Reference(model, calibration)
-    reference = codes if first is None else Reference(first, calibration)
+    codes = Reference(quantized, calibration)
+    reference = codes if first is None else Reference(_computing(first, dtype), calibration)
     kl = {}
     for number, candidate in enumerate(tries):
         if progress is not None:
@@ -185,8 +191,17 @@ def _choose(
         f"{candidate.name}: KL {divergence:.2e} to the quantized model's own codes, the same first "
         f"choice at {agreed:.1%} of {calibration.numel()} calibration positions."
     ]
-    own = None if first is None else reference.compare(model)[0]
+    own = None if first is None else reference.compare(quantized)[0]
     return _Chosen(candidate.name, packed, candidate.dequantize, notes, kl, own, divergence, agreed)
+
+
+def _computing(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model as it computes in `dtype`; a copy where that is not its own."""
+    if dtype in (None, model.dtype):
+        return model
+    other = copy.deepcopy(model)
+    cast_stored(other, dtype)
+    return other
 
 
 def _formats(formats: Sequence[str] | None) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from quant.bytes import PARTS
 from quant.kernels import Preference, use_kernels
 from quant.linear import QuantEmbedding, QuantLinear, QuantWeight
 from quant.model import mark_quantized
+from quant.quantize import cast_stored
 from quant.stored.description import (
     AGAIN,
     DESCRIPTION,
@@ -39,11 +40,13 @@ def load_quantized(
     folder: str | Path,
     device: torch.device | str = "cpu",
     prefer: Preference = "speed",
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The transformers model that `save_quantized` wrote, ready for `forward` and `generate`.
 
     On a CPU its tensors lie in a memory mapping of the file, except those that a kernel lays out
     anew, whose pages are given back layer by layer. `prefer` is `quant.kernels.use_kernels`'s.
+    `dtype`: what it computes in, and so of what is not quantized; None: as that is stored.
     Raises ValueError (one line) when the folder is no artifact, is of another format version, or
     its files are broken or do not belong together; nothing in it is ever run as code.
     """
@@ -62,6 +65,8 @@ def load_quantized(
     loader.layers(prefer)
     loader.plain()
     loader.finish()
+    if dtype is not None:
+        cast_stored(model, dtype)
     if has_generation:
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -32,7 +32,9 @@ def make_sound(folder: Path, embeddings: bool = True) -> Path:
     """One layer with a bias on q; embeddings and head tied, in one set of codes or in 16 bits."""
     spec = QuantSpec(4, 32, embeddings=embeddings, head=embeddings)
     model = tiny_llama(tied=True, num_hidden_layers=1, attention_bias=True)
-    return save_quantized(quantize(model, spec), folder, spec, {"note": "kept"})
+    return save_quantized(
+        quantize(model, spec, dtype=torch.bfloat16), folder, spec, {"note": "kept"}
+    )
 
 
 def parts(path: Path) -> tuple[dict[str, Any], bytes]:

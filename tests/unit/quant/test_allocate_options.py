@@ -40,7 +40,9 @@ def test_bytes_are_those_of_the_quantized_model(family, changes, ends, kept):
         chosen = {name: draw.choice(each) for name, each in options.layers.items()}
         layers = {name: option.spec for name, option in chosen.items()}
         assert options.of(layers) == chosen
-        model = quantize(tiny(family, **changes), base, {**layers, **dict.fromkeys(kept)})
+        model = quantize(
+            tiny(family, **changes), base, {**layers, **dict.fromkeys(kept)}, torch.bfloat16
+        )
         assert true_bytes(model) == options.total(chosen)
     largest = {name: each[-1] for name, each in options.layers.items()}
     dense = tiny(family, **changes).to(torch.bfloat16)
@@ -51,7 +53,7 @@ def test_bytes_are_those_of_the_quantized_model(family, changes, ends, kept):
 def test_bytes_of_a_uniform_model(family, changes, ends, kept):
     spec = QuantSpec(3, 32, "rtn", *ends)
     expected = uniform_bytes(tiny(family, **changes).config, spec, kept)
-    model = quantize(tiny(family, **changes), spec, dict.fromkeys(kept))
+    model = quantize(tiny(family, **changes), spec, dict.fromkeys(kept), torch.bfloat16)
     assert true_bytes(model) == expected
 
 
@@ -67,7 +69,7 @@ def test_an_allocated_model_is_saved_and_loaded_like_any_other(make_llama, tmp_p
     budget = (options.smallest + options.sixteen_bit) // 2
     found = candidates(options, losses, budget)[0]
     assert len(set(found.layers.values())) > 1, "nothing was mixed"
-    model = quantize(make_llama(tied=True), base, found.layers)
+    model = quantize(make_llama(tied=True), base, found.layers, torch.bfloat16)
     assert true_bytes(model) == found.bytes <= budget
     save_quantized(model, tmp_path / "model", base)
     loaded = load_quantized(tmp_path / "model", prefer="plain")

@@ -301,7 +301,7 @@ def test_what_cannot_be_saved_is_refused(make_llama, tmp_path):
 
 
 def test_the_description_says_what_the_folder_holds(make_llama, tmp_path):
-    model = quantize(make_llama(tied=True), QuantSpec(3, 32))
+    model = quantize(make_llama(tied=True), QuantSpec(3, 32), dtype=torch.bfloat16)
     folder = save_quantized(model, tmp_path / "a", QuantSpec(3, 32), {"run": ["x", 1, None]})
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert model.config.architectures is None  # saving does not touch the model

@@ -34,7 +34,7 @@ def test_bytes_are_the_formulas_and_the_files(make_llama, tmp_path, tied, bits):
     weights = (1 if tied else 2) * EMBEDDING + 2 * LAYER + NORMS
     assert parameter_count(model) == weights
     assert dense_bytes(model) == 2 * weights and dense_bytes(model, 4) == true_bytes(model)
-    quantize(model, QuantSpec(bits, 32, "rtn"))
+    quantize(model, QuantSpec(bits, 32, "rtn"), dtype=torch.bfloat16)
     assert parameter_count(model) == weights
     expected = 2 * (weights - 2 * LAYER) + 2 * LAYER * bits // 8 + 2 * LAYER * 4 // 32
     assert true_bytes(model) == expected == file_bytes(model, tmp_path / "model")
@@ -47,7 +47,7 @@ def test_quantized_embeddings_and_head_count_once_whatever_a_kernel_holds(
     make_llama, tmp_path, tied, prefer
 ):
     spec = QuantSpec(4, 32, embeddings=True, head=True)
-    model = quantize(make_llama(tied=tied), spec)
+    model = quantize(make_llama(tied=tied), spec, dtype=torch.bfloat16)
     quantized = (1 if tied else 2) * EMBEDDING + 2 * LAYER
     expected = quantized // 2 + quantized * 4 // 32 + 2 * NORMS
     assert true_bytes(model) == expected == file_bytes(model, tmp_path / "model")
@@ -64,7 +64,7 @@ def test_transposed_layers_biases_and_positions_of_gpt2(tmp_path):
     weights, biases = 2 * 12 * 64 * 64, 2 * (3 + 1 + 4 + 1) * 64
     others = 256 * 64 + 32 * 64 + 2 * (2 * 2 + 1) * 64
     assert parameter_count(model) == weights + biases + others
-    quantize(model, QuantSpec(3, 64, "rtn"))
+    quantize(model, QuantSpec(3, 64, "rtn"), dtype=torch.bfloat16)
     assert parameter_count(model) == weights + biases + others
     expected = weights * 3 // 8 + weights * 4 // 64 + 2 * (biases + others)
     assert true_bytes(model) == expected == file_bytes(model, tmp_path / "model")
@@ -75,7 +75,7 @@ def test_a_layer_under_two_names_counts_once(make_llama, tmp_path):
     model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
     weights = 2 * EMBEDDING + 2 * LAYER - 64 * 128
     assert parameter_count(model) == weights + NORMS
-    quantize(model, QuantSpec(8, 64, "rtn"))
+    quantize(model, QuantSpec(8, 64, "rtn"), dtype=torch.bfloat16)
     assert parameter_count(model) == weights + NORMS
     layers = weights - 2 * EMBEDDING
     expected = layers + layers * 4 // 64 + 2 * (2 * EMBEDDING + NORMS)
@@ -84,7 +84,7 @@ def test_a_layer_under_two_names_counts_once(make_llama, tmp_path):
 
 def test_two_parameters_of_one_memory_count_once(make_llama, tmp_path):
     """As `load_state_dict(..., assign=True)` leaves a tied model."""
-    model = quantize(make_llama(tied=True), QuantSpec(4, 32, "rtn"))
+    model = quantize(make_llama(tied=True), QuantSpec(4, 32, "rtn"), dtype=torch.bfloat16)
     before = parameter_count(model)
     model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.data, False)
     assert parameter_count(model) == before == EMBEDDING + 2 * LAYER + NORMS
@@ -94,7 +94,7 @@ def test_two_parameters_of_one_memory_count_once(make_llama, tmp_path):
 
 def test_mixed_bits(make_llama, tmp_path):
     layers = {"*.up_proj": QuantSpec(8, "channel", "rtn"), "*.down_proj": None}
-    model = quantize(make_llama(), QuantSpec(2, 16, "rtn"), layers)
+    model = quantize(make_llama(), QuantSpec(2, 16, "rtn"), layers, torch.bfloat16)
     one = 64 * 128
     rest = LAYER - 2 * one
     each = (one + 128 * 4) + 2 * one + (rest // 4 + rest * 4 // 16)
@@ -103,7 +103,7 @@ def test_mixed_bits(make_llama, tmp_path):
 
 
 def test_a_dense_weight_kept_for_evaluation_does_not_count(make_llama):
-    model = quantize(make_llama(), QuantSpec(4, 32))
+    model = quantize(make_llama(), QuantSpec(4, 32), dtype=torch.bfloat16)
     before = true_bytes(model)
     for layer in quant_linears(model).values():
         layer.keep_dense(torch.bfloat16)

@@ -269,7 +269,7 @@ def test_layers_of_their_own_bits_are_a_cell(student, tmp_path, batches):
 
 def test_extra_models_are_loaded_as_what_they_are(student, tmp_path, batches, make_llama):
     quantized = str(tmp_path / "ours")
-    model = quantize(load_model(student), SPEC)
+    model = quantize(load_model(student), SPEC, dtype=torch.bfloat16)
     model.save_pretrained(quantized)
     ours = evaluate_extra(quantized, student, part(batches), part(batches), "ours")
     cell = run_cell(CELL, student, part(batches), part(batches))

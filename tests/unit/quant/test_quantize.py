@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quant.linear import QuantEmbedding, QuantLinear, quant_linears, quant_weights
 from quant.methods import quantize_weight
-from quant.quantize import quantize
+from quant.quantize import quantize, stored_dtype
 from quant.spec import CHANNEL, QuantSpec
 from quant.stored.load import load_quantized
 from tests.unit.quant.families import tiny
@@ -75,8 +75,8 @@ def test_embeddings_and_head(family):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_bfloat16_model_keeps_codes_and_scales_as_they_were_made(family):
     model, wide = tiny(family), tiny(family)
-    quantize(model, BOTH)
-    quantize(wide, BOTH, dtype=torch.float32)
+    quantize(model, BOTH, dtype=torch.bfloat16)
+    quantize(wide, BOTH)
     assert logits(model).dtype == torch.bfloat16
     for name, layer in quant_weights(model).items():
         for part, tensor in layer.stored().items():
@@ -106,13 +106,23 @@ def test_a_tied_head_with_a_bias_keeps_it():
 def test_all_else_is_cast_and_stays_tied(make_llama, tied):
     model = make_llama(tied=tied)
     embedding = model.model.embed_tokens.weight.clone()
-    quantize(model, QuantSpec(4, 32))
+    quantize(model, QuantSpec(4, 32), dtype=torch.bfloat16)
     assert type(model.lm_head) is nn.Linear
     assert torch.equal(model.model.embed_tokens.weight, embedding.bfloat16())
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert model.dtype == model.config.dtype == torch.bfloat16
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_keeps_its_own_dtype(make_llama, dtype):
+    model = make_llama().to(dtype)
+    embedding = model.model.embed_tokens.weight.clone()
+    quantize(model, QuantSpec(4, 32))
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    assert model.dtype == model.config.dtype == logits(model).dtype == dtype
+    assert stored_dtype(model) == (torch.bfloat16 if dtype is torch.float32 else dtype)
 
 
 def test_biases_are_kept(make_llama):

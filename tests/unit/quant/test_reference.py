@@ -172,7 +172,7 @@ def test_what_the_mapping_cannot_read_is_left_to_transformers(
     import quant.headed
 
     calls, whole = [], quant.headed.whole_model
-    monkeypatch.setattr(quant.headed, "whole_model", lambda at: calls.append(at) or whole(at))
+    monkeypatch.setattr(quant.headed, "whole_model", lambda *at: calls.append(at) or whole(*at))
     folder = tmp_path / "model"
     model = saved(make_llama(tied=True), folder)
     write_reference(model, batches, tmp_path / "reference")
@@ -180,7 +180,7 @@ def test_what_the_mapping_cannot_read_is_left_to_transformers(
     tensors["a name of another kind"] = torch.zeros(2)
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     reference = StoredReference(tmp_path / "reference", folder)
-    assert calls == [folder]
+    assert calls == [(folder, model.dtype)]
     assert evaluate(model, batches, reference)["kl_to_reference_max"] == 0.0
 
 

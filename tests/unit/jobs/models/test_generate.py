@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from quant.artifact import load_quantized
 from tests.material import chat_tokenizer, save_model
 from tests.unit.jobs.models.commands import WIDTHS, run, told
+from trainer.processor import fast_dtype
 
 
 def reference(model: Any, prompt: str, tokens: int) -> str:
@@ -42,19 +43,23 @@ def run_generate(capsys: pytest.CaptureFixture[str], command: str) -> tuple[str,
 def test_generate_runs_every_kind_of_model(
     artifact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = AutoModelForCausalLM.from_pretrained("model", dtype="auto")
+    fast = getattr(torch, fast_dtype())
+    plain = AutoModelForCausalLM.from_pretrained("model", dtype=fast)
     cells = {
         "model": plain,
-        "q4": load_quantized(artifact),
-        "model --bits 4 --group-size 32": load_quantized(artifact),
-        "q4 --prefer plain --threads 1 --device cpu": load_quantized(artifact, prefer="plain"),
+        "q4": load_quantized(artifact, dtype=fast),
+        "model --bits 4 --group-size 32": load_quantized(artifact, dtype=fast),
+        "q4 --prefer plain --threads 1 --device cpu": load_quantized(
+            artifact, prefer="plain", dtype=fast
+        ),
+        "q4 --dtype float32": load_quantized(artifact, dtype=torch.float32),
     }
     for arguments, model in cells.items():
         out, err = run_generate(capsys, f"{arguments} --prompt word --max-new-tokens 12")
         assert out.removesuffix("\n") == reference(model, "word", 12).removesuffix("\n")
         assert err.startswith("prompt: 4 tokens, ") and "; generated: 12 tokens, " in err
         assert "as many as asked for; kernel: " in err and err.endswith("B")
-    assert "kernel: float32 matmul" in run_generate(capsys, "model --prompt a")[1]
+    assert f"kernel: {fast_dtype()} matmul" in run_generate(capsys, "model --prompt a")[1]
 
 
 def test_the_prompt_may_be_piped_in(

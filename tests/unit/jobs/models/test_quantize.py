@@ -51,7 +51,9 @@ def test_what_quantize_prints_is_what_it_wrote(
 
 def test_quantize_is_the_python_way_in_a_command(here: Path, artifact: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained("model", dtype="auto")
-    save_quantized(quantize(model, QuantSpec(4, 32)), here / "own", QuantSpec(4, 32))
+    save_quantized(
+        quantize(model, QuantSpec(4, 32), dtype=torch.bfloat16), here / "own", QuantSpec(4, 32)
+    )
     name = "quantized.safetensors"
     assert (artifact / name).read_bytes() == (here / "own" / name).read_bytes()
     assert read_description(artifact)["spec"] == QuantSpec(4, 32).to_dict()
@@ -261,7 +263,7 @@ def test_the_16_bit_model_stays_off_the_gpu(monkeypatch: pytest.MonkeyPatch, her
 
     asked: list[Any] = []
 
-    def quantized(model: Any, *_: Any, device: Any, **__: Any) -> Any:
+    def quantized(model: Any, spec: Any, layers: Any, dtype: Any, device: Any, *_: Any) -> Any:
         asked.append((device, {parameter.device.type for parameter in model.parameters()}))
         return model
 

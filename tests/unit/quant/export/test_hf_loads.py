@@ -69,6 +69,12 @@ def plain(config: Any) -> PreTrainedModel:
     return model
 
 
+def quantized(
+    model: PreTrainedModel, spec: QuantSpec, layers: Any = None, dtype: torch.dtype = BF16
+) -> PreTrainedModel:
+    return quantize(model, spec, layers, dtype)
+
+
 def symmetric_codes(model: PreTrainedModel, bits: int, group: int) -> PreTrainedModel:
     """Round to nearest with the zero point in the middle: codes that the format holds."""
     for name, linear in list(model.named_modules()):
@@ -85,36 +91,36 @@ MIXED = {"*.v_proj": QuantSpec(8, 32), "*layers.1*down_proj": None, "*o_proj": Q
 MAKE: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
     "rtn-4": (lambda: symmetric_codes(llama(), 4, 32), {}),
     "rtn-3-tied": (lambda: symmetric_codes(llama(tied=True), 3, 64), {}),
-    "hqq-4": (lambda: quantize(llama(), QuantSpec(4, 32)), {}),
-    "hqq-4-symmetric": (lambda: quantize(llama(), QuantSpec(4, 32)), {"formats": ["symmetric"]}),
-    "hqq-3-tied-qwen": (lambda: quantize(qwen(tied=True), QuantSpec(3, 64)), {}),
-    "hqq-2-qwen-f32": (lambda: quantize(qwen(), QuantSpec(2, 32), dtype=F32), {}),
-    "hqq-4-g128": (lambda: quantize(llama(width=128), QuantSpec(4, 128)), {}),
-    "hqq-4-channel": (lambda: quantize(llama(), QuantSpec(4, CHANNEL)), {}),
-    "hqq-8": (lambda: quantize(llama(), QuantSpec(8, 64)), {}),
-    "hqq-6-channel": (lambda: quantize(llama(), QuantSpec(6, CHANNEL)), {}),
-    "head": (lambda: quantize(llama(), QuantSpec(4, 32, head=True)), {}),
-    "mixed": (lambda: quantize(llama(), QuantSpec(4, 64, head=True), MIXED), {}),
-    "dynamic": (lambda: quantize(llama(), QuantSpec(8, CHANNEL, "int8-dynamic"), dtype=F32), {}),
+    "hqq-4": (lambda: quantized(llama(), QuantSpec(4, 32)), {}),
+    "hqq-4-symmetric": (lambda: quantized(llama(), QuantSpec(4, 32)), {"formats": ["symmetric"]}),
+    "hqq-3-tied-qwen": (lambda: quantized(qwen(tied=True), QuantSpec(3, 64)), {}),
+    "hqq-2-qwen-f32": (lambda: quantized(qwen(), QuantSpec(2, 32), dtype=F32), {}),
+    "hqq-4-g128": (lambda: quantized(llama(width=128), QuantSpec(4, 128)), {}),
+    "hqq-4-channel": (lambda: quantized(llama(), QuantSpec(4, CHANNEL)), {}),
+    "hqq-8": (lambda: quantized(llama(), QuantSpec(8, 64)), {}),
+    "hqq-6-channel": (lambda: quantized(llama(), QuantSpec(6, CHANNEL)), {}),
+    "head": (lambda: quantized(llama(), QuantSpec(4, 32, head=True)), {}),
+    "mixed": (lambda: quantized(llama(), QuantSpec(4, 64, head=True), MIXED), {}),
+    "dynamic": (lambda: quantized(llama(), QuantSpec(8, CHANNEL, "int8-dynamic"), dtype=F32), {}),
     "exact-3-tied-all": (
-        lambda: quantize(llama(tied=True), QuantSpec(3, 8, embeddings=True, head=True), dtype=F32),
+        lambda: quantized(llama(tied=True), QuantSpec(3, 8, embeddings=True, head=True), dtype=F32),
         {"formats": ["exact"]},
     ),
     "exact-4-all": (
-        lambda: quantize(llama(), QuantSpec(4, 64, embeddings=True, head=True)),
+        lambda: quantized(llama(), QuantSpec(4, 64, embeddings=True, head=True)),
         {"formats": ["exact"]},
     ),
     "exact-mixed": (
-        lambda: quantize(llama(), QuantSpec(5, 16, embeddings=True), MIXED, dtype=F32),
+        lambda: quantized(llama(), QuantSpec(5, 16, embeddings=True), MIXED, dtype=F32),
         {"formats": ["exact"]},
     ),
-    "embeddings": (lambda: quantize(llama(), QuantSpec(4, 32, embeddings=True)), {}),
+    "embeddings": (lambda: quantized(llama(), QuantSpec(4, 32, embeddings=True)), {}),
     "tied-all": (
-        lambda: quantize(llama(tied=True), QuantSpec(4, 32, embeddings=True, head=True)),
+        lambda: quantized(llama(tied=True), QuantSpec(4, 32, embeddings=True, head=True)),
         {},
     ),
-    "bf16": (lambda: quantize(llama(), QuantSpec(4, 32)), {"formats": ["bf16"]}),
-    "shards": (lambda: quantize(llama(), QuantSpec(4, 32)), {"shard_bytes": 40_000}),
+    "bf16": (lambda: quantized(llama(), QuantSpec(4, 32)), {"formats": ["bf16"]}),
+    "shards": (lambda: quantized(llama(), QuantSpec(4, 32)), {"shard_bytes": 40_000}),
 }
 
 
