@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -100,7 +99,6 @@ def processor_name() -> str:
     return platform.processor() or "cpu"
 
 
-@cache
 def _lines() -> tuple[str, ...]:
     try:
         return tuple(CPUINFO.read_text().splitlines())

@@ -15,7 +15,7 @@ from quant.evaluate import evaluate, teacher_metrics
 from quant.grid import Cell, uniform
 from quant.kernels import kernel_names
 from quant.linear import quant_linears
-from quant.measured import Part, load_model
+from quant.measured import Part, Setting, load_model
 from quant.quantize import quantize
 from quant.spec import QuantSpec
 from quant.speed import resident_bytes
@@ -265,6 +265,30 @@ def test_layers_of_their_own_bits_are_a_cell(student, tmp_path, batches):
     uniform_2 = run_cell(uniform(QuantSpec(2, 32)), student, part(batches))
     assert result["kl_to_student"] < uniform_2["kl_to_student"]
     assert select_kl(cell, student, part(batches))["kl"] == result["kl_to_student"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_cells_and_references_are_computed_in_one_dtype(student, tmp_path, batches, dtype):
+    """Whatever the model's own is; a cell's 16-bit parts are 16-bit on disk all the same."""
+    setting, out = Setting(dtype=dtype), tmp_path / "cell"
+    reference = str(tmp_path / "reference")
+    references = {"report": reference}
+    model = evaluate_model(
+        student, part(batches), None, "student", setting=setting, references=references
+    )
+    beside = part(batches, reference=reference)
+    cell = run_cell(CELL, student, beside, part(batches), str(out), setting=setting)
+    assert cell["compute_dtype"] == model["compute_dtype"] == dtype
+    assert cell["evaluated_with"].endswith(dtype)
+    stored = load_quantized(out, prefer="plain")
+    assert stored.dtype is torch.bfloat16
+    computed = load_quantized(out, prefer="plain", dtype=getattr(torch, dtype))
+    # What was evaluated is what the folder holds: float32 sees no weight that bfloat16 lost.
+    truth = load_model(student, dtype=getattr(torch, dtype))
+    found = evaluate(computed, batches, truth)
+    assert found["kl_to_reference"] == pytest.approx(cell["kl_to_student"], rel=1e-3, abs=1e-7)
+    chosen = select_kl(CELL, student, part(batches), setting=setting)
+    assert chosen["kl"] == pytest.approx(cell["select"]["kl_to_student"], rel=1e-3, abs=1e-7)
 
 
 def test_extra_models_are_loaded_as_what_they_are(student, tmp_path, batches, make_llama):
