@@ -18,6 +18,7 @@ from jobs import checks, preflight
 from jobs.cells.given import absolute_paths
 from jobs.driver import job_of_driver, tries_left
 from jobs.errors import Interrupted, SpecErrors, StageFailed, Superseded
+from jobs.groupsizes import resolve_group_sizes
 from jobs.inputs import Inputs
 from jobs.live.beacon import Beacon
 from jobs.live.logs import LogPieces
@@ -76,7 +77,7 @@ def prepare_job(
     if faults:
         raise SpecErrors(faults)
     try:
-        spec = absolute_paths(resolve(spec))
+        spec = resolve_group_sizes(absolute_paths(resolve(spec)))
         run = RunDir(open_store(spec.storage).sub(spec.name))
         inputs = Inputs(spec)
         redo = _left_to_redo(run, redo)
