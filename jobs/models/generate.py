@@ -84,9 +84,12 @@ def preference(found: Found, spec: QuantSpec | None, asked: str | None) -> str:
     return asked or "speed"
 
 
-def model_of(found: Found, spec: QuantSpec | None, device: str, prefer: str) -> Any:
+def model_of(
+    found: Found, spec: QuantSpec | None, device: str, prefer: str, fit: bool = False
+) -> Any:
     """The model, ready to run; a plain one is quantized in memory where `spec` asks for it.
 
+    fit: in the largest group size up to 64 that its layers allow, whatever `spec` says.
     Raises SpecErrors, one line, where a quantized model is asked for in other bits.
     """
     quiet()
@@ -94,9 +97,11 @@ def model_of(found: Found, spec: QuantSpec | None, device: str, prefer: str) -> 
         return load_any(found, device, prefer)
     if found.kind != "plain":
         raise SpecErrors([f"--bits {spec.bits}: {found.name} {_is_quantized(found)}"])
-    from jobs.models.quantize import check_fits, load_and_quantize
+    from jobs.models.quantize import check_fits, fitted, load_and_quantize
     from quant.kernels import use_kernels
 
+    if fit:
+        spec = fitted(found.folder, spec)
     check_fits(found.folder, spec)
     model, _ = load_and_quantize(found, spec, {}, device)
     model.to(device)
