@@ -1,9 +1,15 @@
-# Stillhouse: `make help` lists what there is. Everything runs in .venv, made by `make setup`.
+# Stillhouse: `make help` lists what there is. Everything runs in .venv. `make setup` installs there what
+# a job needs; the targets that need more (tests, lint, benches) add it the first time.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What is installed: a stamp for each level, younger than the files that say what belongs to it.
 READY := $(VENV)/.ready
+TESTS := $(VENV)/.ready-test
+LINT := $(VENV)/.ready-check
+BENCHES := $(VENV)/.ready-bench
+INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock
 
 # Two cores are enough for everything here: one thread per process, so that processes side by side
 # do not fight over them. Workers of a job set their own numbers.
@@ -15,7 +21,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
-setup: $(READY) ## Make .venv with everything pinned in requirements.lock
+setup: $(READY) ## Make .venv with what a job needs, in the versions of requirements.lock
 
 # The last line builds DeepSpeed's CPU communication op, so that no job has to wait for a compiler.
 $(READY): pyproject.toml requirements.lock
@@ -23,10 +29,24 @@ $(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); Stillhouse needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }
 	@command -v g++ >/dev/null || { echo "error: g++ not found; DeepSpeed compiles an op with it: install it, e.g. apt-get install g++"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint requirements.lock torch
-	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[s3]'
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m trainer.build_ops
-	@touch $(READY)
+	@touch $@
+
+# pytest, emulated servers, lm-eval.
+$(TESTS): $(READY)
+	$(INSTALL) --editable '.[test]'
+	@touch $@
+
+$(LINT): $(READY)
+	$(INSTALL) --editable '.[check]'
+	@touch $@
+
+# Peers that are measured beside us. One of them is compiled, which takes minutes.
+$(BENCHES): $(READY)
+	$(INSTALL) --editable '.[bench]'
+	@touch $@
 
 demo: $(READY) ## Train, distil, quantize and report on the prose that ships with Python (minutes, no download)
 	$(BIN)/stillhouse run demo-teacher
@@ -41,16 +61,13 @@ bench-cache: $(READY) ## Measure the logit cache: bytes, errors, speeds (minutes
 bench-cache-angle: $(READY) ## Measure whether cached signals are unbiased, and train on each (minutes, after make demo)
 	$(BIN)/python -m tests.bench.cache_angle
 
-# Peers that are measured beside us are installed for this bench alone.
-bench-train: $(READY) ## Measure training: speeds, memory, what students learn (minutes, after make demo)
-	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev,bench]'
+bench-train: $(BENCHES) ## Measure training: speeds, memory, what students learn (minutes, after make demo)
 	$(BIN)/python -m tests.bench.train
 
-bench-quant: $(READY) ## Measure quantized models: size, speed, memory, exports (minutes, after make demo)
-	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev,bench]'
+bench-quant: $(BENCHES) ## Measure quantized models: size, speed, memory, exports (minutes, after make demo)
 	$(BIN)/python -m tests.bench.quant
 
-bench-sweep: $(READY) ## Measure the sweep: fan-out, allocation, recovery, tasks (minutes, after make demo)
+bench-sweep: $(TESTS) ## Measure the sweep: fan-out, allocation, recovery, tasks (minutes, after make demo)
 	$(BIN)/python -m tests.bench.sweep
 
 bench-plan: $(READY) ## Hold forecasts against the demo and DeepSpeed's estimators (after make demo)
@@ -61,23 +78,23 @@ bench-plan: $(READY) ## Hold forecasts against the demo and DeepSpeed's estimato
 # come late. The drills, which kill nodes and watch clocks, have the machine for themselves.
 TWO := --numprocesses 2 --dist loadfile
 
-test: $(READY) ## Unit and system tests
+test: $(TESTS) ## Unit and system tests
 	$(BIN)/python -m pytest tests/unit $(TWO)
 	$(BIN)/python -m pytest tests/system $(TWO) --no-loadscope-reorder
 
 test-all: test ## Everything, with the drills: kills, resumes, clusters that lose nodes
 	$(BIN)/python -m pytest tests/drill
 
-check: $(READY) ## Lint, format and types
+check: $(LINT) ## Lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(READY) ## Put the code into its format
+format: $(LINT) ## Put the code into its format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: $(READY) ## Write requirements.lock from what is installed
+lock: $(TESTS) $(LINT) $(BENCHES) ## Write requirements.lock from what is installed
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+).*/\1/' > requirements.lock
 
 clean: ## Remove .venv and caches (runs are kept)

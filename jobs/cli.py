@@ -50,7 +50,12 @@ def init(
         str, typer.Option(metavar="MODEL", help="Hub id, local folder or URL of the teacher.")
     ],
     student: Annotated[
-        str, typer.Option(metavar="MODEL", help="Hub id, local folder or URL of the student.")
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="Hub id, local folder or URL of the student; or slice: half of the teacher's "
+            "layers.",
+        ),
     ],
     data: Annotated[
         str,
@@ -81,7 +86,10 @@ def init(
     if empty:
         raise SpecErrors(empty)
     file = out or Path(f"{run_name(teacher, student)}.yaml")
-    text = render(teacher, student, data, str(file))
+    try:
+        text = render(teacher, student, data, str(file))
+    except ValueError as error:
+        raise SpecErrors([str(error)]) from None
     try:
         with file.open("w" if force else "x", encoding="utf-8") as stream:
             stream.write(text)

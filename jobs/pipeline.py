@@ -20,6 +20,7 @@ from jobs.cells.given import absolute_paths
 from jobs.driver import job_of_driver, tries_left
 from jobs.dtypes import cluster_dtypes, local_dtypes
 from jobs.errors import Interrupted, SpecErrors, StageFailed, Superseded
+from jobs.groupsizes import resolve_group_sizes
 from jobs.inputs import Inputs
 from jobs.live.beacon import Beacon
 from jobs.live.logs import LogPieces
@@ -99,6 +100,7 @@ def prepare_job(
         known = {**(dtypes or {}), **recorded_dtypes(run.store)}
         undecided = [] if local else [name for name in undecided_dtypes(spec) if name not in known]
         spec = absolute_paths(resolve(spec, {**local_dtypes(spec), **known}))
+        spec = resolve_group_sizes(spec)
         inputs = Inputs(spec)
         redo = _left_to_redo(run, redo)
         plan = Plan(spec, run, inputs, until, only, redo)

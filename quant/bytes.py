@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from quant.linear import QuantWeight
 from quant.pack import packed_width
+from quant.spec import CHANNEL, QuantSpec
 from quant.stored.mapped import Slot
 from quant.stored.strict_json import broken
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PARTS = ("codes", "scale", "zero")
 
@@ -124,6 +130,26 @@ def true_bits_per_weight(model: nn.Module) -> float:
 def dense_bytes(model: nn.Module, bytes_per_weight: int = 2) -> int:
     """Bytes of the unquantized model as deployed, in 16 bits unless told otherwise."""
     return parameter_count(model) * bytes_per_weight
+
+
+def sixteen_bit_share(
+    model: PreTrainedModel, spec: QuantSpec, layers: Mapping[str, QuantSpec | None] | None = None
+) -> float:
+    """The share of the bytes that stays in 16 bits when the model is quantized.
+
+    model: unquantized; on the meta device will do. Raises ValueError for what `find_targets`
+    refuses.
+    """
+    from quant.targets import find_targets
+
+    coded = weights = 0
+    for target in find_targets(model, spec, layers).layers.values():
+        size = target.columns if target.spec.group_size == CHANNEL else target.spec.group_size
+        slots = layer_slots(target.rows, target.columns, target.spec.bits, int(size))
+        coded += sum(slot.bytes for slot in slots.values())
+        weights += target.weights
+    kept = dense_bytes(model) - 2 * weights
+    return kept / (kept + coded)
 
 
 def folder_bytes(folder: str | Path) -> int:

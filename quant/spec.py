@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ METHODS: tuple[Method, ...] = ("hqq", "rtn", "int8-dynamic")
 CHANNEL: Literal["channel"] = "channel"  # one scale per row (output channel)
 GroupSize = int | Literal["channel"]
 DYNAMIC = "int8-dynamic"
+AUTO_GROUP_SIZES = (128, 64, 32, 16, 8)  # what group sizes are chosen from where none is given
 
 
 @dataclass(frozen=True)
@@ -68,3 +71,14 @@ class QuantSpec:
 def is_group_size(size: object) -> bool:
     """Whether `size` is a number of weights that a group may have: a multiple of 8, from 8 on."""
     return type(size) is int and size >= 8 and size % 8 == 0
+
+
+def fitting_group_sizes(widths: Iterable[int]) -> list[int]:
+    """The two largest of `AUTO_GROUP_SIZES` that divide all `widths`, the smaller one first.
+
+    widths: input widths of the layers. Where none divides them: the smallest, which is then refused
+    with the layer that it does not fit.
+    """
+    common = math.gcd(*widths)
+    found = [size for size in AUTO_GROUP_SIZES if common % size == 0][:2]
+    return sorted(found) or [AUTO_GROUP_SIZES[-1]]

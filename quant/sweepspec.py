@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from quant.spec import (
+    AUTO_GROUP_SIZES,
     BITS,
     CHANNEL,
     DYNAMIC,
     GroupSize,
     Method,
     QuantSpec,
+    fitting_group_sizes,
     is_group_size,
 )
 
@@ -145,11 +148,13 @@ class SweepSpec(Section):
         min_length=1,
         description=f"Code widths in bits, each one of {', '.join(map(str, BITS))}.",
     )
-    group_size: list[WholeNumber | Literal["channel"]] = Field(
-        default=[64, 128],
-        min_length=1,
+    group_size: (
+        Literal["auto"] | Annotated[list[WholeNumber | Literal["channel"]], Field(min_length=1)]
+    ) = Field(
+        "auto",
         description="Weights that share one scale and zero point: multiples of 8 that divide the "
-        "input width of every quantized layer, or channel: one scale per output channel.",
+        "input width of every quantized layer, or channel: one scale per output channel. auto: the "
+        "two largest of 128, 64, 32, 16 and 8 that divide the widths of all models of the grid.",
     )
     methods: list[Method] = Field(
         default=["hqq"],
@@ -242,7 +247,9 @@ class SweepSpec(Section):
 
     @field_validator("group_size")
     @classmethod
-    def _group_sizes(cls, value: list[GroupSize]) -> list[GroupSize]:
+    def _group_sizes(cls, value: Literal["auto"] | list[GroupSize]) -> Any:
+        if value == "auto":
+            return value
         wrong = [size for size in value if size != CHANNEL and not is_group_size(size)]
         if wrong:
             text = ", ".join(map(str, wrong))
@@ -278,6 +285,27 @@ class SweepSpec(Section):
         return self
 
     @property
+    def group_sizes(self) -> list[GroupSize]:
+        """`group_size` as a list; while it is auto, the sizes of most models stand for it."""
+        return sorted(AUTO_GROUP_SIZES[:2]) if self.group_size == "auto" else [*self.group_size]
+
+    def with_group_sizes(self, widths: Iterable[int]) -> SweepSpec:
+        """Itself with group sizes in place of auto, for layers of these input widths.
+
+        Raises ValueError, one line, where `exclude` leaves no cell of them.
+        """
+        if self.group_size != "auto":
+            return self
+        found = self.model_copy(update={"group_size": fitting_group_sizes(widths)})
+        if not any(found.cells(model) for model in ("student", *self.models)):
+            sizes = ", ".join(map(str, found.group_sizes))
+            raise ValueError(
+                f"sweep.exclude: leaves no cell of the group sizes {sizes}, which are those of "
+                "sweep.group_size: auto for these models; exclude fewer"
+            )
+        return found
+
+    @property
     def ends(self) -> list[tuple[bool, bool]]:
         """(embeddings, head): which of them are quantized too, of all cells."""
         tables = self.embeddings if isinstance(self.embeddings, list) else [self.embeddings]
@@ -291,7 +319,7 @@ class SweepSpec(Section):
             for end in self.ends
             for method in self.methods
             for bits in self.bits
-            for size in self.group_size
+            for size in self.group_sizes
         ]
         found = [QuantSpec(*point) for point in dict.fromkeys(grid)]
         return [spec for spec in found if not any(item.fits(spec, model) for item in self.exclude)]

@@ -39,7 +39,10 @@ HASH_DIGITS = 16  # of lm-eval's 64: enough to join documents by
 def require_lm_eval() -> None:
     """Raises ValueError, one line, where lm-eval is not installed."""
     if find_spec("lm_eval") is None:
-        raise ValueError(f"{KEY}: needs lm-eval; install it: pip install 'stillhouse[tasks]'")
+        raise ValueError(
+            f"{KEY}: needs lm-eval, which is not installed; in the checkout, run: .venv/bin/pip "
+            "install --constraint requirements.lock --editable '.[tasks]'"
+        )
 
 
 def check_tasks(tasks: Sequence[Task]) -> list[str]:

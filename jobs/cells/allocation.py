@@ -52,7 +52,7 @@ class Allocations:
         self.keys = allocated_keys(sweep)
         self.base = QuantSpec(
             min(sweep.bits),
-            next((size for size in sweep.group_size if size != CHANNEL), CHANNEL),
+            next((size for size in sweep.group_sizes if size != CHANNEL), CHANNEL),
             next((method for method in sweep.methods if method != DYNAMIC), "hqq"),
             any(table for table, _ in sweep.ends),
             any(head for _, head in sweep.ends),
@@ -63,7 +63,7 @@ class Allocations:
             "model": source.identity,
             "base": self.base.to_dict(),
             "bits": sorted(sweep.bits),
-            "group_size": sorted(map(str, sweep.group_size)),
+            "group_size": sorted(map(str, sweep.group_sizes)),
             "keep_16bit": sorted(set(sweep.keep_16bit)),
         }
         self.inputs.pop("tasks", None)  # nothing is decided on them
@@ -112,7 +112,7 @@ class Allocations:
         self.options = layer_options(
             self.needs.meta(self.source),
             self.base,
-            [(bits, size) for bits in self.sweep.bits for size in self.sweep.group_size],
+            [(bits, size) for bits in self.sweep.bits for size in self.sweep.group_sizes],
             dict.fromkeys(self.sweep.keep_16bit),
         )
         self.budgets = {key: _Budget(key, round(self.keys[key] * 1e6)) for key in todo}
@@ -244,7 +244,7 @@ class Allocations:
         specs = [
             QuantSpec(bits, group, self.base.method, self.base.embeddings, self.base.head)
             for bits in BITS
-            for group in self.sweep.group_size
+            for group in self.sweep.group_sizes
         ]
         model, kept = self.needs.meta(self.source), dict.fromkeys(self.sweep.keep_16bit)
         sizes = {spec: uniform_bytes(model, spec, kept) for spec in specs}

@@ -95,7 +95,8 @@ def quantize(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Weights that share a scale: a multiple of 8, or channel. Default: 64.",
+            help="Weights that share a scale: a multiple of 8, or channel. Default: 64, or less "
+            "where 64 does not divide all layers.",
         ),
     ] = None,
     method: Annotated[
@@ -168,10 +169,13 @@ def quantize(
     layers = read_layers(layer or [], spec)
     folder = check_out(out, "the quantized model")
     from jobs.models.load import enough_memory
-    from jobs.models.quantize import check_fits, find_unquantized, quantize_to
+    from jobs.models.quantize import check_fits, find_unquantized, fitted, quantize_to
 
     place = check_device(device.value)
     found = find_unquantized(model, storage, revision)
+    if not grid.group_sizes:
+        spec = fitted(found.folder, spec, layers)
+        layers = read_layers(layer or [], spec)
     check_fits(found.folder, spec, layers)
     with enough_memory(found.name):
         written = quantize_to(found, spec, layers, folder, place)
@@ -193,7 +197,7 @@ def _sweep(
 ) -> int:
     from jobs.models.options import Grid
     from jobs.models.quantize import find_unquantized
-    from jobs.models.sweep import sweep_spec
+    from jobs.models.sweep import kept_of, sweep_spec
 
     assert isinstance(grid, Grid)
     faults = []
@@ -215,6 +219,8 @@ def _sweep(
     )
     from jobs.pipeline import run_pipeline
 
+    for line in kept_of(found, spec):
+        typer.echo(line)
     return run_pipeline(spec)
 
 
@@ -280,7 +286,8 @@ def generate(
         typer.Option(metavar="BITS", help="Quantize a plain model first, in memory."),
     ] = None,
     group_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="With --bits. Default: 64.")
+        str | None,
+        typer.Option(metavar="SIZE", help="With --bits. Default: 64, or less as in quantize."),
     ] = None,
     method: Annotated[
         str | None, typer.Option(metavar="METHOD", help="With --bits. Default: hqq.")
@@ -352,7 +359,7 @@ def generate(
         raise SpecErrors([f"--chat: {found.name} has no chat template; leave --chat away"])
     with enough_memory(found.name):
         made = stream(
-            model_of(found, spec, place, kernels, dtype.value),
+            model_of(found, spec, place, kernels, dtype.value, fit=group_size is None),
             tokenizer,
             [{"role": "user", "content": text}] if chat else text,
             max_new_tokens,

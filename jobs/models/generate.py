@@ -85,10 +85,16 @@ def preference(found: Found, spec: QuantSpec | None, asked: str | None) -> str:
 
 
 def model_of(
-    found: Found, spec: QuantSpec | None, device: str, prefer: str, dtype: str = "auto"
+    found: Found,
+    spec: QuantSpec | None,
+    device: str,
+    prefer: str,
+    dtype: str = "auto",
+    fit: bool = False,
 ) -> Any:
     """The model, ready to run in `dtype`; a plain one is quantized in memory where `spec` asks.
 
+    fit: in the largest group size up to 64 that its layers allow, whatever `spec` says.
     Raises SpecErrors, one line, where a quantized model is asked for in other bits.
     """
     quiet()
@@ -96,10 +102,12 @@ def model_of(
         return load_any(found, device, prefer, compute_dtype(dtype, device))
     if found.kind != "plain":
         raise SpecErrors([f"--bits {spec.bits}: {found.name} {_is_quantized(found)}"])
-    from jobs.models.quantize import check_fits, load_and_quantize
+    from jobs.models.quantize import check_fits, fitted, load_and_quantize
     from quant.kernels import use_kernels
     from quant.quantize import cast_stored
 
+    if fit:
+        spec = fitted(found.folder, spec)
     check_fits(found.folder, spec)
     model, _ = load_and_quantize(found, spec, {}, device)
     cast_stored(model, compute_dtype(dtype, device))

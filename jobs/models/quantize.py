@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,22 @@ from quant.spec import QuantSpec
 from quant.tokenizer_files import copy_tokenizer, has_tokenizer
 
 COMMAND = "quantize"
+KEPT_SHARE = 1 / 3  # of the bytes in 16 bits: above it, the options that lower it are named
 
 
 @dataclass(frozen=True)
 class Written:
     """What `quantize_to` wrote.
 
-    bytes: of all files; dense_bytes: with the weights in 16 bits; tokenizer: is there one.
+    bytes: of all files; dense_bytes: with the weights in 16 bits; kept: the share of the weights'
+    bytes that stays in 16 bits, in words; tokenizer: is there one.
     """
 
     folder: Path
     bytes: int
     dense_bytes: int
     bits_per_weight: float
+    kept: str
     seconds: float
     kernels: str
     tokenizer: bool
@@ -42,6 +45,7 @@ class Written:
             f"size: {size(self.bytes)}, {self.bytes / self.dense_bytes:.2f} of the "
             f"{size(self.dense_bytes)} that the folder has in 16 bits",
             f"bits: {bits(self.bits_per_weight)} true bits per weight",
+            self.kept,
             f"quantized in {seconds(self.seconds)}",
             f"kernel: {self.kernels}",
             f"run it: stillhouse generate {self.folder} --prompt TEXT"
@@ -89,6 +93,37 @@ def check_fits(
         raise SpecErrors([str(error)]) from None
 
 
+def fitted(
+    folder: Path, spec: QuantSpec, layers: Mapping[str, QuantSpec | None] | None = None
+) -> QuantSpec:
+    """`spec` with the default group size for the model; as it is where `check_fits` refuses it."""
+    from jobs.groupsizes import single_group_size
+
+    quiet()
+    try:
+        return replace(spec, group_size=single_group_size(folder, spec, layers or {}))
+    except ValueError:
+        return spec
+
+
+def kept_line(
+    folder: Path, spec: QuantSpec, layers: Mapping[str, QuantSpec | None] | None = None
+) -> str:
+    """What share of the bytes stays in 16 bits; above a third with the options that lower it.
+
+    Reads the model's config alone. Raises ValueError for what `find_targets` refuses.
+    """
+    from quant.bytes import sixteen_bit_share
+    from trainer.models import meta_model, read_config
+
+    share = sixteen_bit_share(meta_model(read_config(folder)), spec, layers)
+    line = f"16-bit: {share:.0%} of the bytes stay in 16 bits"
+    missing = [f"--{name}" for name in ("embeddings", "head") if not getattr(spec, name)]
+    if share <= KEPT_SHARE or not missing:
+        return line
+    return f"{line} at {spec.bits} bits; {' '.join(missing)} quantizes more of them"
+
+
 def quantize_to(
     found: Found,
     spec: QuantSpec,
@@ -118,6 +153,7 @@ def quantize_to(
         bytes=total,
         dense_bytes=total - true_bytes(model) + dense_bytes(model),
         bits_per_weight=true_bits_per_weight(model),
+        kept=kept_line(found.folder, spec, layers),
         seconds=took,
         kernels=fastest_kernels(model, device),
         tokenizer=has_tokenizer(out),

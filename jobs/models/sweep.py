@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import SpecErrors
+from jobs.groupsizes import SINGLE
 from jobs.models.find import Found
 from jobs.models.options import Grid
+from jobs.models.quantize import fitted, kept_line
 from jobs.spec import JobSpec
+from quant.spec import QuantSpec
 
 DATA = "builtin:python-docs"
 # Of text that the models are measured on; a run that is worth more time may ask for more.
@@ -39,6 +42,9 @@ def sweep_spec(
 
     positions = max_length(read_config(found.folder)) or TOKENS
     section = grid.section()
+    if not grid.group_sizes:
+        model = QuantSpec(8, SINGLE, "hqq", grid.embeddings, grid.head)
+        section["group_size"] = [fitted(found.folder, model).group_size]
     if positions < PROMPT_TOKENS + DECODE_TOKENS:
         decode = max(2, min(DECODE_TOKENS, positions // 4))
         section["speed_decode_tokens"] = decode
@@ -65,6 +71,19 @@ def sweep_spec(
     if faults:
         raise SpecErrors(faults)
     return spec
+
+
+def kept_of(found: Found, spec: JobSpec) -> list[str]:
+    """What share of the bytes stays in 16 bits in the smallest cell of the job; one line.
+
+    None for a model that cannot be quantized, which the job's checks refuse.
+    """
+    assert spec.sweep is not None
+    cells = spec.sweep.cells()
+    try:
+        return [kept_line(found.folder, min(cells, key=lambda cell: cell.bits))]
+    except ValueError:
+        return []
 
 
 def run_name(model: str) -> str:

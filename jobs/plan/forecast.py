@@ -10,7 +10,7 @@ from jobs.plan import hours, notes
 from jobs.plan.breakeven import break_even
 from jobs.plan.corpus import Corpus, corpus_tokens
 from jobs.plan.hours import Tokens
-from jobs.plan.models import read_models
+from jobs.plan.models import read_models, with_group_sizes
 from jobs.plan.need import Need
 from jobs.plan.needs import (
     Models,
@@ -45,6 +45,7 @@ def forecast(asked: JobSpec, place: Place, price: float | None = None) -> dict[s
     except ValueError as error:
         raise SpecErrors([str(error)]) from error
     models = read_models(spec)
+    spec = with_group_sizes(spec, models)
     try:
         corpus = corpus_tokens(spec, models.student.vocab)
     except ValueError as error:
@@ -213,8 +214,16 @@ def _cells(spec: JobSpec) -> int:
 
 def _resolved(asked: JobSpec, spec: JobSpec) -> dict[str, Any]:
     """The keys that were `auto`, and what they are now."""
-    before, after = flatten(asked.model_dump()), flatten(spec.model_dump())
-    return {key: after[key] for key, value in before.items() if value == "auto" != after.get(key)}
+    before, after = asked.model_dump(), spec.model_dump()
+    found = {key: _at(after, key) for key, value in flatten(before).items() if value == "auto"}
+    return {key: value for key, value in found.items() if value != "auto"}
+
+
+def _at(values: Any, key: str) -> Any:
+    """The value of a dotted key in nested mappings and lists."""
+    for part in key.split("."):
+        values = values[int(part) if isinstance(values, (list, tuple)) else part]
+    return values
 
 
 def _placed(asked: JobSpec, stages: dict[str, Any]) -> dict[str, Any]:

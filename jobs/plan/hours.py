@@ -118,7 +118,7 @@ def sweep_seconds(models: Models, spec: JobSpec, place: Place, tokens: Tokens) -
         cells += 1
     if allocated_keys(sweep):
         shape = shapes[main_model(sweep)]
-        choices = len(sweep.bits) * len(sweep.group_size) * sum(m.count for m in shape.matrices)
+        choices = len(sweep.bits) * len(sweep.group_sizes) * sum(m.count for m in shape.matrices)
         # The layers before the one that changes are computed once: half a pass on average.
         flops = choices * shape.forward_flops(length) * tokens.select / 2
         busy += (flops / rate if rate else 0.0) + CELL_S * len(allocated_keys(sweep))

@@ -46,7 +46,7 @@ def read_models(spec: JobSpec) -> Models:
         if shape is not None:
             faults += _length_faults(spec, role, shape)
     if spec.sweep is not None:
-        faults += _group_faults(spec, models)
+        faults += _group_faults(with_group_sizes(spec, models), models)
     if faults:
         raise SpecErrors(faults)
     return models
@@ -133,6 +133,20 @@ def _length_faults(spec: JobSpec, role: str, shape: Shape) -> list[str]:
         f"data.sequence_length: {spec.data.sequence_length} is over the {role}'s maximum; may be "
         f"at most {shape.positions}"
     ]
+
+
+def with_group_sizes(spec: JobSpec, models: Models) -> JobSpec:
+    """The spec with `sweep.group_size: auto` replaced by sizes for the models of the grid.
+
+    Raises SpecErrors where `sweep.exclude` leaves no cell of them.
+    """
+    if spec.sweep is None:
+        return spec
+    widths = {matrix.columns for shape in swept(models, spec).values() for matrix in shape.matrices}
+    try:
+        return spec.model_copy(update={"sweep": spec.sweep.with_group_sizes(widths)})
+    except ValueError as error:
+        raise SpecErrors([str(error)]) from None
 
 
 def _group_faults(spec: JobSpec, models: Models) -> list[str]:

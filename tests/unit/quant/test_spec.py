@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from pydantic import ValidationError
 
-from quant.spec import BITS, CHANNEL, METHODS, QuantSpec
+from quant.spec import BITS, CHANNEL, METHODS, QuantSpec, fitting_group_sizes
 from quant.sweepspec import SweepSpec
 
 
@@ -131,3 +131,32 @@ def test_every_field_is_described():
     described = SweepSpec.model_json_schema()["properties"]
     assert all(part.get("description") for part in described.values())
     assert "int8-dynamic" in described["methods"]["items"]["enum"]
+
+
+@pytest.mark.parametrize(
+    ("widths", "sizes"),
+    [
+        ([4096, 14336], [64, 128]),  # Llama-3.1-8B
+        ([576, 1536], [32, 64]),  # SmolLM2-135M: 9 x 64
+        ([576, 1536, 480], [16, 32]),  # two models
+        ([96, 40], [8]),
+        ([100], [8]),  # refused with the layer's name where it is used
+        ([], [64, 128]),
+    ],
+)
+def test_group_sizes_that_divide_all_widths(widths, sizes):
+    assert fitting_group_sizes(widths) == sizes
+
+
+def test_auto_group_sizes_are_replaced_and_given_ones_stay():
+    assert SweepSpec().with_group_sizes([576, 1536]).group_sizes == [32, 64]
+    assert SweepSpec(group_size=[128]).with_group_sizes([576]).group_size == [128]
+    left_out = [{"group_size": 32}, {"group_size": 64}]
+    with pytest.raises(ValueError, match=r"sweep\.exclude: .* 32, 64"):
+        SweepSpec(exclude=left_out).with_group_sizes([576])
+
+
+def test_group_sizes_are_auto_or_a_list():
+    for wrong in ("other", [], ["auto"], 64):
+        with pytest.raises(ValidationError):
+            SweepSpec(group_size=wrong)

@@ -28,7 +28,7 @@ def test_what_quantize_prints_is_what_it_wrote(
     assert run(command) == 0
     out = capsys.readouterr().out.splitlines()
     total, weights = sizes(here / "deep/q4"), (here / "deep/q4/quantized.safetensors")
-    tensors = load_file(weights).values()
+    tensors = list(load_file(weights).values())
     count = read_description("deep/q4")["parameters"]
     held = sum(tensor.nbytes for tensor in tensors)
     dense = total - held + 2 * count
@@ -38,8 +38,9 @@ def test_what_quantize_prints_is_what_it_wrote(
         "folder has in 16 bits"
     )
     assert out[2] == f"bits: {8 * held / count:.2f} true bits per weight"
-    assert out[3].startswith("quantized in ") and out[4].startswith("kernel: ")
-    assert out[5] == "run it: stillhouse generate deep/q4 --prompt TEXT"
+    assert out[3] == f"16-bit: {norms(tensors) / held:.0%} of the bytes stay in 16 bits"
+    assert out[4].startswith("quantized in ") and out[5].startswith("kernel: ")
+    assert out[6] == "run it: stillhouse generate deep/q4 --prompt TEXT"
     assert {path.name for path in (here / "deep/q4").iterdir()} >= {
         "quant.json",
         "config.json",
@@ -47,6 +48,33 @@ def test_what_quantize_prints_is_what_it_wrote(
         "tokenizer_config.json",
     }
     assert list((here / "deep").iterdir()) == [here / "deep/q4"]
+
+
+def norms(tensors: list[torch.Tensor]) -> int:
+    """Bytes of what is quantized in no way: vectors."""
+    return sum(tensor.nbytes for tensor in tensors if tensor.dim() == 1)
+
+
+def test_a_large_share_in_16_bits_is_reported_with_what_lowers_it(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("quantize model --bits 4 --out q4") == 0
+    line = capsys.readouterr().out.splitlines()[3]
+    tensors = load_file(here / "q4/quantized.safetensors")
+    ends = [tensor for name, tensor in tensors.items() if "embed" in name or "lm_head" in name]
+    kept = norms(list(tensors.values())) + sum(tensor.nbytes for tensor in ends)
+    share = kept / sum(tensor.nbytes for tensor in tensors.values())
+    assert len(ends) == 2 and share > 1 / 3
+    assert line.startswith(f"16-bit: {share:.0%} of the bytes stay in 16 bits at 4 bits;")
+    assert "--embeddings --head" in line
+
+
+def test_the_default_group_size_divides_all_layers(here: Path) -> None:
+    assert run("quantize model --bits 4 --out q4") == 0
+    assert read_description("q4")["spec"]["group_size"] == 32  # the model is 32 wide
+    layers = read_description("q4")["layers"].values()
+    assert {layer["group_size"] for layer in layers} == {32}
+    assert run("generate model --bits 4 --prompt ab --max-new-tokens 2") == 0
 
 
 def test_quantize_is_the_python_way_in_a_command(here: Path, artifact: Path) -> None:
@@ -148,7 +176,7 @@ def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--bits 4 --out model", "--out: model is not empty; may be a new folder"),
         ("--bits 4 --out model/config.json", "--out: model/config.json is a file; may be"),
         ("--bits 4 --out s3://b/x", "--out: got s3://b/x; may be a local folder"),
-        ("--bits 4 --out new", "group_size 64 does not do for layer model.layers.0.self_attn"),
+        ("--bits 4 --group-size 64 --out new", "group_size 64 does not do for layer model.layers"),
         ("--bits 4 --group-size 8 --layer *.nix=4 --out new", "--layer *.nix: matches no layer"),
         ("--bits 4 --device cuda --out new", "--device: got cuda, but torch sees no GPU here"),
     ],

@@ -48,7 +48,8 @@ def test_a_sweep_has_defaults(pipeline: list[Any]) -> None:
     assert (spec.name, spec.storage) == ("mine", "s")
     assert spec.data.train[0].source == "builtin:python-docs"
     assert [cell.key for cell in spec.sweep.cells()] == [
-        f"hqq-{bits}b-g64-embeddings-head" for bits in (8, 4, 3, 2)
+        f"hqq-{bits}b-g32-embeddings-head"
+        for bits in (8, 4, 3, 2)  # the model is 32 wide
     ]
 
 
