@@ -40,7 +40,14 @@ def test_failed_cells_are_named_and_counted() -> None:
         cell = {"event": "cell_done", "stage": "sweep", "key": "hqq-2b-g64"}
         reporter.event({**cell, "status": "failed", "error": "ValueError: no"})
         reporter.event(
-            {"event": "progress", "stage": "sweep", "done": 1, "total": 1, "unit": "cells"}
+            {
+                "event": "progress",
+                "stage": "sweep",
+                "done": 1,
+                "total": 1,
+                "unit": "cells",
+                "failed": 1,
+            }
         )
     assert plain.getvalue().splitlines() == [
         "sweep: hqq-2b-g64 failed: ValueError: no",
