@@ -149,6 +149,11 @@ class Reporter:
 
     # Bars by name; those of single tasks are named after the bar that they belong to.
 
+    def bars(self) -> list[str]:
+        """The bars there are, each in words."""
+        rows = self._bars.tasks if self._bars is not None else []
+        return [f"{row.description} {row.fields['count']} {row.fields['note']}" for row in rows]
+
     def _rows_of(self, name: str, tasks: Sequence[Mapping[str, Any]]) -> None:
         rows = {f"{name} {task['key']}": task for task in tasks}
         for gone in [n for n in self._tasks if n.startswith(f"{name} ") and n not in rows]:
