@@ -344,6 +344,7 @@ class _Sweep:
         """Speeds of the cells that have none: the exclusive pass."""
         models = {key: cell.model for key, cell in self.cells.items()}
         measure_speeds(self.context, self.material, self.needs, self.sources, models, self.results)
+        self.context.reporter.end_stage("speed")
 
     # The end.
 

@@ -91,7 +91,7 @@ def test_running_tasks_of_a_sweep_are_shown_and_go() -> None:
         shown = reporter.bars()
         assert [row.split() for row in shown] == [
             ["sweep", "2/6", "cells", "1", "failed"],
-            ["hqq-4b-g64", *"evaluated on report: 12 of 64".split()],
+            ["hqq-4b-g64", "evaluated", "on", "report:", "12", "of", "64"],
         ]
         reporter.event({**SWEEP, "done": 3, "tasks": []})
         assert len(reporter.bars()) == 1
