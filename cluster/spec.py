@@ -52,8 +52,10 @@ class CaptureResources(WorkerResources):
         description="Number of workers. auto: one per GPU of the cluster, or two on a cluster "
         "without GPUs (one where it has a single CPU).",
     )
-    batch_tokens: int = Field(
-        16384, ge=1, description="Tokens of one teacher forward pass on one worker."
+    batch_tokens: Auto | Count = Field(
+        "auto",
+        description="Tokens of one teacher forward pass on one worker. auto: 16,384; on CPUs as "
+        "many as the teacher takes a few seconds for, so that progress shows and a stop is heard.",
     )
     shard_seconds: float = Field(
         20.0,

@@ -196,6 +196,7 @@ class _Attempt:
             events.emit("stage_skip", stage=stage)
             reporter.say(f"{stage}: done before, skipped")
         beacon.tell(waits="connecting to Ray")
+        reporter.waits("", "connecting to Ray")
         with contextlib.ExitStack() as connected:
             try:
                 cluster = connected.enter_context(connect(self.address))
@@ -233,6 +234,7 @@ class _Attempt:
 
         def tell(why: str) -> None:
             beacon.tell(waits=why)
+            reporter.waits("", why)
 
         grown = preflight.wait_for_resources(job.spec, job.plan.todo, cluster, stopped, tell)
         try:
@@ -297,6 +299,7 @@ def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:
         context.events.emit("stage_skip", stage=stage)
         context.reporter.say(f"{stage}: done before, skipped")
         return
+    context.reporter.waits("", None)
     context.emit("stage_start", stage=stage)
     if context.stop.is_set():
         raise Interrupted(f"stopped before {stage}")

@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jobs.live.beacon import AT_WORK
+from jobs.remaining import Remaining, in_words
 from trainer.news import line_of
 
 # Plain lines: at most one per stage in so many seconds.
 PLAIN_SECONDS = 10.0
+# What is waited for is said after so long, and again after so long.
+WAIT_SECONDS, WAIT_AGAIN_SECONDS = 10.0, 90.0
+# Seconds that a bar's estimate looks back.
+ESTIMATE_SECONDS = 300.0
+
+WAIT = " wait"  # the name of the bar that shows it; no stage has it
 
 
 class Reporter:
-    """Shows events. `progress` and `step` move a bar (or print now and then), others print."""
+    """Shows events. `progress` and `step` move bars (or print now and then), others print."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bars: Progress | None = None
         self._tasks: dict[str, Any] = {}
         self._printed: dict[str, float] = {}
-        self._cells = {"done": 0, "failed": 0}
+        self._remaining = Remaining()
+        self._wait: tuple[str, float, float] = ("", 0.0, 0.0)  # what, since when, said when
 
     def __enter__(self) -> Reporter:
         if self.console.is_terminal:
             self._bars = Progress(
                 TextColumn("{task.description:<9}"),
                 BarColumn(bar_width=24),
-                MofNCompleteColumn(),
+                TextColumn("{task.fields[count]}"),
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(compact=True),
                 console=self.console,
+                speed_estimate_period=ESTIMATE_SECONDS,
                 transient=True,
                 redirect_stdout=False,  # what Python prints belongs to the log, as all chatter
                 redirect_stderr=False,
@@ -58,44 +69,121 @@ class Reporter:
     def event(self, event: Mapping[str, Any]) -> None:
         """Shows one event of the run."""
         kind, stage = event["event"], event.get("stage", "")
+        if kind == "at_work":
+            self.waits(stage, "loading the model")
+        elif kind in AT_WORK:
+            self.waits(stage, None)
         if kind == "step":
             note = f"loss {event['loss']:.4f}  {event['tokens_per_s']:,.0f} tokens/s"
             self._move(stage, event["step"], event["steps"], note)
         elif kind == "progress":
             rate = event.get("tokens_per_s")
             note = event["unit"] + (f"  {rate:,.0f} tokens/s" if rate else "")
+            if "failed" in event:
+                note += f"  {event['failed']} failed"
             if stage == "capture":
                 stage = f"{stage} {event.get('part', '')}"
-            self._move(stage, min(event["done"], event["total"]), event["total"], note)
+            done, total = min(event["done"], event["total"]), event["total"]
+            self._move(stage, done, total, note, event.get("share"), event.get("tasks", ()))
         elif (line := line_of(event)) is not None:
             self.say(line)
         elif kind == "capture_start" and event["present"]:
             self.say(f"capture: {event['present']} sequences present, {event['missing']} missing")
-        elif kind == "cell_done":
-            self._cell(event)
-
-    def _cell(self, event: Mapping[str, Any]) -> None:
-        self._cells["done" if event["status"] == "done" else "failed"] += 1
-        if event["status"] != "done":
+        elif kind == "cell_done" and event["status"] != "done":
             self.say(f"sweep: {event['key']} failed: {event.get('error')}")
+
+    def waits(self, stage: str, why: str | None) -> None:
+        """What a stage waits for before its work begins; None: it has begun.
+
+        Call it again while that goes on. A bar shows it at once, a plain line follows when it has
+        taken a while.
+        """
+        now = time.monotonic()
+        if why is None:
+            self._wait = ("", now, now)
+            self._drop(WAIT)
+            return
+        line = f"{stage}: {why}" if stage else why
+        if self._bars is not None:
+            self._row(WAIT, stage or "starting", 0, None, note=why)
+        what, since, said = self._wait
+        if what != line:
+            self._wait = (line, now, now + WAIT_SECONDS - WAIT_AGAIN_SECONDS)
+        elif now - said >= WAIT_AGAIN_SECONDS and self._bars is None:
+            self._wait = (line, since, now)
+            self.say(line)
 
     def end_stage(self, stage: str) -> None:
         """Takes the stage's bars away."""
+        self.waits(stage, None)
         for name in [n for n in self._tasks if n.split()[0] == stage or stage == ""]:
-            if self._bars is not None:
-                self._bars.remove_task(self._tasks[name])
-            del self._tasks[name]
+            self._drop(name)
 
-    def _move(self, name: str, done: int, total: int, note: str) -> None:
-        if name == "sweep":
-            note = f"cells  {self._cells['failed']} failed"
+    def _move(
+        self,
+        name: str,
+        done: int,
+        total: int,
+        note: str,
+        share: float | None = None,
+        tasks: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """share: of the work, where `done` of `total` does not say it all. tasks: that run now."""
         if self._bars is not None:
-            if name not in self._tasks:
-                self._tasks[name] = self._bars.add_task(name, total=total, note=note)
-            self._bars.update(self._tasks[name], completed=done, total=total, note=note)
+            if share is None:
+                self._row(name, name, done, total, f"{done}/{total}", note)
+            else:
+                self._row(name, name, share, 1.0, f"{done}/{total}", note)
+            self._rows_of(name, tasks)
             return
         now = time.monotonic()
+        ahead = done / total if total else 1.0
+        left = self._remaining.seconds(name, ahead if share is None else share, now)
         due = now - self._printed.get(name, -PLAIN_SECONDS) >= PLAIN_SECONDS
         if due or done == total:
             self._printed[name] = now
-            self.say(f"{name}: {done}/{total}  {note}")
+            words = [f"{done}/{total}  {note}", *(f"{t['key']}: {t['words']}" for t in tasks)]
+            if left is not None:
+                words.append(in_words(left))
+            self.say(f"{name}: " + ", ".join(words))
+
+    # Bars by name; those of single tasks are named after the bar that they belong to.
+
+    def bars(self) -> list[str]:
+        """The bars there are, each in words."""
+        rows = self._bars.tasks if self._bars is not None else []
+        return [f"{row.description} {row.fields['count']} {row.fields['note']}" for row in rows]
+
+    def _rows_of(self, name: str, tasks: Sequence[Mapping[str, Any]]) -> None:
+        rows = {f"{name} {task['key']}": task for task in tasks}
+        for gone in [n for n in self._tasks if n.startswith(f"{name} ") and n not in rows]:
+            self._drop(gone)
+        for row, task in rows.items():
+            self._row(row, f"  {task['key']}", task["share"], 1.0, note=task["words"])
+
+    def _row(
+        self,
+        name: str,
+        title: str,
+        done: float,
+        total: float | None,
+        count: str = "",
+        note: str = "",
+    ) -> None:
+        assert self._bars is not None
+        # Names of cells and of models hold no markup.
+        title, note = escape(title), escape(note)
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(title, total=total, count=count, note=note)
+        self._bars.update(
+            self._tasks[name],
+            completed=done,
+            total=total,
+            description=title,
+            count=count,
+            note=note,
+        )
+
+    def _drop(self, name: str) -> None:
+        if self._bars is not None and name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(name))

@@ -61,7 +61,7 @@ def evaluate_model(
     for part_name, folder in (references or {}).items():
         part = parts[part_name]
         assert part is not None and model is not None
-        meta = write_reference(model, part.batches(), folder, setting.device)
+        meta = write_reference(model, part.batches(), folder, setting.device, part.on("reference"))
         if meta["kind"] == "hidden":  # its answers, without running it a second time
             stored[part_name] = StoredReference(folder, model_folder, setting.device)
     found: dict[str, dict[str, Any] | None] = {}
@@ -82,6 +82,7 @@ def evaluate_model(
                     part.records() if part.records is not None else None,
                     setting.device,
                     vocab=setting.vocab,
+                    progress=part.on("evaluation"),
                 ),
                 None,
             )

@@ -73,6 +73,9 @@ def run_cell(
     keep_16bit: Sequence[str] = (),
     recover: Callable[[PreTrainedModel], dict[str, Any]] | None = None,
     reference_tasks: Mapping[str, Any] | None = None,
+    progress: Callable[[str, float], None] | None = None,
+    made: Mapping[str, Any] | None = None,
+    on_saved: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Quantize the model in `model_folder` as the cell says, save it to `out_folder`, evaluate it
     against itself unquantized and against the teacher's records.
@@ -83,30 +86,31 @@ def run_cell(
     `quantize_s` is without loading the model. Without `out_folder` nothing is saved. `keep_16bit`:
     names or globs of modules that are not quantized. recover: trains a recovered cell's scales in
     place, before it is saved; what it returns is kept. reference_tasks: results of the setting's
-    tasks for the 16-bit model, to count flips against.
+    tasks for the 16-bit model, to count flips against. progress: called with what it is at
+    ("quantize", "tasks"; of the evaluation the parts tell) and the share of that.
+
+    on_saved: called once the model is in `out_folder`, before the evaluation, with what is known of
+    it until then. made: that of an earlier start, whose model is in `out_folder`: it is evaluated.
     """
     setting = setting or Setting()
     torch.set_num_threads(setting.threads)
     with Peak(setting.device) as peak:
-        model = load_model(model_folder, setting.device)
-        load_method(cell.spec.method)  # importing it is no part of the time
-        start = time.perf_counter()
-        kept = stored_dtype(model)
-        layers = {**cell.layers, **dict.fromkeys(keep_16bit)}
-        model = quantize(model, cell.spec, layers, kept)
-        quantize_s = time.perf_counter() - start
-        recovered = None
-        if recover is not None and cell.recovered:
-            cast_stored(model, setting.compute_dtype(model))
-            recovered = recover(model)
-            cast_stored(model, kept)
+        if made is None:
+            model, made = _made(cell, model_folder, setting, keep_16bit, recover, progress)
+            if out_folder is not None:
+                save_quantized(model, out_folder, cell.spec, {"versions": versions()})
+                if on_saved is not None:
+                    on_saved(made)
+        else:
+            assert out_folder is not None
+            model = load_quantized(out_folder, setting.device, prefer="plain")
         size = {"bits_per_weight": true_bits_per_weight(model), "bytes": true_bytes(model)}
-        if out_folder is not None:
-            save_quantized(model, out_folder, cell.spec, {"versions": versions()})
         cast_stored(model, setting.compute_dtype(model))
         start = time.perf_counter()
         with dense_weights(model, model.dtype):
             found = measured(model, model_folder, cell.model, report, select, setting)
+            if progress is not None and setting.tasks:
+                progress("tasks", 0.0)
             tasks = tasks_of(model, model_folder, setting, reference_tasks)
     return {
         **_identity(cell),
@@ -115,18 +119,52 @@ def run_cell(
         **found,
         **size,
         "parameters": parameter_count(model),
-        "recovered": recovered,
+        "recovered": made["recovered"],
         "tasks": tasks,
         **dict.fromkeys(SPEEDS),
         "compute_dtype": dtype_name(model.dtype),
         "evaluated_with": _evaluated_with(cell.spec, model.dtype),
         "keep_16bit": sorted(set(keep_16bit)),
-        "quantize_s": quantize_s,
+        "quantize_s": made["quantize_s"],
         "eval_s": time.perf_counter() - start,
         "eval_peak_bytes": peak.bytes,
         "versions": versions(),
         "fingerprint": None,
     }
+
+
+def _made(
+    cell: Cell,
+    model_folder: str,
+    setting: Setting,
+    keep_16bit: Sequence[str],
+    recover: Callable[[PreTrainedModel], dict[str, Any]] | None,
+    progress: Callable[[str, float], None] | None = None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The cell's model as it is stored, and what is known of it before its evaluation."""
+    model = load_model(model_folder, setting.device)
+    load_method(cell.spec.method)  # importing it is no part of the time
+    start = time.perf_counter()
+    kept = stored_dtype(model)
+    layers = {**cell.layers, **dict.fromkeys(keep_16bit)}
+    told = _share_of("quantize", progress)
+    model = quantize(model, cell.spec, layers, kept, progress=told)
+    quantize_s = time.perf_counter() - start
+    recovered = None
+    if recover is not None and cell.recovered:
+        cast_stored(model, setting.compute_dtype(model))
+        recovered = recover(model)
+        cast_stored(model, kept)
+    return model, {"quantize_s": quantize_s, "recovered": recovered}
+
+
+def _share_of(
+    what: str, progress: Callable[[str, float], None] | None
+) -> Callable[[int, int], None] | None:
+    """`progress` as `quantize` calls it."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(what, done / total)
 
 
 def select_kl(
@@ -136,6 +174,7 @@ def select_kl(
     *,
     setting: Setting | None = None,
     keep_16bit: Sequence[str] = (),
+    progress: Callable[[str, float], None] | None = None,
 ) -> dict[str, Any]:
     """The KL of a cell to its 16-bit model on `select`, and nothing else: for choosing one.
 
@@ -143,14 +182,18 @@ def select_kl(
     """
     setting = setting or Setting()
     torch.set_num_threads(setting.threads)
-    model = load_model(model_folder, setting.device)
-    layers = {**cell.layers, **dict.fromkeys(keep_16bit)}
-    model = quantize(model, cell.spec, layers, stored_dtype(model))
+    model, _ = _made(cell, model_folder, setting, keep_16bit, None, progress)
     cast_stored(model, setting.compute_dtype(model))
     reference = reference_of(select, model_folder, setting)
     with dense_weights(model, model.dtype):
         found = evaluate(
-            model, select.batches(), reference, None, setting.device, vocab=setting.vocab
+            model,
+            select.batches(),
+            reference,
+            None,
+            setting.device,
+            vocab=setting.vocab,
+            progress=select.on("evaluation"),
         )
     each = found["per_sequence"]
     return {

@@ -23,6 +23,7 @@ from quant.metrics import (
     sums_of,
     with_interval,
 )
+from quant.progress import Sequences, batch_progress
 from quant.reference import StoredReference
 
 __all__ = ["Batch", "TeacherRecords", "evaluate", "perplexity", "teacher_metrics"]
@@ -39,6 +40,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     chunk_tokens: int = 256,
     vocab: int | None = None,
+    progress: Sequences | None = None,
 ) -> dict[str, Any]:
     """Measure `model`, also against an unquantized `reference` and a teacher's records.
 
@@ -46,7 +48,8 @@ def evaluate(
     divergences are float32, sums float64. Both may be models, or what was stored of one.
     `teacher_records` is aligned with `batches`. `chunk_tokens` bounds memory: a few float32 tensors
     `[chunk_tokens, vocab]`. Ids from `vocab` on do not exist: rows that a head has beyond its
-    tokenizer are left out, as in training.
+    tokenizer are left out, as in training. `progress` is called with the sequences done, in
+    fractions within a batch.
 
     Returns a dict for JSON; what needs a reference or records is None without. Intervals (`_low`,
     `_high`) are at 95 %, over sequences (`quant.intervals`); None where one sequence leaves none.
@@ -74,26 +77,29 @@ def evaluate(
         module.to(device).eval()
     columns: list[Columns] = []
     data = DataHash()
-    for batch, records in aligned(batches, teacher_records):
-        sequences, index = sum(data.batch_sizes), len(data.batch_sizes)
-        seen = data.add(batch)
-        ids, counted, targets = inputs(batch, device)
-        tokens = (ids, place(batch.position_ids, device), counted)
-        own = _logits(model, index, seen, *tokens)
-        other = None if reference is None else _logits(reference, index, seen, *tokens)
-        teacher = {} if records is None else _teacher_columns(batch, records)
-        record = () if records is None else sparse(records, counted, device)
-        rows = counted.nonzero()[:, 0] + sequences
-        for first in range(0, len(own), chunk_tokens):
-            last = min(first + chunk_tokens, len(own))
-            found = _measured(
-                own.chunk(first, last)[:, :vocab],
-                None if other is None else other.chunk(first, last)[:, :vocab],
-                targets[first:last],
-                [tensor[first:last] for tensor in record],
-            )
-            found["sequence"] = rows[first:last].cpu().numpy()
-            columns.append(found | {name: each[first:last] for name, each in teacher.items()})
+    with batch_progress(progress, live) as meter:
+        for batch, records in aligned(batches, teacher_records):
+            sequences, index = sum(data.batch_sizes), len(data.batch_sizes)
+            seen = data.add(batch)
+            ids, counted, targets = inputs(batch, device)
+            meter.begin(len(ids))
+            tokens = (ids, place(batch.position_ids, device), counted)
+            own = _logits(model, index, seen, *tokens)
+            other = None if reference is None else _logits(reference, index, seen, *tokens)
+            teacher = {} if records is None else _teacher_columns(batch, records)
+            record = () if records is None else sparse(records, counted, device)
+            rows = counted.nonzero()[:, 0] + sequences
+            for first in range(0, len(own), chunk_tokens):
+                last = min(first + chunk_tokens, len(own))
+                found = _measured(
+                    own.chunk(first, last)[:, :vocab],
+                    None if other is None else other.chunk(first, last)[:, :vocab],
+                    targets[first:last],
+                    [tensor[first:last] for tensor in record],
+                )
+                found["sequence"] = rows[first:last].cpu().numpy()
+                columns.append(found | {name: each[first:last] for name, each in teacher.items()})
+                meter.head(last / len(own))
     for each in stored:
         each.check_end(len(data.batch_sizes))
     return summary(joined(columns), data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant.batches import Batch, TeacherRecords
 from quant.evaluate import evaluate
+from quant.progress import Sequences
 from quant.reference import open_reference
 from quant.stored.description import FORMAT
 from quant.sweepspec import Task
@@ -54,12 +56,18 @@ class Part:
 
     batches, records: made anew for every pass; the teacher's records are aligned with the batches.
     reference: the folder that `quant.reference.write_reference` wrote of the 16-bit model; None:
-    the model itself is run beside.
+    the model itself is run beside. progress: called with what a pass is ("reference", "evaluation")
+    and the sequences that it has done, in fractions.
     """
 
     batches: Callable[[], Iterable[Batch]]
     records: Callable[[], Iterable[TeacherRecords]] | None = None
     reference: str | None = None
+    progress: Callable[[str, float], None] | None = None
+
+    def on(self, what: str) -> Sequences | None:
+        """`progress` for one pass."""
+        return None if self.progress is None else partial(self.progress, what)
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,7 @@ def measured(
             part.records() if part.records is not None else None,
             setting.device,
             vocab=setting.vocab,
+            progress=part.on("evaluation"),
         )
         result[name] = metrics(found, of)
     return {**result["report"], "select": result["select"]}

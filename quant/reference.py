@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from quant.batches import Batch, DataHash, inputs
 from quant.headed import head_hash, head_tensors, model_with_head, output_type, whole_model
 from quant.logits import CountedLogits, HeadLogits, place
+from quant.progress import Sequences, batch_progress
 from quant.stored.folder import whole_folder
 from quant.stored.mapped import NAMES, MappedTensors
 from quant.stored.strict_json import broken, read_object, shown
@@ -37,6 +38,7 @@ def write_reference(
     batches: Iterable[Batch],
     folder: str | Path,
     device: torch.device | str = "cpu",
+    progress: Sequences | None = None,
 ) -> dict[str, Any]:
     """Run `model` over the batches and keep its last hidden states at their counted positions.
 
@@ -44,7 +46,8 @@ def write_reference(
     in the order of the batches; one batch in memory at a time) and `meta.json` into `folder`, both
     or neither; a reference that is there is replaced. Returns the meta. A model whose base cannot
     run by itself has no hidden states to keep: its meta says kind "inseparable", and readers run it
-    (`open_reference`). Raises ValueError when no position counts or something else is in `folder`.
+    (`open_reference`). `progress` is called with the sequences done, in fractions within a batch.
+    Raises ValueError when no position counts or something else is in `folder`.
     """
     folder = Path(folder)
     runs: nn.Module = model  # transformers' own `to` has no types
@@ -66,9 +69,11 @@ def write_reference(
     with (
         whole_folder(folder, lambda path: False, lambda path: (HIDDEN, META)) as partial,
         _rows(partial / HIDDEN) as append,
+        batch_progress(progress, [model], forward=1.0) as meter,
     ):
         for batch in batches:
             ids, counted, _ = inputs(batch, device)
+            meter.begin(len(ids))
             tokens.append(int(counted.sum()))
             hashes.append(data.add(batch))
             if found["kind"] == "inseparable":

@@ -49,7 +49,7 @@ from trainer.yamlfile import apply_override, parse
 IGNORED = ("resources", "sweep", "tracking")
 DONE, WRONG, FAILED, INTERRUPTED = 0, 2, 3, 130
 # Of one teacher forward pass on one rank; and how often records are published at least.
-BATCH_TOKENS, SHARD_SECONDS = 16384, 20.0
+SHARD_SECONDS = 20.0
 # Ranks wait for each other at most so long: while rank 0 prepares the corpus, and else.
 PREPARE_MINUTES, COLLECTIVE_MINUTES = 24 * 60, 30
 PRINT_SECONDS = 10.0
@@ -238,7 +238,7 @@ class Rank:
         if spec.teacher is not None:
             cache = self.after(lambda: open_cache(root.sub(job.CACHES), names.cache))
             job.make_capture(
-                spec, corpus, cache, batch_tokens=BATCH_TOKENS, shard_seconds=SHARD_SECONDS
+                spec, corpus, cache, batch_tokens="auto", shard_seconds=SHARD_SECONDS
             ).run(self.worker)
         for training in job.make_trainings(spec, inputs, self.store, corpus, cache):
             training.run(self.worker)
@@ -301,9 +301,9 @@ class Rank:
             return answers
         began = time.time()
         if spec.responses.origin == "teacher":
-            facts = make_job(
-                spec, answers, batch_tokens=BATCH_TOKENS, publish_seconds=SHARD_SECONDS
-            ).run(self.worker)
+            facts = make_job(spec, answers, batch_tokens="auto", publish_seconds=SHARD_SECONDS).run(
+                self.worker
+            )
         else:
             facts = self.after(lambda: collect(spec, answers, self.worker.hooks))
         self.after(lambda: finish(spec, answers, identity, facts, began))

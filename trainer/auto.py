@@ -10,6 +10,9 @@ from typing import Any
 RECOMPUTE_FROM, RECOMPUTE_FROM_LORA = 8 << 30, 16 << 30
 # Tokens of a micro-batch.
 MICRO_TOKENS = 16384
+# Tokens of a teacher's forward pass; on a CPU as many as are so much work, in parameters times
+# tokens: some three seconds of a core, after which there is progress to show and a stop is heard.
+BATCH_TOKENS, CPU_BATCH_WORK, LEAST_BATCH_TOKENS = 16384, 64e9, 512
 
 
 def auto_learning_rate(init: str, width: int, lora: bool = False) -> float:
@@ -36,6 +39,17 @@ def auto_micro_batch(sequence_length: int) -> int:
     (`auto_activation_checkpointing`).
     """
     return max(1, MICRO_TOKENS // sequence_length)
+
+
+def auto_batch_tokens(parameters: int, device: str) -> int:
+    """Rule for `resources.capture.batch_tokens: auto`: 16,384 on a GPU, less on a CPU.
+
+    parameters: of the teacher. device: "cpu" or "cuda". It follows neither the speed of a machine
+    nor its load, so that captures of one teacher on CPUs all have blocks of one size.
+    """
+    if device != "cpu":
+        return BATCH_TOKENS
+    return min(BATCH_TOKENS, max(LEAST_BATCH_TOKENS, int(CPU_BATCH_WORK / max(1, parameters))))
 
 
 def auto_activation_checkpointing(config: dict[str, Any], micro_tokens: int, lora: bool) -> bool:

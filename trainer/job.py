@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from cluster.storage import Store, open_store
 from trainer.auto import (
@@ -201,7 +201,12 @@ def training_inputs(
 
 
 def make_capture(
-    spec: Sections, corpus: Store, cache: Store, *, batch_tokens: int, shard_seconds: float
+    spec: Sections,
+    corpus: Store,
+    cache: Store,
+    *,
+    batch_tokens: int | Literal["auto"],
+    shard_seconds: float,
 ) -> Any:
     """The `trainer.teacher.Capture` of a resolved spec with a teacher."""
     from trainer.teacher import Capture

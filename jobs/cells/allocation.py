@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.fanout import Failure
+from jobs.cells.advance import EVALUATE, QUANTIZE_TOKENS, Advance
 from jobs.cells.material import Material, Source
 from jobs.cells.needs import Needs
 from jobs.cells.prints import common
@@ -297,21 +298,34 @@ def sensitivity_task(
 
     torch.set_num_threads(material.threads)
     folder = source.folder()
-    part = material.part("select", source)
+    part, sequences = material.part("select", source), material.sequences("select")
+
+    def tell(layer: int, layers: int, done: float) -> None:
+        share = (layer + done / max(1, sequences)) / layers
+        material.report(share, f"layer {layer + 1} of {layers}")
+
     assert part.reference is not None
     reference = open_reference(part.reference, folder, material.device, material.vocab)
     model = material.setting().load(folder)
-    return sensitivity(model, reference, part.batches, pieces, material.device, material.vocab)
+    return sensitivity(
+        model, reference, part.batches, pieces, material.device, material.vocab, tell
+    )
 
 
 def candidate_task(material: Material, source: Source, cell: Cell) -> dict[str, Any]:
     """KL on select of the model quantized by an allocation."""
     from quant.cell import select_kl
 
+    work = {
+        "quantize": QUANTIZE_TOKENS / material.sequence_length,
+        "evaluation/select": EVALUATE * material.sequences("select"),
+    }
+    advance = Advance(material.report, work)
     return select_kl(
         cell,
         source.folder(),
-        material.part("select", source),
+        material.part("select", source, advance),
         setting=material.setting(),
         keep_16bit=material.sweep.keep_16bit,
+        progress=advance.cell,
     )

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from cluster.progress import Report, silent
 from cluster.storage import Attempt, Store
+from jobs.cells.advance import Advance
 from quant.sweepspec import SweepSpec
 from trainer.corpus.corpus import Batch, open_corpus
 from trainer.logits.positions import read_along
@@ -59,7 +61,8 @@ class Material:
     """What all tasks of one sweep share.
 
     vocab: ids that exist. threads, speed_threads: of torch, for evaluations and for speeds. gpus:
-    of a task. distill, cache_spec, data, seed: of the training, for recovery.
+    of a task. distill, cache_spec, data, seed: of the training, for recovery. report: of the
+    task that has it (`jobs.cells.work.call`).
     """
 
     sweep: SweepSpec
@@ -74,6 +77,7 @@ class Material:
     data: DataSpec | None = None
     distill: DistillSpec | None = None
     cache_spec: CacheSpec | None = None
+    report: Report = silent
 
     @property
     def device(self) -> str:
@@ -93,8 +97,20 @@ class Material:
         reader = CacheReader(self.cache, "eval")
         return (teacher_batch(reader, batch) for batch in self.batches(part))
 
-    def part(self, name: str, source: Source | None = None) -> Any:
-        """A `quant.measured.Part`; with the stored reference of `source` if one is given."""
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a sequence."""
+        return int(open_corpus(self.corpus).manifest["sequence_length"])
+
+    def sequences(self, part: str) -> int:
+        """How many a part has."""
+        return len(open_corpus(self.corpus).part(part))
+
+    def part(self, name: str, source: Source | None = None, advance: Advance | None = None) -> Any:
+        """A `quant.measured.Part`; with the stored reference of `source` if one is given.
+
+        advance: hears how far passes over it are.
+        """
         from functools import partial
 
         from quant.measured import Part
@@ -103,7 +119,8 @@ class Material:
         if source is not None:
             reference = str(self.attempt.store.fetch_folder(f"{source.references}/{name}"))
         records = None if self.cache is None else partial(self.records, name)
-        return Part(partial(self.batches, name), records, reference)
+        progress = None if advance is None else advance.part(name, self.sequences(name))
+        return Part(partial(self.batches, name), records, reference, progress)
 
     def setting(self) -> Any:
         """A `quant.measured.Setting`."""

@@ -115,6 +115,10 @@ class Needs:
             self.models[source.role] = _model(source)
         return self.models[source.role]
 
+    def model_cost(self, source: Source) -> float:
+        """How long a task takes that evaluates a 16-bit model, or tries an allocation of it."""
+        return float(parameter_count(self.meta(source)))
+
     def cost(self, cell: Cell, source: Source) -> float:
         """How long a cell takes beside others, roughly: the longest go first."""
         weights = parameter_count(self.meta(source))

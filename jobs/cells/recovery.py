@@ -63,6 +63,7 @@ def recover(
     seed: int,
     threads: int = 1,
     device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Recover a quantized model in place; what was done, as JSON.
 
@@ -70,7 +71,7 @@ def recover(
     they say which records of the train part the cache holds (those of other runs do not count, for
     the result is to depend on this run alone). The seed is that of the recovery's order too.
     select: the part that the weights are chosen on. reference_folder: the 16-bit model that `model`
-    was made of. vocab: ids that the tokenizer has.
+    was made of. vocab: ids that the tokenizer has. progress: called with the steps done and of all.
 
     Returns steps, seconds, tokens (that were learnt from), target, learning_rate, metric (what was
     measured on select: a mean KL in nats), select_before, select_after, best_step (0: as it came),
@@ -103,7 +104,7 @@ def recover(
     with closing(loader), trainable(model) as parts:
         run = _Run(model, spec, parts, signal, vocab, where)
         with closing(loader.steps(0, spec.steps, threads=threads_for(cache))) as steps:
-            found = run.run(steps, measure)
+            found = run.run(steps, measure, progress)
     return {
         "steps": spec.steps,
         "target": target,
@@ -278,7 +279,10 @@ class _Run:
             check_head(model, vocab)
 
     def run(
-        self, steps: Iterable[Step], measure: Callable[[PreTrainedModel], float]
+        self,
+        steps: Iterable[Step],
+        measure: Callable[[PreTrainedModel], float],
+        progress: Callable[[int, int], None],
     ) -> dict[str, Any]:
         """All steps; the model ends with the weights that did best."""
         count = self.schedule.steps
@@ -292,6 +296,7 @@ class _Run:
             number = step.number + 1
             losses.append(self._step(step))
             tokens += step.tokens
+            progress(number, count)
             if number not in due:
                 continue
             try:

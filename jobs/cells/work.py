@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.storage import Attempt
+from cluster.progress import Report, silent
+from cluster.storage import Attempt, Store
+from jobs.cells.advance import EVALUATE, HEAD, LEARN, QUANTIZE_TOKENS, Advance
 from jobs.cells.material import PARTS, Material, Source
 from quant.grid import Cell
 from quant.memory import Forecast
@@ -38,10 +42,11 @@ def model_task(
             for part in PARTS
             if references and not store.exists(f"{source.references}/{part}/meta.json")
         }
+        advance = _model_advance(material, todo)
         result = evaluate_model(
             source.folder(),
-            material.part("report"),
-            material.part("select"),
+            material.part("report", advance=advance),
+            material.part("select", advance=advance),
             source.role,  # type: ignore[arg-type]
             source.name,
             setting=material.setting(),
@@ -79,11 +84,12 @@ def extra_task(
     """Evaluates a model quantized elsewhere and publishes evaluations/extra-<name>.json."""
     from quant.beside import evaluate_extra
 
+    advance = Advance(material.report, _evaluations(material, EVALUATE))
     result = evaluate_extra(
         str(find_model("sweep.extra", extra.path)),
         source.folder(),
-        material.part("report", source),
-        material.part("select", source),
+        material.part("report", source, advance),
+        material.part("select", source, advance),
         extra.label,
         setting=material.setting(),
         reference_tasks=_reference_tasks(material, source),
@@ -96,9 +102,10 @@ def extra_task(
 def cell_task(
     material: Material, cell: Cell, print_: str, source: Source, need: Forecast
 ) -> dict[str, Any]:
-    """One cell: quantizes, evaluates, publishes the model and then its result.json.
+    """One cell: quantizes, publishes the model, evaluates it, publishes its result.json.
 
-    need: what it is foretold to take. Raises MemoryError, with the numbers, where the GPU has less.
+    A model that an earlier start of the same cell has published is not made again. need: what it
+    is foretold to take. Raises MemoryError, with the numbers, where the GPU has less.
     """
     from functools import partial
 
@@ -108,24 +115,37 @@ def cell_task(
     began = time.perf_counter()
     _check_gpu(material, need)
     folder = Path(source.folder())
+    store = material.attempt.store
+    before = made_before(store, cell.key, print_)
+    advance = _cell_advance(material, cell, quantized=before is not None)
     recover = None
     if cell.recovered:
-        recover = partial(_recover, material, source)
+        recover = partial(_recover, material, source, advance)
     with tempfile.TemporaryDirectory(prefix="stillhouse-cell-") as temporary:
+
+        def publish(made: dict[str, Any]) -> None:
+            copy_tokenizer(folder, Path(temporary))
+            found = {**made, "seconds": time.perf_counter() - began}
+            publish_made(material.attempt, Path(temporary), cell.key, print_, found)
+
+        out = temporary
+        if before is not None:
+            out = str(store.fetch_folder(f"cells/{cell.key}/model"))
         result = run_cell(
             cell,
             str(folder),
-            material.part("report", source),
-            material.part("select", source),
-            temporary,
+            material.part("report", source, advance),
+            material.part("select", source, advance),
+            out,
             setting=material.setting(),
             keep_16bit=material.sweep.keep_16bit,
             recover=recover,
             reference_tasks=_reference_tasks(material, source),
+            progress=advance.cell,
+            made=before,
+            on_saved=publish,
         )
-        copy_tokenizer(folder, Path(temporary))
-        upload(material.attempt, Path(temporary), f"cells/{cell.key}/model")
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began + (0.0 if before is None else before["seconds"])
     result |= {
         "fingerprint": print_,
         "model_kept": True,
@@ -135,10 +155,62 @@ def cell_task(
         "device_hours": seconds * (material.gpus or material.threads) / 3600,
     }
     material.attempt.write_json(f"cells/{cell.key}/result.json", result)
+    _forget_made(store, cell.key)
     return result
 
 
-def _recover(material: Material, source: Source, model: PreTrainedModel) -> dict[str, Any]:
+def made_path(key: str) -> str:
+    """Where it says that a cell's model is whole, while the cell has no result yet."""
+    return f"cells/{key}/made.json"
+
+
+def made_before(store: Store, key: str, print_: str) -> dict[str, Any] | None:
+    """What an earlier start of the cell of this fingerprint has made and published, if it has."""
+    path = made_path(key)
+    if not store.exists(path) or not store.exists(f"cells/{key}/model/config.json"):
+        return None
+    found: dict[str, Any] = store.read_json(path)
+    return found if found.get("fingerprint") == print_ else None
+
+
+def publish_made(
+    attempt: Attempt, folder: Path, key: str, print_: str, made: dict[str, Any]
+) -> None:
+    """Publishes a cell's model, in the place of one that was there, and then says so."""
+    attempt.fence()
+    _forget_made(attempt.store, key)  # the model is replaced now
+    upload(attempt, folder, f"cells/{key}/model")
+    attempt.write_json(made_path(key), {**made, "fingerprint": print_})
+
+
+def _forget_made(store: Store, key: str) -> None:
+    if store.exists(made_path(key)):
+        store.delete(made_path(key))
+
+
+def _evaluations(material: Material, weight: float) -> dict[str, float]:
+    """The phases of an evaluation, as `Advance` has them."""
+    return {f"evaluation/{part}": weight * material.sequences(part) for part in PARTS}
+
+
+def _model_advance(material: Material, references: Iterable[str]) -> Advance:
+    work = {f"reference/{part}": float(material.sequences(part)) for part in references}
+    return Advance(material.report, work | _evaluations(material, HEAD if work else EVALUATE))
+
+
+def _cell_advance(material: Material, cell: Cell, quantized: bool) -> Advance:
+    work: dict[str, float] = {}
+    if not quantized:
+        work["quantize"] = QUANTIZE_TOKENS / material.sequence_length
+        if cell.recovered and (learn := material.sweep.recover) is not None:
+            work["recover"] = LEARN * learn.steps * learn.batch_sequences
+    tasks = {"tasks": 0.0} if material.sweep.tasks else {}
+    return Advance(material.report, work | _evaluations(material, EVALUATE) | tasks)
+
+
+def _recover(
+    material: Material, source: Source, advance: Advance, model: PreTrainedModel
+) -> dict[str, Any]:
     """Trains the scales of a quantized model; see `jobs.cells.recovery`."""
     from jobs.cells.recovery import recover
 
@@ -157,6 +229,7 @@ def _recover(material: Material, source: Source, model: PreTrainedModel) -> dict
         seed=material.seed,
         threads=material.threads,
         device=material.device,
+        progress=advance.steps,
     )
 
 
@@ -225,6 +298,7 @@ def speed_task(material: Material, key: str, source: Source, gpu_type: str) -> d
     return speeds
 
 
-def call(function: Any, arguments: tuple[Any, ...]) -> Any:
-    """What the fan-out runs: one of these tasks."""
-    return function(*arguments)
+def call(function: Any, arguments: tuple[Any, ...], report: Report = silent) -> Any:
+    """What the fan-out runs: one of these tasks, whose first argument is the material."""
+    material, *others = arguments
+    return function(replace(material, report=report), *others)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.storage import Store
+from jobs.remaining import Remaining
 
 SIGN_SECONDS = 15.0
 LOST_SECONDS = 75.0
@@ -22,8 +23,10 @@ LAST_TRIES = 10
 
 # Events by which the workers of a stage show that they are at work.
 AT_WORK = {
+    "at_work",
     "step",
     "progress",
+    "capture_start",
     "evaluation",
     "checkpoint",
     "training_start",
@@ -61,6 +64,7 @@ class Beacon:
             "failed_cells": 0,
             **told,
         }
+        self._remaining = Remaining()
         self._changed = True
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="beacon", daemon=True)
@@ -107,14 +111,20 @@ class Beacon:
                 failed = self._state["failed_cells"] + 1
             self.tell(failed_cells=failed)
         elif kind == "step":
-            self._progress(stage, event["step"], event["steps"], "steps")
+            self._progress(stage, event["step"], event["steps"], unit="steps")
         elif kind == "progress":
-            self._progress(stage, event["done"], event["total"], event["unit"])
+            others = {name: event[name] for name in ("unit", "share", "tasks") if name in event}
+            self._progress(stage, event["done"], event["total"], **others)
+            if "failed" in event:
+                self.tell(failed_cells=event["failed"])
         if kind in AT_WORK:
             self.tell(waits=None, restarting=None)
 
-    def _progress(self, stage: str | None, done: int, total: int, unit: str) -> None:
-        self.tell(progress={"stage": stage, "done": min(done, total), "total": total, "unit": unit})
+    def _progress(self, stage: str | None, done: int, total: int, **others: Any) -> None:
+        share = others.get("share", min(1.0, done / total) if total else 1.0)
+        left = self._remaining.seconds(f"{stage} {others['unit']}", share, time.monotonic())
+        told = {"stage": stage, "done": min(done, total), "total": total, "left_s": left}
+        self.tell(progress={**told, **others})
 
     def _lost(self, event: Mapping[str, Any]) -> None:
         with self._lock:

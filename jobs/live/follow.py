@@ -40,7 +40,8 @@ def follow(run: Store, console: Console) -> Status:
                     return status
                 next_look = time.monotonic() + STATUS_SECONDS
                 line = _line(status)
-                if line != shown and status.word != "running":
+                # The first at once: before the next event there may be nothing else to show.
+                if line != shown and (status.word != "running" or not shown):
                     reporter.say(line)
                 shown = line
             time.sleep(EVENT_SECONDS)

@@ -14,6 +14,7 @@ from cluster.storage import Attempt, Store
 from jobs.live.beacon import LOST_SECONDS, SIGN_SECONDS, live_path
 from jobs.live.requests import asked
 from jobs.live.submissions import Submission, last_submission
+from jobs.remaining import in_words
 
 LIVE = ("running", "waiting", "restarting", "stopping", "queued")
 
@@ -96,10 +97,18 @@ def _of_driver(run: Store, attempt: int, told: dict[str, Any]) -> Status:
 
 
 def in_progress(told: dict[str, Any]) -> str:
-    """ "step 120 of 400", "cell 3 of 12, 1 failed", or nothing."""
+    """ "step 120 of 400", "cell 3 of 12, 1 failed, ..., about 3 min left", or nothing."""
     progress = told.get("progress") or {}
     if not progress:
         return ""
+    words = [_count(progress, told)]
+    words += [f"{task['key']}: {task['words']}" for task in progress.get("tasks", ())]
+    if progress.get("left_s") is not None:
+        words.append(in_words(progress["left_s"]))
+    return ", ".join(words)
+
+
+def _count(progress: dict[str, Any], told: dict[str, Any]) -> str:
     done, total = progress["done"], progress["total"]
     if progress["stage"] == "sweep":
         failed = told.get("failed_cells", 0)

@@ -14,6 +14,7 @@ from jobs.spec import JobSpec
 from quant.foretold import LAYER_TENSORS, Sizes, foretell
 from quant.grid import Cell, grid
 from quant.spec import CHANNEL, QuantSpec
+from trainer.auto import auto_batch_tokens
 from trainer.logits.coding import EVAL_IDS
 from trainer.teacher.placement import groups_for, training_bytes
 
@@ -97,11 +98,14 @@ def forward_bytes(shape: Shape, tokens: int, itemsize: int) -> float:
     return tokens * (LAYER_TENSORS * shape.hidden + 3 * inner) * float(itemsize)
 
 
-def capture_tokens(spec: JobSpec) -> int:
+def capture_tokens(spec: JobSpec, teacher: Shape, cuda: bool) -> int:
     """Tokens of a teacher's forward pass on one worker."""
     assert spec.data is not None
     length = spec.data.sequence_length
-    return max(1, spec.resources.capture.batch_tokens // length) * length
+    asked = spec.resources.capture.batch_tokens
+    if asked == "auto":
+        asked = auto_batch_tokens(teacher.parameters, "cuda" if cuda else "cpu")
+    return max(1, asked // length) * length
 
 
 def capture_need(models: Models, spec: JobSpec, place: Place, group: Group) -> Need:
@@ -109,7 +113,7 @@ def capture_need(models: Models, spec: JobSpec, place: Place, group: Group) -> N
     teacher, asked = models.teacher, spec.teacher
     assert teacher is not None and asked is not None
     itemsize, cuda = training.ITEMSIZE[asked.dtype], group.gpus > 0
-    tokens, cache = capture_tokens(spec), spec.cache
+    tokens, cache = capture_tokens(spec, teacher, cuda), spec.cache
     strip = min(GPU_STRIP if cuda else CPU_STRIP, tokens * teacher.vocab)
     chunk = min(tokens, max(CHUNK_TOKENS, strip // teacher.vocab if cuda else CHUNK_TOKENS))
     kept = cache.draws * cache.redraws if cache.method == "sample" else cache.k

@@ -98,7 +98,9 @@ def _changes(stage: str, spec: JobSpec) -> Iterator[dict[str, Any]]:
         tokens = spec.resources.capture.batch_tokens
         if teacher is not None and teacher.sharding == "none":
             yield {"teacher.sharding": "zero3"}
-        yield {"resources.capture.batch_tokens": 2048} if tokens > 2048 else {}
+        # auto: on a GPU, where memory is short, it is more.
+        smaller = tokens == "auto" or tokens > 2048
+        yield {"resources.capture.batch_tokens": 2048} if smaller else {}
         return
     assert distill is not None
     if is_online(spec) and teacher is not None and teacher.sharding == "none":

@@ -11,8 +11,6 @@ from cluster.workers import Group, is_pending
 from jobs.stages.base import Context
 
 LOOK_SECONDS = 3.0
-# After so long without a word from the workers the user hears what they wait for; then again.
-SAY_SECONDS = 90.0
 
 
 class NotPlaced(RuntimeError):
@@ -76,16 +74,11 @@ class _Wait:
     def __init__(self, context: Context, stage: str) -> None:
         self._context, self._stage = context, stage
         self._limit_s = 60.0 * context.spec.resources.placement_minutes
-        self._next_word = SAY_SECONDS
 
     def tell(self, why: str, seconds: float) -> None:
         """seconds: for how long that has been so. Raises NotPlaced after the time that it has."""
         self._context.beacon.tell(waits=why)
-        if seconds < SAY_SECONDS:
-            self._next_word = SAY_SECONDS
-        elif seconds >= self._next_word:
-            self._next_word = seconds + SAY_SECONDS
-            self._context.reporter.say(f"{self._stage}: {why}")
+        self._context.reporter.waits(self._stage, why)
         if seconds > self._limit_s:
             raise NotPlaced(
                 f"{why}; not at work after resources.placement_minutes "

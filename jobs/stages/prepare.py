@@ -117,6 +117,12 @@ class _Tasks:
     def __call__(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         context = self.context
         results: dict[str, Any] = {}
+
+        def tell(*_: Any) -> None:
+            unit = f"shards ({function.__name__})"
+            done, total = len(results), len(calls)
+            context.emit("progress", stage="prepare", done=done, total=total, unit=unit)
+
         try:
             for key, result in fan_out(
                 function,
@@ -124,6 +130,7 @@ class _Tasks:
                 cpus=1,
                 retries=context.spec.resources.max_failures,
                 should_stop=context.stop.is_set,
+                on_start=tell,
                 on_wait=tasks_wait(context, "prepare"),
             ):
                 if isinstance(result, Failure):
@@ -132,13 +139,7 @@ class _Tasks:
                         raise ValueError(result.error.removeprefix("ValueError: "))
                     raise RuntimeError(result.error)
                 results[key] = result
-                context.emit(
-                    "progress",
-                    stage="prepare",
-                    done=len(results),
-                    total=len(calls),
-                    unit=f"shards ({function.__name__})",
-                )
+                tell()
         except Cancelled:
             raise Interrupted("prepare stopped") from None
         return [results[str(index)] for index in range(len(calls))]

@@ -37,6 +37,7 @@ class RanksApart(RuntimeError):
 class Ranks:
     """What the ranks of one launch do: `run(worker)` of each of `work`, one after the other."""
 
+    stage: str
     work: Sequence[Any]
     attempt: Attempt
     outcome: str
@@ -81,6 +82,7 @@ def rank_main(config: dict[str, Any]) -> None:
                 uses_gpu=ranks.uses_gpu,
                 timeout_minutes=ranks.collective_minutes,
             )
+            worker.emit("at_work", stage=ranks.stage, world=worker.world)
             try:
                 results = [job.run(worker) for job in ranks.work]
                 outcome: dict[str, Any] = {"status": "done", "results": results}
@@ -140,7 +142,7 @@ def run_ranks(
     outcome = f"state/launches/{attempt.number:04d}-{stage}.json"
     limits = context.spec.resources
     patience = limits.collective_minutes
-    ranks = Ranks(work, attempt, outcome, group.cpus, group.gpus > 0, patience)
+    ranks = Ranks(stage, work, attempt, outcome, group.cpus, group.gpus > 0, patience)
     context.emit(
         "launch",
         stage=stage,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from cluster.fanout import Cancelled, Failure, FanOut
+from cluster.fanout import Cancelled, Failure, FanOut, Progress
 from jobs.cells import keep
 from jobs.cells.allocation import Allocations, Item
 from jobs.cells.exclusive import measure_speeds
@@ -17,11 +17,13 @@ from jobs.cells.prints import (
     extra_fingerprint,
     model_fingerprint,
 )
+from jobs.cells.running import Running
 from jobs.cells.sources import sources_of
 from jobs.cells.work import (
     call,
     cell_task,
     extra_task,
+    made_path,
     model_task,
     teacher_task,
 )
@@ -79,6 +81,7 @@ class _Sweep:
             spec.sweep, self.material, self.sources[main], self.needs, context.outputs
         )
         self.pool: Any = None
+        self.running = Running()
 
     # What is there already.
 
@@ -105,6 +108,13 @@ class _Sweep:
         self.results[cell.key] = found
         return True
 
+    def _forget_made(self) -> None:
+        """Models of cells without a result: asked for again, they are made again."""
+        store = self.context.run.store
+        for path in store.glob(made_path("*")):
+            self.context.attempt.fence()
+            store.delete(path)
+
     # Evaluation: everything at once, each as soon as what it needs is there.
 
     def evaluate(self) -> None:
@@ -119,7 +129,10 @@ class _Sweep:
             on_start=self._started,
             on_retry=self._retried,
             on_wait=tasks_wait(context, "sweep"),
+            on_progress=self._progressed,
         )
+        if context.forced:
+            self._forget_made()
         for cell in [] if context.forced else self.allocations.known():
             self.cells.setdefault(cell.key, cell)
         todo = [cell for cell in self.cells.values() if not self._stands(cell)]
@@ -190,8 +203,10 @@ class _Sweep:
     def _add(self, cell: Cell) -> None:
         self.cells[cell.key] = cell
         source = self.sources[cell.model]
+        key = f"cell/{cell.key}"
+        self.running.added(key, self.needs.cost(cell, source))
         self.pool.add(
-            f"cell/{cell.key}",
+            key,
             cell_task,
             (self.material, cell, self.print_of(cell), source, self.needs.forecast(cell, source)),
             need=self.needs.cell(cell, source),
@@ -208,6 +223,7 @@ class _Sweep:
         after: Sequence[str] = (),
     ) -> None:
         """A task beside the cells; loads: the 16-bit model that it takes the memory of."""
+        self.running.added(key, 0.0 if loads is None else self.needs.model_cost(loads))
         self.pool.add(
             key,
             task,
@@ -224,6 +240,7 @@ class _Sweep:
         self._add_task(key, task, arguments, self.sources[main], self._reference(main))
 
     def _ended(self, key: str, result: Any) -> None:
+        self.running.ended(key)
         kind, _, name = key.partition("/")
         failed = isinstance(result, Failure)
         if failed:
@@ -294,8 +311,16 @@ class _Sweep:
         kind, _, name = key.partition("/")
         if kind == "cell":
             self.context.emit("cell_start", stage="sweep", key=name, where=where)
+        self.running.heard(key, Progress(0.0, "starting"))
+        self._count()
+
+    def _progressed(self, key: str, progress: Progress) -> None:
+        self.running.heard(key, progress)
+        if self.running.due():
+            self._count()
 
     def _retried(self, key: str, why: str, attempt: int) -> None:
+        self.running.lost(key)
         name = key.partition("/")[2]
         self.context.emit("cell_retry", stage="sweep", key=name, why=why, turn=attempt)
         self.context.reporter.say(f"sweep: {name} runs again (attempt {attempt}): {why}")
@@ -303,12 +328,23 @@ class _Sweep:
     def _count(self) -> None:
         total = len(self.cells) + self.allocations.to_come()
         done = len(self.results)
-        self.context.emit("progress", stage="sweep", done=done, total=total, unit="cells")
+        failed = sum(result["status"] != "done" for result in self.results.values())
+        self.context.emit(
+            "progress",
+            stage="sweep",
+            done=done,
+            total=total,
+            unit="cells",
+            failed=failed,
+            share=round(self.running.share(), 4),
+            tasks=self.running.tasks(),
+        )
 
     def measure(self) -> None:
         """Speeds of the cells that have none: the exclusive pass."""
         models = {key: cell.model for key, cell in self.cells.items()}
         measure_speeds(self.context, self.material, self.needs, self.sources, models, self.results)
+        self.context.reporter.end_stage("speed")
 
     # The end.
 

@@ -237,7 +237,8 @@ def _progress(data: RunData, stage: str) -> History:
             row["total"] = total
         if before and when is not None and when > before[1] and done > before[0]:
             row[f"{event.get('unit') or 'items'}_per_s"] = (done - before[0]) / (when - before[1])
-        before = (done, when) if when is not None else None
+        if before is None or done != before[0]:  # what is not whole yet comes in between
+            before = (done, when) if when is not None else None
         rows[int(done)] = row
     return sorted(rows.items())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,13 +55,15 @@ def sensitivity(
     pieces: Iterable[Piece],
     device: torch.device | str = "cpu",
     vocab: int | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> Losses:
     """KL(reference || model) with one layer of `model` quantized at a time, for each of `pieces`.
 
     reference: what `evaluate` takes, of the 16-bit model: another instance of it, or its stored
     hidden states. batches: a list, or called for every pass. The layer's weight is replaced by its
     codes' values in the model's dtype: the numbers of a quantized model that is evaluated with
-    dense weights. Afterwards the model is as it was, to the bit.
+    dense weights. Afterwards the model is as it was, to the bit. progress: called with the number
+    of the pass, how many there are, and the sequences that it has done.
 
     Returns {(layer, key of the option): {kl: mean over tokens, nats; sums: KL of each sequence;
     tokens: counted positions of each}}. An option with which the model's loss is not finite is
@@ -73,11 +76,12 @@ def sensitivity(
     found: Losses = {}
     work = [(name, option.key, option.spec) for name, option in pieces if option.spec is not None]
     targets = _targets(model, {name: spec for name, _, spec in work})
-    for name, key, spec in work:
+    for number, (name, key, spec) in enumerate(work):
+        say = None if progress is None else partial(progress, number, len(work))
         with _quantized(model, targets[name], spec):
             data = batches() if callable(batches) else batches
             try:
-                measured = evaluate(model, data, reference, None, device, vocab=vocab)
+                measured = evaluate(model, data, reference, None, device, vocab=vocab, progress=say)
             except FloatingPointError:
                 continue
         each = measured["per_sequence"]

@@ -28,6 +28,7 @@ from trainer.logits.store import command, read_codebook
 from trainer.models import find_model
 from trainer.teacher import Capture, wanted
 from trainer.teacher.draws import BLOCK, draw, stream, uniforms
+from trainer.teacher.job import batch_size
 
 Chosen = list[tuple[Part, int]]
 
@@ -52,7 +53,7 @@ def faithfulness(
         job.teacher.dtype,
         int(corpus.manifest["vocab_size"]),
         [(part, sorted(numbers)) for part, numbers in parts.values()],
-        max(1, job.batch_tokens // job.data.sequence_length),
+        partial(batch_size, job),
         say,
     )
     return [_compare(job, kind, pairs, runs) for kind, pairs in chosen.items() if pairs]

@@ -58,12 +58,13 @@ def rerun(
     dtype: str,
     vocab: int,
     parts: Sequence[tuple[Part, Sequence[int]]],
-    batch: int,
+    batch: Callable[[int, str], int],
     say: Callable[[str], None],
 ) -> Reruns:
     """Runs the teacher of a model folder over sequences (part, their numbers).
 
-    batch: sequences per forward pass of a capture. Raises ValueError, one line, if the model
+    batch: sequences per forward pass of a capture, of the teacher's parameters and the device.
+    Raises ValueError, one line, if the model
     cannot be loaded, or does not fit the memory of this machine.
     """
     parameters = count_parameters(meta_model(read_config(folder)))
@@ -77,16 +78,18 @@ def rerun(
         )
     say(f"running the teacher over {sum(len(numbers) for _, numbers in parts)} sequences")
     model = _load(folder, dtype, vocab, device)
-    captured = _forward(model, vocab, parts, batch)
+    sequences = batch(parameters, device.type)
+    captured = _forward(model, vocab, parts, sequences)
     if max(part.batch([]).input_ids.shape[1] for part, _ in parts) <= PLAIN_ATTENTION:
         with suppress(ValueError):  # not every model has it
             model.set_attn_implementation("eager")
-    reshaped = _forward(model, vocab, [(part, numbers[::-1]) for part, numbers in parts], 1)
+    turned = [(part, numbers[::-1]) for part, numbers in parts]
+    reshaped = _forward(model, vocab, turned, 1 if sequences > 1 else 2)
     del model
     if dtype == "float32" or parameters * 4 > FITS * _free(device):
         return Reruns(captured, reshaped, None)
     say("running the teacher in float32")
-    exact = _forward(_load(folder, "float32", vocab, device), vocab, parts, batch)
+    exact = _forward(_load(folder, "float32", vocab, device), vocab, parts, sequences)
     return Reruns(captured, reshaped, exact)
 
 

@@ -37,6 +37,16 @@ class Settings:
     pad: int
 
 
+@dataclass
+class UnderWay:
+    """A batch under way. tell(tokens): after every token, with the number of new ones. stop():
+    whether a stop is asked for. stopped: whether the batch was left because of that."""
+
+    tell: Callable[[int], None]
+    stop: Callable[[], bool]
+    stopped: bool = False
+
+
 class TeacherWithAnswers(nn.Module):
     """The teacher, called for answers; what wraps the model in `load_teacher`."""
 
@@ -46,13 +56,20 @@ class TeacherWithAnswers(nn.Module):
         model.generation_config = GenerationConfig()
 
     def forward(
-        self, ids: Tensor, mask: Tensor, streams: Tensor, settings: Settings, group: Worker | None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        streams: Tensor,
+        settings: Settings,
+        group: Worker | None,
+        batch: UnderWay,
     ) -> Tensor:
         """New ids [batch, at most max_new_tokens] after prompts [batch, seq], padded on the left.
 
         mask: 1 where a prompt is. streams: int64 [batch, 4]. group: ranks that share one copy of
         the weights and so must make equally many forward passes, None where this rank has its own.
-        After the first id that ends an answer a row holds ids of no meaning.
+        After the first id that ends an answer a row holds ids of no meaning; all rows are short
+        if `batch` was stopped.
         """
         start = ids.shape[1]
         sampler = NextToken(streams, start, settings.vocab, settings.temperature, settings.top_p)
@@ -67,27 +84,33 @@ class TeacherWithAnswers(nn.Module):
                 pad_token_id=settings.pad,
             ),
             logits_processor=[sampler],
-            stopping_criteria=StoppingCriteriaList([_AllEnded(settings.ends, start, group)]),
+            stopping_criteria=StoppingCriteriaList([_AllEnded(settings.ends, start, group, batch)]),
             synced_gpus=False,
         )
         return output[:, start:]
 
 
 class _AllEnded(StoppingCriteria):
-    """Ends the batch once all its rows, and those of the group's other ranks, have ended."""
+    """Ends the batch once all its rows, and those of the group's other ranks, have ended, or once a
+    stop is asked for."""
 
-    def __init__(self, ends: Sequence[int], start: int, group: Worker | None) -> None:
-        self.ends, self.start, self.group = ends, start, group
+    def __init__(
+        self, ends: Sequence[int], start: int, group: Worker | None, batch: UnderWay
+    ) -> None:
+        self.ends, self.start, self.group, self.batch = ends, start, group, batch
         self.ended: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         ends = torch.tensor(self.ends, device=input_ids.device)
         now = torch.isin(input_ids[:, -1], ends)
         self.ended = now if self.ended is None else self.ended | now
-        over = bool(self.ended.all())
+        over, stop = bool(self.ended.all()), self.batch.stop()
         if self.group is not None:
-            over = self.group.sum([float(not over)]) == [0.0]
-        return torch.full_like(now, over)
+            going, stops = self.group.sum([float(not over), float(stop)])
+            over, stop = going == 0.0, stops > 0.0
+        self.batch.stopped = stop and not over
+        self.batch.tell(input_ids.shape[1] - self.start)
+        return torch.full_like(now, over or stop)
 
 
 def ending_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:

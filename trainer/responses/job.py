@@ -20,6 +20,7 @@ from trainer.models import count_parameters, find_model, max_length, meta_model,
 from trainer.responses.generate import (
     Settings,
     TeacherWithAnswers,
+    UnderWay,
     answer_text,
     cut_answer,
     make_settings,
@@ -196,42 +197,54 @@ class _Run:
         self.tokens = 0
         self.stopped = False
         self.made: list[Answer] = []
+        self.seen = self.before = self.total = 0
+        self.share = 1.0
+        self.began = self.told = time.monotonic()
 
     def all(self, work: list[list[Item]], before: int, total: int) -> None:
         """Answers this rank's share of the batches, or until a stop is asked for."""
         worker, group = self.worker, self.teacher.group
         mine = work[worker.rank :: worker.world]
+        self.share = (total - before) / max(1, sum(map(len, mine)))  # if the others are as far
+        self.before, self.total = before, total
         # Ranks that share one copy of the weights make equally many forward passes.
         rounds = max(group.gather(len(mine)))
-        began = published = told = time.monotonic()
-        seen = 0
+        published = time.monotonic()
         for turn in range(rounds):
             if self._should_stop():
                 break
-            made = self._batch(mine[turn] if turn < len(mine) else work[0][:1])
+            made = self._batch(mine[turn] if turn < len(mine) else work[0][:1], turn < len(mine))
+            if self.stopped:
+                break
             if turn < len(mine):
                 self.made += made
                 self.tokens += sum(answer.tokens or 0 for answer in made)
-                seen += len(made)
+                self.seen += len(made)
             now = time.monotonic()
             if now - published >= self.job.publish_seconds:
                 self._publish()
                 published = now
-            if now - told >= PROGRESS_SECONDS or turn + 1 == rounds:
-                told = now
-                share = seen / max(1, sum(map(len, mine)))  # if the others are as far
-                self.worker.emit(
-                    "progress",
-                    stage="prepare",
-                    part="answers",
-                    done=before + int((total - before) * share),
-                    total=total,
-                    unit="answers",
-                    tokens_per_s=self.tokens * worker.world / max(now - began, 1e-9),
-                )
+            self._tell(last=turn + 1 == rounds)
         self._publish()
 
-    def _batch(self, items: list[Item]) -> list[Answer]:
+    def _tell(self, answers: float = 0.0, tokens: int = 0, last: bool = False) -> None:
+        """Tells the progress now and then. answers, tokens: of a batch that is under way."""
+        now = time.monotonic()
+        if not last and now - self.told < PROGRESS_SECONDS:
+            return
+        self.told = now
+        self.worker.emit(
+            "progress",
+            stage="prepare",
+            part="answers",
+            done=self.before + int(self.share * (self.seen + answers)),
+            total=self.total,
+            unit="answers",
+            tokens_per_s=(self.tokens + tokens) * self.worker.world / max(now - self.began, 1e-9),
+        )
+
+    def _batch(self, items: list[Item], counts: bool = True) -> list[Answer]:
+        """Answers, of no meaning if `stopped` is set now. counts: whether they are wanted."""
         device, settings = self.worker.device, self.settings
         group = self.teacher.group if self.teacher.sharded else None
         width = max(len(item.ids) for item in items)
@@ -244,10 +257,20 @@ class _Run:
         streams = torch.tensor(
             [stream(seed, bytes.fromhex(item.key), item.sample) for item in items]
         )
+        most = settings.max_new_tokens
+
+        def tell(tokens: int) -> None:
+            if counts:
+                self._tell(len(items) * min(0.99, tokens / most), len(items) * tokens)
+
+        # Of ranks that run in step one speaks for all.
+        speaks = group is None or group.is_main
+        batch = UnderWay(tell, lambda: speaks and self.worker.hooks.stop_requested())
         with torch.inference_mode(not self.teacher.sharded), torch.no_grad():
             new = self.teacher.engine(
-                ids.to(device), mask.to(device), streams.to(device), settings, group
+                ids.to(device), mask.to(device), streams.to(device), settings, group, batch
             ).tolist()
+        self.stopped = batch.stopped
         return [self._answer(item, row) for item, row in zip(items, new, strict=True)]
 
     def _answer(self, item: Item, row: list[int]) -> Answer:

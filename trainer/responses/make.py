@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.storage import Store
+from trainer.auto import BATCH_TOKENS
 from trainer.fingerprint import fingerprint
 from trainer.responses.identity import corpus_of_content
 from trainer.responses.store import FILES, AnswerStore
@@ -37,15 +38,24 @@ def open_answers(root: Store, identity: Mapping[str, Any]) -> AnswerStore:
     return AnswerStore(root.sub(RESPONSES, fingerprint(dict(identity))))
 
 
-def make_job(spec: Any, answers: AnswerStore, *, batch_tokens: int, publish_seconds: float) -> Any:
-    """The `Answers` of a spec with responses.from: teacher, to be run on a group of ranks."""
+def make_job(
+    spec: Any,
+    answers: AnswerStore,
+    *,
+    batch_tokens: int | Literal["auto"],
+    publish_seconds: float,
+) -> Any:
+    """The `Answers` of a spec with responses.from: teacher, to be run on a group of ranks.
+
+    batch_tokens: as in `resources.capture`. Decoding needs many rows at once on a CPU too.
+    """
     from trainer.responses.job import Answers
 
     return Answers(
         teacher=spec.teacher,
         responses=spec.responses,
         data=spec.data,
-        batch_tokens=batch_tokens,
+        batch_tokens=BATCH_TOKENS if batch_tokens == "auto" else batch_tokens,
         publish_seconds=publish_seconds,
         store=answers.store,
     )

@@ -9,6 +9,7 @@ it ended and with however many workers, are the same blocks for the next one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -42,12 +43,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Block:
-    """The sequences of one forward pass: a slice of a `Work`. first: of the family's first."""
+    """The sequences of one forward pass: a slice of a `Work`.
+
+    sample: the codebook of the family is fitted on its records, and those of the others that have
+    this. fits: it is the last of them.
+    """
 
     work: Work
     numbers: NDArray[np.int64]
     lacks: NDArray[np.bool_]
-    first: bool
+    sample: bool = False
+    fits: bool = False
 
     def filled(self, size: int) -> NDArray[np.int64]:
         """Sequence numbers for a forward pass of `size` sequences; repeats fill it up."""
@@ -70,18 +76,38 @@ def plan(job: Capture, corpus: Corpus) -> list[Work]:
         mixed = part.mixed(numbers)
         kinds = tuple(kind for kind, _ in lists)
         works = [Work(name, kinds, numbers[rows], lacks[rows]) for rows in (mixed, ~mixed)]
-        # The larger one first: codebooks are fitted on a family's first block.
+        # The larger one first: codebooks are fitted on a family's first blocks.
         works.sort(key=lambda work: -len(work.numbers))
         result += [work for work in works if len(work.numbers)]
     return result
 
 
-def blocks(works: Sequence[Work], size: int) -> Iterator[Block]:
-    """All blocks of at most `size` sequences, in order."""
-    families: set[str] = set()
-    for work in works:
-        for start in range(0, len(work.numbers), size):
-            span = slice(start, start + size)
-            first = work.family not in families
-            families.add(work.family)
-            yield Block(work, work.numbers[span], work.lacks[span], first)
+def blocks(works: Sequence[Work], size: int, sample: int = 1) -> Iterator[Block]:
+    """All blocks of at most `size` sequences, in order; of each family the first `sample` are the
+    codebook's sample."""
+    spans = [
+        (work, slice(start, start + size))
+        for work in works
+        for start in range(0, len(work.numbers), size)
+    ]
+    left = {
+        family: min(sample, count)
+        for family, count in Counter(work.family for work, _ in spans).items()
+    }
+    for work, span in spans:
+        more = left[work.family]
+        left[work.family] = max(0, more - 1)
+        yield Block(work, work.numbers[span], work.lacks[span], more > 0, more == 1)
+
+
+def deal(every: Sequence[Block], world: int) -> list[list[Block]]:
+    """The blocks of each rank, in order. Those of a codebook's sample go to one rank; of the others
+    each goes to the rank that has fewest, the lowest first."""
+    hands: list[list[Block]] = [[] for _ in range(world)]
+    owners: dict[str, int] = {}
+    for block in every:
+        rank = min(range(world), key=lambda rank: len(hands[rank]))
+        if block.sample:
+            rank = owners.setdefault(block.work.family, rank)
+        hands[rank].append(block)
+    return hands

@@ -1,4 +1,4 @@
-"""The codebooks of a capture: fitted by the rank with a family's first block, awaited by others."""
+"""The codebooks of a capture: one rank fits a family's on its first blocks, others wait for it."""
 
 from __future__ import annotations
 
@@ -59,6 +59,10 @@ class Codebooks:
                 )
             self._known[family] = found
         return self._known[family]
+
+    def is_there(self, family: str) -> bool:
+        """Whether the cache has the family's codebook already."""
+        return family in self._known or read_codebook(self._job.cache, family) is not None
 
     def used(self, kind: str) -> Codebook:
         """The codebook that `get` has given for a kind's family."""

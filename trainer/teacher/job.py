@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cluster.storage import Store
+from trainer.auto import auto_batch_tokens
 from trainer.corpus.corpus import Corpus, Part
 from trainer.logits.coding import train_kinds
 from trainer.logits.reader import CacheReader
 from trainer.spec import CacheSpec, DataSpec, DistillSpec, TeacherSpec
 from trainer.training import make_schedule
 from trainer.worker import Worker
+
+# A codebook is fitted on the records of at least so many tokens, where there are so many.
+SAMPLE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Capture:
     data: DataSpec
     distill: DistillSpec | None
     seed: int
-    batch_tokens: int
+    batch_tokens: int | Literal["auto"]
     shard_seconds: float
     corpus: Store
     cache: Store
@@ -66,9 +71,22 @@ def missing(job: Capture, corpus: Corpus) -> list[tuple[str, Part, list[int]]]:
     return result
 
 
-def batch_size(job: Capture) -> int:
-    """Sequences of one forward pass."""
-    return max(1, job.batch_tokens // job.data.sequence_length)
+def batch_size(job: Capture, parameters: int, device: str) -> int:
+    """Sequences of one forward pass, by a teacher of so many parameters on "cpu" or "cuda"."""
+    tokens = job.batch_tokens
+    if tokens == "auto":
+        tokens = auto_batch_tokens(parameters, device)
+    return max(1, tokens // job.data.sequence_length)
+
+
+def sample_blocks(job: Capture, size: int) -> int:
+    """Blocks of `size` sequences whose records a family's codebook is fitted on.
+
+    One is large enough, unless `auto` has made blocks small for a CPU's sake.
+    """
+    if job.batch_tokens != "auto":
+        return 1
+    return max(1, math.ceil(SAMPLE_TOKENS / (size * job.data.sequence_length)))
 
 
 def count_wanted(job: Capture, corpus: Corpus) -> int:

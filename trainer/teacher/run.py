@@ -7,24 +7,24 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.corpus.corpus import Batch, Corpus, open_corpus
 from trainer.loader import next_tokens
 from trainer.logits.coding import coding_of, train_kinds
 from trainer.peak import PeakMemory
-from trainer.teacher.blocks import Block, Work, blocks, plan
+from trainer.progress import layer_progress
+from trainer.teacher.blocks import Block, Work, blocks, deal, plan
 from trainer.teacher.codebooks import Codebooks
 from trainer.teacher.compress import TeacherWithRecords
 from trainer.teacher.draws import stream
 from trainer.teacher.engine import Teacher, load_teacher
-from trainer.teacher.job import Capture, batch_size, count_wanted
+from trainer.teacher.job import Capture, batch_size, count_wanted, sample_blocks
 from trainer.teacher.writer import Made, Writer
 from trainer.worker import Stopped, Worker
 
@@ -104,7 +104,7 @@ class CaptureRun:
         self.job, self.worker, self.corpus, self.works = job, worker, corpus, works
         self.teacher = teacher
         self.length = job.data.sequence_length
-        self.size = batch_size(job)
+        self.size = batch_size(job, teacher.parameters, worker.device.type)
         self.vocab = int(corpus.manifest["vocab_size"])
         self.tokens = 0
         self.bytes: Counter[str] = Counter()
@@ -115,19 +115,21 @@ class CaptureRun:
         self._mine: Counter[str] = Counter()
         self._seen: Counter[str] = Counter()
         self._began = time.perf_counter()
-        self._told = 0.0
+        self._told = -PROGRESS_SECONDS
 
     def all_blocks(self) -> None:
         """Captures this rank's share of all blocks, or until a stop is asked for."""
         job, worker, group = self.job, self.worker, self.teacher.group
-        every = list(blocks(self.works, self.size))
-        mine = list(islice(every, worker.rank, None, worker.world))
+        every = list(blocks(self.works, self.size, sample_blocks(job, self.size)))
+        mine = deal(every, worker.world)[worker.rank]
         self._mine = _sequences((block.work.family, block.numbers) for block in mine)
         # Ranks that share one copy of the weights make equally many forward passes.
         rounds = max(group.gather(len(mine)))
         codebooks = Codebooks(job, self.corpus, self.vocab, worker.hooks)
         ahead = int(worker.device.type != "cpu")
         running: deque[Callable[[], None]] = deque()
+        if mine:
+            self._tell(mine[0].work.family)
         with Writer(job.cache, codebooks, worker.hooks.fence, job.shard_seconds, ahead) as writer:
             for turn in range(rounds):
                 if self._should_stop():
@@ -136,7 +138,8 @@ class CaptureRun:
                 if block is not None:
                     writer.reserve()
                 began = time.perf_counter()
-                made = self._forward(block or every[0])
+                with layer_progress(self._layers(), partial(self._within, block)):
+                    made = self._forward(block or every[0])
                 running.append(made.ready)
                 if len(running) > ahead:  # the device works on the last one meanwhile
                     running.popleft()()
@@ -196,13 +199,27 @@ class CaptureRun:
         family, count = block.work.family, len(block.numbers)
         self.tokens += count * self.length
         self._seen[family] += count
+        self._tell(family)
+
+    def _layers(self) -> nn.Module:
+        """What tells of its layers; a sharded teacher, whose ranks run in step, does not."""
+        return nn.Module() if self.teacher.sharded else self.teacher.engine
+
+    def _within(self, block: Block | None, share: float) -> None:
+        """Of a block under way that share is done."""
+        if block is not None and share < 1:
+            self._tell(block.work.family, share * len(block.numbers))
+
+    def _tell(self, family: str, more: float = 0.0) -> None:
+        """Tells the progress now and then. more: sequences of a block that is under way."""
         now = time.perf_counter()
         total = self._totals[family]
-        done = total * self._seen[family] // self._mine[family]  # if the others are as far
+        # If the others are as far.
+        done = int(total * (self._seen[family] + more) / self._mine[family])
         if done < total and now - self._told < PROGRESS_SECONDS:
             return
         self._told = now
-        seconds = now - self._began
+        tokens = self.tokens + more * self.length
         self.worker.emit(
             "progress",
             stage="capture",
@@ -210,7 +227,7 @@ class CaptureRun:
             done=done,
             total=total,
             unit="sequences",
-            tokens_per_s=self.tokens * self.worker.world / seconds,
+            tokens_per_s=tokens * self.worker.world / max(now - self._began, 1e-9),
         )
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.storage import Store
+from trainer.logits.codebook import Codebook
 from trainer.logits.codebook_file import family_of
 from trainer.logits.codec import encode
 from trainer.logits.records import Coding, Draws, Records
@@ -115,6 +116,7 @@ class Writer:
         self._room = threading.Semaphore(BATCHES + ahead)
         self._made: queue.Queue[Made | None] = queue.Queue()
         self._open: dict[str, _Shard] = {}
+        self._held: list[tuple[Made, list[list[Records | Draws]]]] = []  # until there is a codebook
         self._error: BaseException | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cache-writer", daemon=True)
@@ -165,6 +167,7 @@ class Writer:
                 self._encode(made)
                 del made  # before there is room for another one
                 self._room.release()
+            self.gave_up = self.gave_up or bool(self._held)  # stopped before there was a codebook
             if not self._over.is_set():
                 self._publish(list(self._open))
         except BaseException as error:  # raised by the thread of the forward passes
@@ -183,13 +186,26 @@ class Writer:
                 continue
 
     def _encode(self, made: Made) -> None:
-        block = made.block
-        records = made.records()
-        sample = records[0] if block.first else None
-        book = self._codebooks.get(block.work.family, sample, self._over.is_set)
+        family, records = made.block.work.family, made.records()
+        self._held.append((made, records))
+        sample = None
+        if made.block.sample and not self._codebooks.is_there(family):
+            if not made.block.fits:
+                return
+            sample = [record for _, held in self._held for record in held[0]]
+        held, self._held = self._held, []
+        book = self._codebooks.get(family, sample, self._over.is_set)
         if book is None:
             self.gave_up = True
             return
+        for one, its_records in held:
+            self._add(one, its_records, book)
+        if sum(shard.size for shard in self._open.values()) >= SHARD_BYTES:
+            self._publish(list(self._open))
+
+    def _add(self, made: Made, records: list[list[Records | Draws]], book: Codebook) -> None:
+        """Encodes the records that the cache lacks."""
+        block = made.block
         for index, items in zip(made.kinds, records, strict=True):
             kind = block.work.kinds[index]
             for key, item, lacks in zip(made.keys, items, block.lacks[:, index], strict=True):
@@ -199,8 +215,6 @@ class Writer:
                     shard.blobs[key] = blob  # the same sequence may be in two parts
                     shard.positions[key] = len(item.ids)
                     shard.size += len(blob)
-        if sum(shard.size for shard in self._open.values()) >= SHARD_BYTES:
-            self._publish(list(self._open))
 
     def _publish(self, kinds: list[str]) -> None:
         for kind in kinds:

@@ -40,7 +40,14 @@ def test_failed_cells_are_named_and_counted() -> None:
         cell = {"event": "cell_done", "stage": "sweep", "key": "hqq-2b-g64"}
         reporter.event({**cell, "status": "failed", "error": "ValueError: no"})
         reporter.event(
-            {"event": "progress", "stage": "sweep", "done": 1, "total": 1, "unit": "cells"}
+            {
+                "event": "progress",
+                "stage": "sweep",
+                "done": 1,
+                "total": 1,
+                "unit": "cells",
+                "failed": 1,
+            }
         )
     assert plain.getvalue().splitlines() == [
         "sweep: hqq-2b-g64 failed: ValueError: no",
@@ -63,3 +70,64 @@ def test_evaluations_and_resumes_are_told() -> None:
         "distill: continues from the checkpoint of step 20",
         "distill: continues from the checkpoint of step 20, which 3 ranks saved and 2 go on with",
     ]
+
+
+SWEEP = {
+    "event": "progress",
+    "stage": "sweep",
+    "done": 2,
+    "total": 6,
+    "unit": "cells",
+    "failed": 1,
+    "share": 0.41,
+    "tasks": [{"key": "hqq-4b-g64", "share": 0.3, "words": "evaluated on report: 12 of 64"}],
+}
+
+
+def test_running_tasks_of_a_sweep_are_shown_and_go() -> None:
+    terminal = io.StringIO()
+    with Reporter(Console(file=terminal, force_terminal=True, width=120)) as reporter:
+        reporter.event(SWEEP)
+        shown = reporter.bars()
+        assert [row.split() for row in shown] == [
+            ["sweep", "2/6", "cells", "1", "failed"],
+            ["hqq-4b-g64", "evaluated", "on", "report:", "12", "of", "64"],
+        ]
+        reporter.event({**SWEEP, "done": 3, "tasks": []})
+        assert len(reporter.bars()) == 1
+        reporter.end_stage("sweep")
+        assert reporter.bars() == []
+
+
+def test_plain_lines_name_tasks_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, clock = io.StringIO(), [1000.0]
+    monkeypatch.setattr("jobs.progress.time.monotonic", lambda: clock[0])
+    with Reporter(Console(file=plain, width=200)) as reporter:
+        reporter.event(SWEEP)
+        clock[0] += 5  # too soon for another line
+        reporter.event({**SWEEP, "share": 0.42})
+        clock[0] += 5
+        reporter.event({**SWEEP, "share": 0.46})
+    task = "hqq-4b-g64: evaluated on report: 12 of 64"
+    assert plain.getvalue().splitlines() == [
+        f"sweep: 2/6  cells  1 failed, {task}",
+        f"sweep: 2/6  cells  1 failed, {task}, about 2 min left",
+    ]
+
+
+def test_what_is_waited_for_is_shown_until_the_work_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    with Reporter(Console(file=terminal, force_terminal=True, width=120)) as reporter:
+        reporter.waits("capture", "starting 2 workers")
+        assert "starting 2 workers" in reporter.bars()[0]
+        reporter.event({"event": "at_work", "stage": "capture"})
+        assert "starting" not in reporter.bars()[0]
+        reporter.event({"event": "capture_start", "stage": "capture", "present": 0, "missing": 4})
+        assert reporter.bars() == []
+    plain, clock = io.StringIO(), [1000.0]
+    monkeypatch.setattr("jobs.progress.time.monotonic", lambda: clock[0])
+    with Reporter(Console(file=plain, width=200)) as reporter:
+        for _ in range(40):  # every 3 s for two minutes
+            reporter.waits("capture", "starting 2 workers")
+            clock[0] += 3
+    assert plain.getvalue().splitlines() == 2 * ["capture: starting 2 workers"]

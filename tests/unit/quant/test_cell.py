@@ -332,3 +332,25 @@ def test_a_16_bit_model_is_mapped_not_copied(tmp_path, make_llama):
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     held, weights = map(int, out.split()[-2:])
     assert weights > 50_000_000 and held < 0.4 * weights
+
+
+def test_a_cell_goes_on_from_the_model_that_it_had_saved(student, tmp_path, batches, monkeypatch):
+    """It is not quantized again, and what comes out is the same to the last bit."""
+    out = str(tmp_path / "cell")
+    saved: list[dict] = []
+
+    def stop(made):
+        saved.append(json.loads(json.dumps(made)))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(CELL, student, part(batches), out_folder=out, on_saved=stop)
+    whole = run_cell(CELL, student, part(batches), out_folder=str(tmp_path / "whole"))
+    monkeypatch.setattr("quant.cell.quantize", None)
+    [made] = saved
+    rest = run_cell(CELL, student, part(batches), out_folder=out, made=made)
+    assert rest["quantize_s"] == made["quantize_s"] > 0
+    timed = {"quantize_s", "eval_s", "eval_peak_bytes"}
+    assert {k: v for k, v in rest.items() if k not in timed} == {
+        k: v for k, v in whole.items() if k not in timed
+    }

@@ -20,6 +20,7 @@ from quant.evaluate import evaluate, teacher_metrics
 from quant.intervals import mean_interval, ratio_of_perplexities
 from quant.logits import CountedLogits
 from quant.quantize import quantize
+from quant.reference import write_reference
 from quant.spec import QuantSpec
 
 
@@ -344,3 +345,18 @@ def test_a_broken_model_is_an_error_not_a_nan(make_llama, batches):
     model.model.norm.weight[:] = torch.nan
     with pytest.raises(FloatingPointError, match="the model is broken"):
         evaluate(model, batches)
+
+
+def test_progress_moves_within_batches_and_ends_with_all_sequences(make_llama, batches, tmp_path):
+    model, reference = make_llama(), make_llama(seed=9)
+    sequences = sum(len(batch.input_ids) for batch in batches)
+    told: list[float] = []
+    quiet = evaluate(model, batches, reference)
+    assert evaluate(model, batches, reference, progress=told.append) == quiet
+    assert told == sorted(told) and told[0] == 0 and told[-1] == sequences
+    first = len(batches[0].input_ids)
+    assert len([done for done in told if 0 < done < first]) >= 4  # two layers of both models
+    written: list[float] = []
+    write_reference(model, batches, tmp_path / "reference", progress=written.append)
+    assert written == sorted(written) and written[-1] == sequences
+    assert len(set(written)) > len(batches) + 1

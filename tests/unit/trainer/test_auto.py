@@ -10,6 +10,7 @@ import torch
 from trainer.auto import (
     activation_bytes,
     auto_activation_checkpointing,
+    auto_batch_tokens,
     auto_learning_rate,
     auto_micro_batch,
 )
@@ -95,3 +96,12 @@ def test_learning_rates(init, lora, width, rate) -> None:
 @pytest.mark.parametrize("length, expected", [(2048, 8), (8192, 2), (16385, 1), (100000, 1)])
 def test_a_micro_batch_holds_at_least_one_sequence(length, expected) -> None:
     assert auto_micro_batch(length) == expected
+
+
+def test_a_teachers_block_is_seconds_of_a_cpu() -> None:
+    assert auto_batch_tokens(70_000_000_000, "cuda") == 16384
+    assert auto_batch_tokens(3_662_080, "cpu") == 16384  # the demo's
+    for parameters in (10_000_000, 50_000_000):
+        seconds = 2 * parameters * auto_batch_tokens(parameters, "cpu") / 50e9
+        assert 1 < seconds < 5
+    assert auto_batch_tokens(134_515_008, "cpu") == 512  # one sequence of SmolLM2's is 3 s

@@ -20,7 +20,7 @@ from trainer.logits.reader import CacheReader
 from trainer.logits.store import read_codebook
 from trainer.spec import CacheSpec, DistillSpec, TeacherSpec
 from trainer.teacher import codebooks, writer
-from trainer.teacher.blocks import Block, Work, blocks, plan
+from trainer.teacher.blocks import Block, Work, blocks, deal, plan
 from trainer.teacher.codebooks import Codebooks
 from trainer.teacher.job import Capture, batch_size, count_wanted, missing, wanted
 from trainer.teacher.writer import Made, Writer
@@ -84,12 +84,16 @@ def results_of(keys: list[bytes], sets: int) -> tuple[torch.Tensor, ...]:
 
 
 def made_of(job: Capture, block: Block) -> Made:
+    return made_of_size(job, block, SIZE)
+
+
+def made_of_size(job: Capture, block: Block, size: int) -> Made:
     part = open_(job).part(block.work.part)
     keys = [part.keys[i].tobytes() for i in block.numbers]
-    full = [part.keys[i].tobytes() for i in block.filled(SIZE)]
+    full = [part.keys[i].tobytes() for i in block.filled(size)]
     coding = coding_of(job.cache_spec, VOCAB, block.work.family)
     kinds = np.flatnonzero(block.lacks.any(axis=0)).tolist()
-    captured = np.ones((SIZE, LENGTH), bool)
+    captured = np.ones((size, LENGTH), bool)
     return Made(block, keys, captured, coding, kinds, results_of(full, len(kinds)), lambda: None)
 
 
@@ -153,17 +157,17 @@ def test_blocks_hold_everything_wanted_once_and_one_kind_of_sequence_each(job) -
         ragged = [block for block in mine if len(block.numbers) < SIZE]
         assert len(ragged) <= 2  # one for each kind of sequence
     assert kinds_seen == {True, False}
-    firsts = [block for block in blocks(works, SIZE) if block.first]
+    firsts = [block for block in blocks(works, SIZE) if block.fits]
     assert [block.work.family for block in firsts] == ["eval", "train"]
     assert [len(block.numbers) for block in firsts] == [SIZE, SIZE]
-    assert batch_size(job) == SIZE and count_wanted(job, corpus) == 96
+    assert batch_size(job, 1, "cpu") == SIZE and count_wanted(job, corpus) == 96
 
 
 def test_what_is_left_after_some_blocks_are_the_other_blocks(job) -> None:
     """Whichever they were: the next capture has the same ones, sequence for sequence."""
     every = [tuple(block.numbers) for block in train_blocks(job)]
     done = train_blocks(job)[1::3]
-    put_all(job, start(job), [replace(done[0], first=True), *done[1:]])
+    put_all(job, start(job), [replace(done[0], sample=True, fits=True), *done[1:]])
     left = [tuple(block.numbers) for block in train_blocks(job)]
     assert set(left) == set(every) - {tuple(block.numbers) for block in done}
     assert len(left) == len(every) - len(done) > 5
@@ -351,7 +355,7 @@ def test_logits_that_are_no_numbers_name_the_sequence(job) -> None:
     assert made.keys[2].hex() in text and "position 5" in text and "\n" not in text
     # What fills a block up does not count.
     ragged = next(b for b in train_blocks(job) if len(b.numbers) < SIZE)
-    made = made_of(job, replace(ragged, first=True))
+    made = made_of(job, replace(ragged, sample=True, fits=True))
     made.results[0][-1] = False
     put_all(job, start(job), [])
     assert len(made.records()[0]) == len(ragged.numbers)
@@ -447,3 +451,62 @@ def test_a_shard_that_is_published_is_whole(job, tmp_path: Path) -> None:
     put_all(job, start(job), train_blocks(job))
     names = job.cache.list("shards")
     assert len(names) == 4 and {Path(name).suffix for name in names} == {".bin", ".idx"}
+
+
+def test_small_blocks_share_one_sample_for_the_codebook(job, corpora, tmp_path: Path) -> None:
+    """As if they were one block: the same codebook, and every record is there."""
+    whole = replace(job, cache=open_store(tmp_path).sub("whole"))
+    works = [work for work in plan(job, open_(job)) if work.family == "train"]
+    small = list(blocks(works, SIZE, sample=3))
+    assert [(block.sample, block.fits) for block in small[:4]] == [
+        (True, False),
+        (True, False),
+        (True, True),
+        (False, False),
+    ]
+    put_all(job, start(job), small)
+    assert train_blocks(job) == []
+    three = np.concatenate([block.numbers for block in small[:3]])
+    lacks = np.concatenate([block.lacks for block in small[:3]])
+    large = replace(small[0], numbers=three, lacks=lacks, sample=True, fits=True)
+    with start(whole).writer as at_work:
+        at_work.reserve()
+        at_work.put(made_of_size(whole, large, 3 * SIZE))
+    mine, others = (read_codebook(one.cache, "train") for one in (job, whole))
+    assert mine is not None and others is not None
+    assert (mine.freqs == others.freqs).all() and (mine.centroids == others.centroids).all()
+
+
+def test_a_stop_before_the_sample_is_whole_leaves_its_sequences_to_the_next(job) -> None:
+    works = [work for work in plan(job, open_(job)) if work.family == "train"]
+    small = list(blocks(works, SIZE, sample=3))
+    started = start(job)
+    put_all(job, started, small[:2])
+    assert started.writer.gave_up and read_codebook(job.cache, "train") is None
+    put_all(job, start(job), list(blocks(works, SIZE, sample=3)))
+    assert train_blocks(job) == []
+
+
+def ids(hands: list[list[Block]]) -> list[list[int]]:
+    return [[id(block) for block in hand] for hand in hands]
+
+
+def test_blocks_are_dealt_evenly_and_samples_to_one_rank(job) -> None:
+    works = plan(job, open_(job))
+    alone = list(blocks(works, SIZE))
+    assert ids(deal(alone, 3)) == ids([alone[rank::3] for rank in range(3)])
+    every = list(blocks(works, SIZE, sample=3))
+    hands = deal(every, 2)
+    assert sorted(sum(ids(hands), [])) == sorted(ids([every])[0])
+    assert abs(len(hands[0]) - len(hands[1])) <= 1
+    for family in ("eval", "train"):
+        assert (
+            len(
+                [
+                    hand
+                    for hand in hands
+                    if any(block.sample and block.work.family == family for block in hand)
+                ]
+            )
+            == 1
+        )

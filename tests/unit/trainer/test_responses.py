@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluster.storage import open_store
+from tests.material import config_values
 from trainer.corpus.sources import RENDERING
 from trainer.responses.faults import responses_fault, world_faults
+from trainer.responses.generate import Settings, TeacherWithAnswers, UnderWay
 from trainer.responses.given import copy_file
 from trainer.responses.identity import (
     corpus_of_answers,
@@ -429,3 +432,19 @@ def test_messages_need_a_chat_template(tmp_path, monkeypatch):
     Tokenizer.chat_template = "x"
     monkeypatch.setattr("trainer.responses.given.check_size", lambda data, tokenizer: None)
     assert world_faults(Spec, tokenizer=Tokenizer()) == []
+
+
+@pytest.mark.parametrize("stop_after", [None, 3])
+def test_a_batch_under_way_is_told_and_can_be_stopped(stop_after: int | None) -> None:
+    torch.manual_seed(0)
+    values = {**config_values("llama"), "vocab_size": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).eval()
+    settings = Settings(max_new_tokens=8, temperature=0.0, top_p=1.0, vocab=64, ends=(), pad=0)
+    told: list[int] = []
+    batch = UnderWay(told.append, lambda: len(told) + 1 == stop_after)
+    ids = torch.randint(1, 64, (2, 5))
+    streams = torch.zeros(2, 4, dtype=torch.int64)
+    new = TeacherWithAnswers(model)(ids, torch.ones_like(ids), streams, settings, None, batch)
+    count = stop_after or 8
+    assert told == list(range(1, count + 1)) and new.shape == (2, count)
+    assert batch.stopped == (stop_after is not None)

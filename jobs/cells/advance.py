@@ -1,0 +1,55 @@
+"""How far a task of the sweep is: the share of its work, and words for who waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from cluster.progress import Report
+
+# Work is counted in sequences that a model of the sweep passes once. What takes as long as
+# quantizing, in tokens: both grow with the model (hqq on a CPU, one thread).
+QUANTIZE_TOKENS = 10_000
+EVALUATE = 1.3  # with its head and the reference's, and all divergences
+HEAD = 0.4  # the same without the forward pass, from stored hidden states
+LEARN = 4.0  # a forward and a backward pass, beside a second model or records
+
+_WORDS = {"reference": "hidden states of", "evaluation": "evaluated on"}
+
+
+class Advance:
+    """Tells `report` how far a task of several phases is."""
+
+    def __init__(self, report: Report, work: Mapping[str, float]) -> None:
+        """work: of each phase, in the order in which they come; no more than a guess."""
+        self._report, self._total = report, sum(work.values()) or 1.0
+        self._work = dict(work)
+        self._before = {}
+        so_far = 0.0
+        for phase, amount in work.items():
+            self._before[phase] = so_far
+            so_far += amount
+        report(0.0, "loading the model")
+
+    def at(self, phase: str, share: float, words: str) -> None:
+        """That share of a phase is done."""
+        if phase in self._work:
+            done = (self._before[phase] + self._work[phase] * share) / self._total
+            self._report(done, words)
+
+    def part(self, name: str, sequences: int) -> Callable[[str, float], None]:
+        """What a `quant.measured.Part` calls; phases are e.g. "evaluation/report"."""
+
+        def tell(what: str, done: float) -> None:
+            words = f"{_WORDS[what]} {name}: {int(done)} of {sequences} sequences"
+            self.at(f"{what}/{name}", done / max(1, sequences), words)
+
+        return tell
+
+    def cell(self, what: str, share: float) -> None:
+        """What `quant.cell.run_cell` calls."""
+        words = "benchmark tasks" if what == "tasks" else f"quantizing: {100 * share:.0f} %"
+        self.at(what, share, words)
+
+    def steps(self, done: int, total: int) -> None:
+        """What a recovery calls."""
+        self.at("recover", done / total, f"recovering: step {done} of {total}")
