@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Attempt
 from jobs.cells.material import PARTS, Material, Source
+from quant.foretold import Forecast
 from quant.grid import Cell
-from quant.memory import Forecast
 from quant.sweepspec import ExtraModel
 from trainer.models import find_model
 from trainer.spec import TeacherSpec
