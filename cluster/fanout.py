@@ -9,11 +9,12 @@ from typing import Any
 
 from cluster.flight import Flight
 from cluster.outcomes import Failure, Timing, of_ray, one_line, where
+from cluster.progress import TELL_S, Board, Progress
 from cluster.room import Need, Nodes
 from cluster.task import End, Start
 from cluster.waiting import Job, Waiting
 
-__all__ = ["Cancelled", "Failure", "FanOut", "Need", "Timing", "fan_out"]
+__all__ = ["Cancelled", "Failure", "FanOut", "Need", "Progress", "Timing", "fan_out"]
 
 _POLL_S = 0.3
 # Where memory ran out by no fault of a task it rests before its second attempt, twice so long
@@ -51,6 +52,7 @@ class FanOut:
         on_start: Callable[[str, str], None] = lambda key, where: None,
         on_retry: Callable[[str, str, int], None] = lambda key, why, attempt: None,
         on_wait: Callable[[Need, float], None] = lambda need, seconds: None,
+        on_progress: Callable[[str, Progress], None] | None = None,
     ) -> None:
         """need, limit_s: of tasks that are added without their own; limit_s in seconds of running.
 
@@ -61,11 +63,14 @@ class FanOut:
         where) when it begins to run; on_retry(key, why, attempt) when it is to run again, with the
         number of the new attempt (the second is 2). on_wait(need, seconds) now and then while tasks
         are with Ray and none runs: what one of them needs, and for how long that has been so.
+        on_progress(key, progress) when a running task has said how far it is, about once a second;
+        the function is then called with a `report` more, a `cluster.progress.Report`.
         """
         self._function, self._need, self._limit_s = function, need, limit_s
         self._retries, self._in_flight, self._patience_s = retries, in_flight, patience_s
         self._should_stop, self._on_start, self._on_retry = should_stop, on_start, on_retry
-        self._on_wait = on_wait
+        self._on_wait, self._on_progress = on_wait, on_progress
+        self._board, self._next_read = Board(), 0.0
         self._idle_since: float | None = None  # monotonic
         self._next_word = 0.0
         self._nodes = Nodes()
@@ -127,6 +132,7 @@ class FanOut:
                 self._collect()
                 self._watch_limits()
                 self._tell_waiting()
+                self._tell_progress()
                 while self._outcomes:
                     yield self._outcomes.popleft()
                     if self._should_stop():
@@ -179,11 +185,14 @@ class FanOut:
         if not self._slots:
             self._slots.append(self._slots_made)
             self._slots_made += 1
-        flight = Flight.launch(self._function, job, self._slots.pop())
+        progress = None if self._on_progress is None else self._board.new_key()
+        flight = Flight.launch(self._function, job, self._slots.pop(), progress)
         self._flying[flight.stream] = flight
 
     def _remove(self, flight: Flight) -> None:
         del self._flying[flight.stream]
+        if flight.progress is not None:
+            self._board.drop(flight.progress)
         if not flight.kills:  # a kill under way must not meet another task of its name
             self._slots.append(flight.slot)
 
@@ -299,6 +308,19 @@ class FanOut:
             self._next_word = now + _WORD_S
             self._on_wait(flights[0].job.need, now - self._idle_since)
 
+    def _tell_progress(self) -> None:
+        """Passes on how far the running tasks are."""
+        if self._on_progress is None or time.monotonic() < self._next_read:
+            return
+        running = {
+            flight.progress: flight.job.key
+            for flight in self._flying.values()
+            if flight.progress is not None and flight.start is not None
+        }
+        for key, progress in self._board.read(running):
+            self._on_progress(running[key], progress)
+        self._next_read = time.monotonic() + TELL_S
+
     def _give_up_homeless(self) -> None:
         """Tasks that Ray has and that no living node can hold: it would wait for ever."""
         for flight in list(self._flying.values()):
@@ -311,6 +333,7 @@ class FanOut:
         for flight in self._flying.values():
             flight.cancel()
         self._flying.clear()
+        self._board.close()
 
 
 def fan_out(

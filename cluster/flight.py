@@ -20,13 +20,15 @@ _KILL_S = 20.0
 class Flight:
     """A job that Ray has. stream: of its Start and its End. name: as Ray and `ps` show it.
 
-    slot: a number that no other flight has at the same time, part of the name.
+    slot: a number that no other flight has at the same time, part of the name. progress: where its
+    progress is read, None if nobody asked for it.
     """
 
     job: Job
     slot: int
     name: str
     stream: Any
+    progress: str | None = None
     start: Start | None = None
     kills: int = 0
     _heard: float = 0.0  # when the driver had the Start, monotonic
@@ -34,7 +36,9 @@ class Flight:
     _killer: Any = None
 
     @staticmethod
-    def launch(function: Callable[..., Any], job: Job, slot: int) -> Flight:
+    def launch(
+        function: Callable[..., Any], job: Job, slot: int, progress: str | None = None
+    ) -> Flight:
         """Hands a job to Ray, which retries nothing by itself.
 
         Its name is made of the key's part before the first slash, else of the function's name.
@@ -60,7 +64,7 @@ class Flight:
             num_returns="streaming",
         )
         call = cloudpickle.dumps((function, job.arguments))
-        return Flight(job, slot, name, stream.remote(call))
+        return Flight(job, slot, name, stream.remote(call, progress), progress)
 
     def hear(self) -> Start | End:
         """The next word of the task. Raises RayError, or StopIteration if there is none."""

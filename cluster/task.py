@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.outcomes import of_exception
+from cluster.progress import reporting
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ class End:
     time: float
 
 
-def perform(call: bytes) -> Iterator[Start | End]:
+def perform(call: bytes, progress: str | None = None) -> Iterator[Start | End]:
     """Runs the pickled (function, arguments) of `call`; yields its Start, then its End.
+
+    progress: where the driver reads how far it is (`cluster.progress`); the function is then
+    called with a `report` more.
 
     What the function raises comes back as a Failure: an exception may be unknown to the driver, or
     not fit for pickling. It is unpickled after the Start is out, so that imports count as running.
@@ -51,7 +55,9 @@ def perform(call: bytes) -> Iterator[Start | End]:
     value: Any
     try:
         function, arguments = pickle.loads(call)
-        value = function(*arguments)
+        with reporting(progress) as report:
+            more = {} if progress is None else {"report": report}
+            value = function(*arguments, **more)
     except (Exception, SystemExit) as error:  # not KeyboardInterrupt: so Ray cancels
         # Ray's own way out after SIGTERM, such as from its memory monitor or of a node that shuts
         # down: the process was taken away, the function has not ended.

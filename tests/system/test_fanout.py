@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from cluster.fanout import Cancelled, Failure, FanOut, Need, fan_out
+from cluster.fanout import Cancelled, Failure, FanOut, Need, Progress, fan_out
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -330,3 +330,36 @@ def wait_for(fact: Callable[[], bool], seconds: float = 30) -> None:
     while not fact():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def reporter(folder: Path, key: str, report: Any) -> str:
+    """Says how far it is and waits each time until the driver has heard it; dies once at half."""
+    mark(folder, key, "began")
+    for percent in (25, 50, 75):
+        report(percent / 100, f"{percent} of 100")
+        while not (folder / f"{key} {percent}").exists():
+            time.sleep(0.02)
+        if key == "dies once" and percent == 50 and count(folder, key, "began") == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return key
+
+
+def test_the_driver_hears_how_far_running_tasks_are(tmp_path: Path) -> None:
+    told: dict[str, list[tuple[float, str]]] = {"steady": [], "dies once": []}
+
+    def hear(key: str, progress: Progress) -> None:
+        told[key].append((progress.done, progress.words))
+        (tmp_path / f"{key} {round(100 * progress.done)}").touch()
+
+    pool = FanOut(reporter, need=ONE, on_progress=hear)
+    for key in told:
+        pool.add(key, tmp_path, key)
+    assert dict(pool) == {key: key for key in told}
+    steps = [(0.25, "25 of 100"), (0.5, "50 of 100"), (0.75, "75 of 100")]
+    # The last word of an attempt may be lost with it, or be overtaken by the next attempt's end.
+    assert told["steady"][:2] == steps[:2]
+    assert told["dies once"][:2] == steps[:2]
+    assert count(tmp_path, "dies once", "began") == 2
+    from ray.experimental import internal_kv
+
+    assert internal_kv._internal_kv_list("", namespace="task-progress") == []
