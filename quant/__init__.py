@@ -1,0 +1,3 @@
+from trainer.imports import without_compiler
+
+without_compiler()

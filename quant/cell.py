@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from quant.methods import load_method
 from quant.quantize import cast_stored, quantize, stored_dtype
 from quant.spec import DYNAMIC, QuantSpec
 from quant.speed import measure_speed
+from trainer.processor import fast_dtype, processor_name
 
 MADE = (
     "bits_per_weight",
@@ -51,6 +51,7 @@ SPEEDS = (
     "decode_tokens_per_s",
     "prefill_tokens_per_s",
     "speedup",
+    "baseline_dtype",
     "resident_bytes",
     "kernel",
     "kernel_kl",
@@ -220,22 +221,23 @@ def _identity(cell: Cell) -> dict[str, Any]:
 
 def measure_cell(
     artifact_folder: str,
-    model_folder: str,
+    baseline: PreTrainedModel,
     prompt_tokens: int,
     decode_tokens: int,
     repeats: int = 3,
-    threads: int = 1,
-    device: torch.device | str = "cpu",
+    tell: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Speed of a saved cell, loaded for speed, beside the bfloat16 model it was made from.
+    """Speed of a saved cell, loaded for speed, beside the 16-bit model it was made from.
 
-    Run it while nothing else runs on the machine. Returns `measure_speed`'s dict, and `kernel_kl`:
-    how far the kernel's answers are from those of the dequantized weights that were evaluated.
+    baseline: that model, of `quant.speed.load_baseline`; the cell runs on its device. Run it while
+    nothing else runs on the machine. tell(done): the share of the work, now and then. Returns
+    `measure_speed`'s dict, and `kernel_kl`: how far the kernel's answers are from those of the
+    dequantized weights that were evaluated.
     """
-    torch.set_num_threads(threads)
-    model = load_quantized(artifact_folder, device, prefer="speed")
-    baseline = load_model(model_folder, device, torch.bfloat16)
-    found = measure_speed(model, baseline, prompt_tokens, decode_tokens, repeats)
+    device = baseline.device
+    dtype = getattr(torch, fast_dtype(str(device)))
+    model = load_quantized(artifact_folder, device, prefer="speed", dtype=dtype)
+    found = measure_speed(model, baseline, prompt_tokens, decode_tokens, repeats, tell)
     return {**found, "kernel_kl": kernel_kl(model), "device_name": device_name(device)}
 
 
@@ -243,12 +245,7 @@ def device_name(device: torch.device | str) -> str:
     """The GPU's name, or the processor's: speeds of different ones are not comparable."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else "cpu"
+    return processor_name()
 
 
 def _evaluated_with(spec: QuantSpec, dtype: torch.dtype) -> str:

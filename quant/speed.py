@@ -12,18 +12,63 @@ import ctypes
 import gc
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from quant.energy import EnergyMeter
 from quant.kernels import kernel_names
+from quant.measured import dtype_name, load_model
+from trainer.processor import fast_dtype
 
+BASELINE_TOKENS = 16  # decoded, at most, each time the baseline's dtypes are compared
 ENERGY_SECONDS = 2.0  # of decoding, at least: counters move every few ten milliseconds
 PROC = Path("/proc/self")
+
+
+def load_baseline(
+    folder: str | Path,
+    device: torch.device | str,
+    prompt_tokens: int,
+    decode_tokens: int,
+    repeats: int = 3,
+) -> PreTrainedModel:
+    """The 16-bit model in `folder` for `measure_speed`, in the dtype in which it decodes faster.
+
+    On a CPU that is measured, bfloat16 and float32 in turns: which is faster depends on the
+    instruction set, the model's size and its kernels. On a GPU, and where memory does not hold the
+    model in both, it is `fast_dtype`'s. Its `dtype` says which it was. Call it while nothing else
+    runs there.
+    """
+    device = torch.device(device)
+    names = ["bfloat16", "float32"]
+    if device.type != "cpu" or not _fits_twice(Path(folder)):
+        names = [fast_dtype(str(device))]
+    models = [load_model(str(folder), device, getattr(torch, name)) for name in names]
+    if len(models) == 1:
+        return models[0]
+    prompt = random_prompt(models[0], prompt_tokens)
+    tokens = min(decode_tokens, BASELINE_TOKENS)
+    seconds: list[list[float]] = [[] for _ in models]
+    for model in models:
+        generation_seconds(model, prompt, 2)
+    for _ in range(repeats):
+        for model, times in zip(models, seconds, strict=True):
+            times.append(generation_seconds(model, prompt, tokens)[1])
+    medians = [statistics.median(times) for times in seconds]
+    return models[medians.index(min(medians))]
+
+
+def _fits_twice(folder: Path) -> bool:
+    """Whether free memory holds a model in bfloat16 and in float32, and as much again."""
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return 6 * stored <= psutil.virtual_memory().available
 
 
 def measure_speed(
@@ -32,17 +77,20 @@ def measure_speed(
     prompt_tokens: int,
     decode_tokens: int,
     repeats: int = 3,
+    tell: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Tokens per second of greedy generation for one sequence, each number a median of repeats.
 
     The two models take turns (A B A B), so that a drift of the machine meets both alike; both
-    must lie on the same device. Call it while nothing else runs there.
+    must lie on the same device. Call it while nothing else runs there. tell(done): is called after
+    every generation, with the share of them that there were.
 
     Returns prefill_tokens_per_s, decode_tokens_per_s, resident_bytes (see `resident_bytes`),
     peak_memory_bytes (see `peak_memory`), energy_per_token_j (see `energy_per_token`), the same
-    with baseline_, speedup (ratio of the decode medians), kernel (what the quantized layers ran),
-    memory_note and energy_note (what was measured, or "not measurable: " and why), prompt_tokens,
-    decode_tokens, repeats. Raises ValueError when the text is longer than the model's positions.
+    with baseline_, baseline_dtype, speedup (ratio of the decode medians), kernel (what the
+    quantized layers ran), memory_note and energy_note (what was measured, or "not measurable: " and
+    why), prompt_tokens, decode_tokens, repeats. Raises ValueError when the text is longer than the
+    model's positions.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and prompt_tokens + decode_tokens > limit:
@@ -55,17 +103,26 @@ def measure_speed(
     times: dict[str, list[float]] = {
         prefix + phase: [] for prefix in models for phase in ("prefill", "decode")
     }
-    for one in models.values():  # allocations and lazy set-up are no part of the speed
+    memory: dict[str, tuple[int | None, str]] = {}
+    energy: dict[str, tuple[float | None, str]] = {}
+    told = count(1)
+
+    def in_turns() -> Iterator[tuple[str, PreTrainedModel]]:
+        for turn in models.items():
+            yield turn
+            tell(next(told) / (len(models) * (repeats + 3)))
+
+    for _, one in in_turns():  # allocations and lazy set-up are no part of the speed
         generation_seconds(one, prompt, 2)
-    memory = {prefix: peak_memory(one, prompt, decode_tokens) for prefix, one in models.items()}
+    for prefix, one in in_turns():
+        memory[prefix] = peak_memory(one, prompt, decode_tokens)
     for _ in range(repeats):
-        for prefix, one in models.items():
+        for prefix, one in in_turns():
             prefill, decode = generation_seconds(one, prompt, decode_tokens)
             times[prefix + "prefill"].append(prefill)
             times[prefix + "decode"].append(decode)
-    energy = {
-        prefix: energy_per_token(one, prompt, decode_tokens) for prefix, one in models.items()
-    }
+    for prefix, one in in_turns():
+        energy[prefix] = energy_per_token(one, prompt, decode_tokens)
     rates = {
         f"{name}_tokens_per_s": (prompt_tokens if "prefill" in name else decode_tokens)
         / statistics.median(seconds)
@@ -79,6 +136,7 @@ def measure_speed(
         "memory_note": memory[""][1],
         **{f"{prefix}energy_per_token_j": found for prefix, (found, _) in energy.items()},
         "energy_note": energy[""][1],
+        "baseline_dtype": dtype_name(baseline.dtype),
         "kernel": kernel_names(model),
         "prompt_tokens": prompt_tokens,
         "decode_tokens": decode_tokens,

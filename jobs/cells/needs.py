@@ -13,9 +13,8 @@ from cluster.spec import CellResources
 from jobs.cells.material import Source
 from jobs.errors import SpecErrors
 from jobs.stages.base import Context
-from quant.bytes import parameter_count
+from quant.foretold import Forecast
 from quant.grid import Cell
-from quant.memory import Forecast, cell_memory
 from quant.sweepspec import SweepSpec
 
 # Below so many weights a CPU core is as quick as a GPU, whose kernels take longer to start.
@@ -61,6 +60,8 @@ class Needs:
     @staticmethod
     def of(context: Context, sources: dict[str, Source]) -> Needs:
         """Those of a run on its cluster. Raises SpecErrors if no cell could ever start."""
+        from quant.bytes import parameter_count
+
         spec = context.spec
         assert spec.sweep is not None and spec.data is not None
         asked = spec.resources.sweep
@@ -97,6 +98,8 @@ class Needs:
 
     def forecast(self, cell: Cell | None, source: Source) -> Forecast:
         """What a cell takes; of evaluating the 16-bit model where there is no cell."""
+        from quant.memory import cell_memory
+
         kept = dict.fromkeys(self.sweep.keep_16bit)
         return cell_memory(
             self.meta(source),
@@ -117,12 +120,13 @@ class Needs:
 
     def model_cost(self, source: Source) -> float:
         """How long a task takes that evaluates a 16-bit model, or tries an allocation of it."""
+        from quant.bytes import parameter_count
+
         return float(parameter_count(self.meta(source)))
 
     def cost(self, cell: Cell, source: Source) -> float:
         """How long a cell takes beside others, roughly: the longest go first."""
-        weights = parameter_count(self.meta(source))
-        return weights * (RECOVERY if cell.recovered else 1.0)
+        return self.model_cost(source) * (RECOVERY if cell.recovered else 1.0)
 
     def exclusive(self, measured: Collection[str] = ()) -> tuple[Need, int]:
         """What a task takes that is to be alone on its machine, and how many machines there are.

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +18,8 @@ from cluster.progress import Report, silent
 from cluster.storage import Attempt, Store
 from jobs.cells.advance import EVALUATE, HEAD, LEARN, QUANTIZE_TOKENS, Advance
 from jobs.cells.material import PARTS, Material, Source
+from quant.foretold import Forecast
 from quant.grid import Cell
-from quant.memory import Forecast
 from quant.sweepspec import ExtraModel
 from trainer.models import find_model
 from trainer.spec import TeacherSpec
@@ -107,8 +109,6 @@ def cell_task(
     A model that an earlier start of the same cell has published is not made again. need: what it
     is foretold to take. Raises MemoryError, with the numbers, where the GPU has less.
     """
-    from functools import partial
-
     from quant.cell import run_cell
     from quant.tokenizer_files import copy_tokenizer
 
@@ -276,26 +276,55 @@ def _upload_in_order(attempt: Attempt, folder: Path, place: str, last: str) -> N
         held.rename(folder / last)
 
 
-def speed_task(material: Material, key: str, source: Source, gpu_type: str) -> dict[str, Any]:
-    """The speed of a finished cell beside the 16-bit model; adds it to the cell's result.json.
+def speed_task(
+    material: Material,
+    keys: Sequence[str],
+    source: Source,
+    gpu_type: str,
+) -> dict[str, str]:
+    """The speeds of finished cells of one 16-bit model beside it, one after the other; adds each to
+    its cell's result.json as soon as it is there.
 
-    gpu_type: of the node, as Ray calls it, "" without a GPU.
+    A cell that has a speed already, from a process that was lost, is not measured again. gpu_type:
+    of the node, as Ray calls it, "" without a GPU. Returns the errors, by cell.
     """
-    from quant.cell import measure_cell
+    import torch
 
-    store = material.attempt.store
-    speeds = measure_cell(
-        str(store.fetch_folder(f"cells/{key}/model")),
-        source.folder(),
-        material.sweep.speed_prompt_tokens,
-        material.sweep.speed_decode_tokens,
-        threads=material.speed_threads,
-        device=material.device,
-    )
-    path = f"cells/{key}/result.json"
-    speeds["gpu_type"] = gpu_type
-    material.attempt.write_json(path, {**store.read_json(path), **speeds})
-    return speeds
+    from quant.cell import measure_cell
+    from quant.speed import load_baseline
+
+    store, sweep = material.attempt.store, material.sweep
+    tokens = sweep.speed_prompt_tokens, sweep.speed_decode_tokens
+    torch.set_num_threads(material.speed_threads)
+    baseline = load_baseline(source.folder(), material.device, *tokens)
+    errors: dict[str, str] = {}
+    for number, key in enumerate(keys):
+        material.report(number / len(keys), key)
+        path = f"cells/{key}/result.json"
+        if has_speed(store.read_json(path), gpu_type):
+            continue
+        try:
+            folder = store.fetch_folder(f"cells/{key}/model")
+            tell = partial(_share, material.report, number, len(keys), key)
+            speeds = measure_cell(str(folder), baseline, *tokens, tell=tell)
+        except Exception as error:  # of this cell alone
+            traceback.print_exc()
+            errors[key] = " ".join(str(error).split()) or type(error).__name__
+            continue
+        speeds["gpu_type"] = gpu_type
+        material.attempt.write_json(path, {**store.read_json(path), **speeds})
+    return errors
+
+
+def _share(report: Report, number: int, count: int, key: str, done: float) -> None:
+    """Reports a task that is at the share `done` of its cell `number` of `count`."""
+    report((number + done) / count, key)
+
+
+def has_speed(result: Mapping[str, Any], gpu_type: str) -> bool:
+    """Whether a cell's result has speeds, measured on a GPU of this type, "" on a processor."""
+    measured = result.get("decode_tokens_per_s") is not None
+    return measured and (result.get("gpu_type") or "") == gpu_type
 
 
 def call(function: Any, arguments: tuple[Any, ...], report: Report = silent) -> Any:

@@ -55,7 +55,8 @@ NUMBERS = (
 )
 OTHERS = (
     *("method", "embeddings", "head", "layers", "recovered", "tasks", "kernel", "device_name"),
-    *("energy_note", "compute_dtype", "evaluated_with", "versions", "fingerprint"),
+    *("baseline_dtype", "energy_note", "compute_dtype", "evaluated_with", "versions"),
+    "fingerprint",
 )
 # Sums of every sequence stay in the results of the cells: a row is what tables are drawn from.
 LEFT_OUT = ("per_sequence", "select")

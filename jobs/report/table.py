@@ -93,7 +93,19 @@ def remarks(rows: list[Row]) -> list[str]:
     if told:
         word = "Kernels" if len(told) > 1 else "Kernel"
         lines.append(f"{word} of the cells' speeds: {'; '.join(told)}.")
-    return lines
+    return lines + _baselines(cells)
+
+
+def _baselines(cells: list[Row]) -> list[str]:
+    """In which dtype the 16-bit models were timed that the cells' speed-ups are against."""
+    found = {
+        f"the {row['of']} in {row['baseline_dtype']}": None
+        for row in cells
+        if row["baseline_dtype"] and row["decode_tokens_per_s"] is not None
+    }
+    if not found:
+        return []
+    return [f"Speed-ups: against {', '.join(found)}, the faster of bfloat16 and float32 there."]
 
 
 def _kept(rows: list[Row]) -> list[str]:

@@ -141,6 +141,20 @@ def test_the_kernels_of_the_speeds_are_named(tmp_path: Path) -> None:
     assert remarks(rows) == []
 
 
+def test_the_dtype_of_the_baseline_is_named(tmp_path: Path) -> None:
+    rows = collect(swept(tmp_path, bits=[4], methods=["hqq"]))
+    cells = [row for row in rows if row["role"] == "cell"]
+    for row in cells:
+        row["baseline_dtype"] = "float32"
+    line = remarks(rows)[-1]
+    assert "the student in float32" in line and line in markdown(rows)
+    cells[0]["of"], cells[0]["baseline_dtype"] = "teacher", "bfloat16"
+    assert "the teacher in bfloat16, the student in float32" in remarks(rows)[-1]
+    for row in cells:
+        row["decode_tokens_per_s"] = None
+    assert not [line for line in remarks(rows) if "float" in line]
+
+
 def test_a_cell_without_a_speed_is_not_among_all_others(tmp_path: Path) -> None:
     rows = collect(swept(tmp_path, bits=[4], methods=["hqq"]))
     rows[-1]["kernel"] = rows[-1]["decode_tokens_per_s"] = None

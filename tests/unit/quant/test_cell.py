@@ -18,7 +18,7 @@ from quant.linear import quant_linears
 from quant.measured import Part, Setting, load_model
 from quant.quantize import quantize
 from quant.spec import QuantSpec
-from quant.speed import resident_bytes
+from quant.speed import load_baseline, resident_bytes
 from tests.unit.quant.families import tiny
 
 RESULT_KEYS = {
@@ -117,12 +117,17 @@ def test_an_impossible_cell_raises_for_the_caller_to_record(student, batches):
 def test_speed_is_measured_beside_the_16_bit_model(student, tmp_path, batches):
     out = str(tmp_path / "cell")
     run_cell(CELL, student, part(batches), out_folder=out)
-    found = measure_cell(out, student, prompt_tokens=8, decode_tokens=4, repeats=2)
+    told: list[float] = []
+    baseline = load_baseline(student, "cpu", 8, 4, repeats=1)
+    found = measure_cell(
+        out, baseline, prompt_tokens=8, decode_tokens=4, repeats=2, tell=told.append
+    )
+    assert told == [pytest.approx(part / 10) for part in range(1, 11)]
     fast = load_quantized(out, prefer="speed")
     assert found["kernel"] == kernel_names(fast)
     assert found["resident_bytes"] == resident_bytes(fast)
     assert found["baseline_resident_bytes"] == resident_bytes(
-        load_model(student, dtype=torch.bfloat16)
+        load_model(student, dtype=getattr(torch, found["baseline_dtype"]))
     )
     assert found["speedup"] == found["decode_tokens_per_s"] / found["baseline_decode_tokens_per_s"]
     assert found["prefill_tokens_per_s"] > 0 and found["baseline_prefill_tokens_per_s"] > 0
@@ -141,7 +146,8 @@ ALL = [
 def test_every_kind_of_cell_is_evaluated_and_measured(spec, student, tmp_path, batches):
     out = str(tmp_path / "cell")
     result = run_cell(uniform(spec), student, part(batches), out_folder=out)
-    result |= measure_cell(out, student, prompt_tokens=8, decode_tokens=2, repeats=1)
+    baseline = load_model(student, dtype=torch.bfloat16)
+    result |= measure_cell(out, baseline, prompt_tokens=8, decode_tokens=2, repeats=1)
     json.dumps(result, allow_nan=False)
     assert result.keys() >= RESULT_KEYS and result["status"] == "done"
     assert QuantSpec(**json.loads(json.dumps(result["spec"]))) == spec
@@ -163,7 +169,7 @@ def test_experts_stay_in_16_bits_where_they_are_listed(family, tmp_path, batches
         run_cell(CELL, source, part(batches))
     result = run_cell(CELL, source, part(batches), out_folder=out, keep_16bit=["*.experts*"])
     assert result["keep_16bit"] == ["*.experts*"]
-    result |= measure_cell(out, source, prompt_tokens=8, decode_tokens=2, repeats=1)
+    result |= measure_cell(out, model, prompt_tokens=8, decode_tokens=2, repeats=1)
     assert result["status"] == "done" and result["decode_tokens_per_s"] > 0
     saved = load_quantized(out, prefer="plain")
     attention = [f"{name}_proj" for name in "qkvo"]

@@ -14,11 +14,13 @@ from quant.codes import Codes
 from quant.energy import EnergyMeter
 from quant.kernels import use_kernels
 from quant.linear import QuantLinear
+from quant.measured import load_model
 from quant.quantize import quantize
 from quant.spec import QuantSpec
 from quant.speed import (
     energy_per_token,
     generation_seconds,
+    load_baseline,
     measure_speed,
     peak_memory,
     random_prompt,
@@ -78,6 +80,47 @@ def test_what_a_models_own_settings_say_about_stopping_and_drawing_is_left_out(m
     settings.do_sample, settings.temperature, settings.num_beams = True, 0.5, 2
     generation_seconds(model, torch.zeros(1, 6, dtype=torch.long), 3)
     assert calls == [("", 6), ("", 1), ("", 1), ("", 1)]
+
+
+@pytest.mark.parametrize("faster", ["bfloat16", "float32"])
+def test_the_baseline_has_the_dtype_that_decodes_faster(faster, make_llama, tmp_path, monkeypatch):
+    """By a clock that the model's passes move: decoded tokens count, prompts do not."""
+    make_llama().save_pretrained(tmp_path)
+    passed = 0.0
+
+    def tick(module, args, kwargs):
+        nonlocal passed
+        slow = str(module.dtype) != f"torch.{faster}"
+        passed += (2 if slow else 1) if kwargs["input_ids"].shape[1] == 1 else (10 if slow else 100)
+
+    def load(*args):
+        model = load_model(*args)
+        model.register_forward_pre_hook(tick, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(quant.speed, "load_model", load)
+    monkeypatch.setattr(quant.speed, "time", SimpleNamespace(perf_counter=lambda: passed))
+    model = load_baseline(tmp_path, "cpu", 6, 4)
+    assert str(model.dtype) == f"torch.{faster}"
+    found = measure_speed(model, model, prompt_tokens=6, decode_tokens=4, repeats=1)
+    assert found["baseline_dtype"] == faster
+
+
+def test_a_model_that_memory_holds_once_is_not_loaded_twice(make_llama, tmp_path, monkeypatch):
+    make_llama().save_pretrained(tmp_path)
+    loaded: list[str] = []
+
+    def load(folder, device, dtype):
+        loaded.append(str(dtype))
+        return load_model(folder, device, dtype)
+
+    monkeypatch.setattr(quant.speed, "load_model", load)
+    stored = (tmp_path / "model.safetensors").stat().st_size
+    memory = SimpleNamespace(available=5 * stored)
+    monkeypatch.setattr(quant.speed.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(quant.speed, "fast_dtype", lambda device: "float32")
+    assert load_baseline(tmp_path, "cpu", 6, 4).dtype == torch.float32
+    assert loaded == ["torch.float32"]
 
 
 def test_a_text_beyond_the_models_positions_is_refused(make_llama):
