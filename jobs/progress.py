@@ -16,7 +16,7 @@ from jobs.remaining import Remaining, in_words
 from trainer.news import line_of
 
 # Plain lines: at most one per stage in so many seconds.
-PLAIN_SECONDS = 10.0
+PLAIN_SECONDS = 8.0
 # What is waited for is said after so long, and again after so long.
 WAIT_SECONDS, WAIT_AGAIN_SECONDS = 10.0, 90.0
 # Seconds that a bar's estimate looks back.

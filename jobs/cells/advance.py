@@ -8,9 +8,9 @@ from cluster.progress import Report
 
 # Work is counted in sequences that a model of the sweep passes once. What takes as long as
 # quantizing, in tokens: both grow with the model (hqq on a CPU, one thread).
-QUANTIZE_TOKENS = 10_000
-EVALUATE = 1.3  # with its head and the reference's, and all divergences
-HEAD = 0.4  # the same without the forward pass, from stored hidden states
+QUANTIZE_TOKENS = 4_000
+EVALUATE = 1.2  # with its head and the reference's, and all divergences
+HEAD = 0.25  # the same without the forward pass, from stored hidden states
 LEARN = 4.0  # a forward and a backward pass, beside a second model or records
 
 _WORDS = {"reference": "hidden states of", "evaluation": "evaluated on"}
