@@ -1,11 +1,13 @@
 """What each stage is made from: flat mappings that decide whether its result still stands.
 
 `fixed` inputs may not change under a finished stage (the run refuses, and shows the difference);
-`growing` ones make the stage run again, adding what is missing.
+`growing` ones make the stage run again, adding what is missing; and so do `at_least` ones where
+they ask for more than the stage has made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +28,22 @@ class StageInputs:
 
     fixed: dict[str, Any]
     growing: dict[str, Any] = field(default_factory=dict)
+    at_least: dict[str, int] = field(default_factory=dict)
+
+    def values(self) -> dict[str, Any]:
+        """As a finished stage is recorded with them."""
+        found: dict[str, Any] = {"fixed": self.fixed, "growing": self.growing}
+        return {**found, "at_least": self.at_least} if self.at_least else found
+
+    def met_by(self, made_from: Mapping[str, Any]) -> bool:
+        """Whether a stage that was made from such `values` has all that these ask for.
+
+        A record of an earlier version says nothing of `at_least`: then everything was made.
+        """
+        if (made_from["fixed"], made_from["growing"]) != (self.fixed, self.growing):
+            return False
+        had = made_from.get("at_least", {})
+        return all(had.get(key, number) >= number for key, number in self.at_least.items())
 
 
 class Inputs:
@@ -41,8 +59,14 @@ class Inputs:
         return result
 
     def prepare(self, outputs: Outputs) -> StageInputs:
-        """The corpus's identity."""
-        return StageInputs(self.identities.corpus)
+        """The corpus's identity; sequences of train may grow."""
+        from trainer.corpus.corpus import TRAIN_SEQUENCES
+        from trainer.corpus.given import of_held_out
+
+        identity = self.identities.corpus
+        asked = identity.get(TRAIN_SEQUENCES)
+        at_least = {} if asked is None else {TRAIN_SEQUENCES: asked}
+        return StageInputs(of_held_out(identity), at_least=at_least)
 
     def capture(self, outputs: Outputs) -> StageInputs:
         """The cache's identity; sequences and sets of draws to hold may grow."""

@@ -293,7 +293,6 @@ def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:
     began = time.time()
     inputs = context.inputs.of(stage, context.outputs)
     record = context.run.record(stage)
-    values = {"fixed": inputs.fixed, "growing": inputs.growing}
     if record is not None and is_current(record, inputs) and not forced:
         context.outputs[stage] = record.outputs
         context.events.emit("stage_skip", stage=stage)
@@ -324,7 +323,7 @@ def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:
         context.reporter.end_stage(stage)
     seconds = time.time() - began
     context.outputs[stage] = outputs
-    context.run.finish(stage, values, outputs, seconds)
+    context.run.finish(stage, inputs.values(), outputs, seconds)
     context.emit("stage_done", stage=stage, seconds=seconds, metrics=outputs.get("metrics", {}))
     context.reporter.say(f"{stage}: done in {seconds:.0f} s{_remark(stage, outputs)}")
 

@@ -101,6 +101,12 @@ class JobSpec(BaseModel):
         raise_faults(rule_faults(self))
         return self
 
+    @property
+    def recovery_sequences(self) -> int:
+        """Sequences of train that recovery reads where nothing was captured."""
+        recover = self.sweep.recover if self.sweep is not None else None
+        return 0 if recover is None else recover.steps * recover.batch_sequences
+
 
 def rule_faults(spec: JobSpec, at_fault: Iterable[str] = ()) -> list[str]:
     """One line for every rule that `spec` breaks, as `trainer.rules.faults_of` does."""

@@ -115,7 +115,7 @@ def is_current(record: StageRecord, inputs: StageInputs) -> bool:
 
 def has_inputs(record: StageRecord, inputs: StageInputs) -> bool:
     """Whether a stage was made, or begun again, from these inputs."""
-    return record.inputs == {"fixed": inputs.fixed, "growing": inputs.growing}
+    return inputs.met_by(record.inputs)
 
 
 def _refuse_passing_over(run: RunDir, inputs: Inputs, outputs: Outputs) -> None:

@@ -81,6 +81,11 @@ class TrainerSpec(Section):
         raise_faults(faults_of(RULES, self))
         return self
 
+    @property
+    def recovery_sequences(self) -> int:
+        """Sequences of train that recovery reads, which is no part of this launcher."""
+        return 0
+
 
 _READER = SpecReader(TrainerSpec, partial(faults_of, RULES))
 

@@ -38,6 +38,7 @@ class Identities:
     cache_spec: CacheSpec
     responses_spec: ResponsesSpec | None = None
     given: Store | None = None  # the corpus of data.corpus
+    train_sequences: int | None = None  # as many of train as are read; None: all there are
 
     @cached_property
     def teacher_folder(self) -> Path | None:
@@ -115,10 +116,12 @@ class Identities:
         from trainer.responses.identity import corpus_of_answers
 
         if self.given is not None:
-            return given_identity(self.data, self.given, self.tokenizer)
+            return given_identity(self.data, self.given, self.tokenizer, self.train_sequences)
         if self.responses_spec is not None:
-            return corpus_of_answers(self.data, self.tokenizer, self.responses)
-        return corpus_identity(self.data, self.tokenizer)
+            return corpus_of_answers(
+                self.data, self.tokenizer, self.responses, self.train_sequences
+            )
+        return corpus_identity(self.data, self.tokenizer, self.train_sequences)
 
     @cached_property
     def cache(self) -> dict[str, Any]:

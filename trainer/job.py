@@ -6,6 +6,7 @@ Shared by all launchers, so a job that one of them began is continued by another
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -130,8 +131,36 @@ def identities(spec: Sections) -> Identities:
     assert data is not None
     given = None if data.corpus is None else open_store(spec.storage).sub(CORPORA, data.corpus)
     return Identities(
-        spec.teacher, spec.student, spec.tokenizer, data, spec.cache, spec.responses, given
+        spec.teacher,
+        spec.student,
+        spec.tokenizer,
+        data,
+        spec.cache,
+        spec.responses,
+        given,
+        train_sequences(spec),
     )
+
+
+def train_sequences(spec: Sections) -> int | None:
+    """How many sequences of train a corpus must have for this resolved spec; None: all there are.
+
+    For a training those that are captured and read. Where sources are read unequally often, so many
+    more that none is repeated earlier than it would be with all documents. Without a training what
+    recovery reads, and one at least.
+    """
+    data = spec.data
+    assert data is not None
+    if data.max_tokens != "auto":
+        wanted = -(-data.max_tokens // data.sequence_length)
+    elif spec.distill is None:
+        wanted = max(1, spec.recovery_sequences)
+    else:
+        return None  # not resolved
+    if spec.distill is None:
+        return wanted
+    weights = [source.weight for source in learnt_data(spec).train]
+    return math.ceil(wanted * max(weights, default=1.0) / min(weights, default=1.0))
 
 
 def learnt_data(spec: Sections) -> DataSpec:

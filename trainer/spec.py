@@ -152,7 +152,8 @@ class DataSpec(Section):
     )
     max_tokens: Auto | Annotated[int, Field(ge=1)] = Field(
         "auto",
-        description="Train tokens that are captured and read. auto: what the schedule reads.",
+        description="Train tokens that are prepared, captured and read. auto: as many as the "
+        "schedule reads.",
     )
     corpus: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = Field(
         None,

@@ -11,8 +11,11 @@ from typing import Any
 from cluster.storage import Store, open_store
 from jobs.dtypes import local_dtypes
 from jobs.errors import SpecErrors
+from jobs.inputs import Inputs
 from jobs.load import load_spec, recipes
+from jobs.rundir import RunDir
 from jobs.spec import JobSpec
+from jobs.todo import is_current
 from trainer.dtypes import recorded_dtypes
 from trainer.fingerprint import fingerprint
 from trainer.identity import Identities
@@ -37,11 +40,14 @@ class Asked:
 
     @property
     def corpus(self) -> Store:
-        """The corpus of the spec, which need not be there yet."""
+        """The corpus of the spec, which need not be there yet: of its run, if that has enough."""
         from trainer.responses.make import find_corpus
 
         assert self.spec is not None and self.made_of is not None
         root = open_store(self.spec.storage)
+        record = RunDir(root.sub(self.spec.name)).record("prepare")
+        if record is not None and is_current(record, Inputs(self.spec).of("prepare", {})):
+            return root.sub(CORPORA, record.outputs["corpus"])
         identity = find_corpus(self.made_of, root) or self.made_of.corpus
         return root.sub(CORPORA, fingerprint(identity))
 

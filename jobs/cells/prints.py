@@ -17,12 +17,18 @@ def common(sweep: SweepSpec, outputs: Outputs) -> dict[str, Any]:
     """What all results of a sweep depend on: the sequences, the records, how they are read."""
     return {
         "evaluation": EVALUATION,
-        "corpus": outputs["prepare"]["corpus"],
+        "corpus": _held_out(outputs),
         "cache": outputs.get("capture", {}).get("cache"),
         "batch_sequences": sweep.batch_sequences,
         "dtype": sweep.dtype,
         **({"tasks": [task_identity(task) for task in sweep.tasks]} if sweep.tasks else {}),
     }
+
+
+def _held_out(outputs: Outputs) -> str:
+    """The corpus as far as select and report go: with more of train they are the same."""
+    prepared = outputs["prepare"]
+    return str(prepared.get("held_out", prepared["corpus"]))
 
 
 def cell_fingerprint(cell: Cell, spec: JobSpec, model: Any, outputs: Outputs) -> str:
@@ -40,6 +46,7 @@ def cell_fingerprint(cell: Cell, spec: JobSpec, model: Any, outputs: Outputs) ->
         assert sweep.recover is not None
         found["recover"] = sweep.recover.model_dump(exclude={"bits"})
         found["seed"] = spec.seed
+        found["corpus"] = outputs["prepare"]["corpus"]  # its train part too
         # It learns from the records that the training of this run had captured.
         found["captured"] = capture_inputs(spec)
     return fingerprint(found)
@@ -55,7 +62,7 @@ def reference_folder(role: str, spec: JobSpec, model: Any, outputs: Outputs) -> 
     """Where in the run a model's final hidden states are: named by what they depend on."""
     assert spec.sweep is not None
     found = {
-        "corpus": outputs["prepare"]["corpus"],
+        "corpus": _held_out(outputs),
         "batch_sequences": spec.sweep.batch_sequences,
         "dtype": spec.sweep.dtype,
         "model": model,

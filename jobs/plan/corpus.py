@@ -11,8 +11,8 @@ from typing import Any
 from cluster.storage import open_store
 from jobs.spec import JobSpec
 from trainer.corpus import files
-from trainer.corpus.given import given_identity, settings
-from trainer.job import CORPORA, learnt_data
+from trainer.corpus.given import given_identity, has_all, settings
+from trainer.job import CORPORA, learnt_data, train_sequences
 from trainer.spec import DataSpec, SourceSpec
 
 # UTF-8 bytes of the prose that ships with CPython 3.11; later versions have a little more.
@@ -76,7 +76,7 @@ def _given(spec: JobSpec, data: DataSpec) -> int:
     from trainer.corpus.corpus import MANIFEST
 
     store = open_store(spec.storage).sub(CORPORA, str(data.corpus))
-    given_identity(data, store, _tokenizer(spec))
+    given_identity(data, store, _tokenizer(spec), train_sequences(spec))
     return int(store.read_json(MANIFEST)["parts"]["train"]["sequences"])
 
 
@@ -93,7 +93,9 @@ def _prepared(spec: JobSpec, data: DataSpec) -> int | None:
         identity = manifest.get("identity", {})
         wanted = {**_identity(data), **tokenizer}
         if all(identity.get(key) == value for key, value in wanted.items()):
-            return int(manifest["parts"]["train"]["sequences"])
+            sequences = int(manifest["parts"]["train"]["sequences"])
+            if has_all(manifest) or sequences >= (train_sequences(spec) or 0):
+                return sequences
     return None
 
 

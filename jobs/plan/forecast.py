@@ -29,7 +29,7 @@ from jobs.plan.volume import storage
 from jobs.spec import JobSpec
 from quant.grid import allocated_keys, grid
 from trainer.fingerprint import flatten
-from trainer.job import reads_cache, resolve
+from trainer.job import reads_cache, resolve, train_sequences
 
 FORMAT = 1
 
@@ -59,7 +59,7 @@ def forecast(asked: JobSpec, place: Place, price: float | None = None) -> dict[s
     if spec.sweep is not None:
         stages["sweep"] = _sweep(models, spec, place, tokens)
     sizes = {
-        "corpus": corpus.train if corpus.train is not None else tokens.captured,
+        "corpus": _prepared(spec, corpus, tokens),
         "captured": tokens.captured,
         "held_out": tokens.held_out,
     }
@@ -118,6 +118,13 @@ def _tokens(spec: JobSpec, corpus: Corpus) -> tuple[Tokens, int]:
     captured = min(read, wanted, corpus.train if corpus.train is not None else wanted)
     sets = spec.cache.redraws if spec.cache.method == "sample" else 1
     return Tokens(captured, read, corpus.held_out, select), min(sets, -(-read // captured))
+
+
+def _prepared(spec: JobSpec, corpus: Corpus, tokens: Tokens) -> int:
+    """Tokens of train that are prepared: not many more than are read."""
+    assert spec.data is not None
+    wanted = (train_sequences(spec) or 0) * spec.data.sequence_length or tokens.captured
+    return wanted if corpus.train is None else min(wanted, corpus.train)
 
 
 def _capture(models: Models, spec: JobSpec, place: Place, tokens: Tokens) -> dict[str, Any]:

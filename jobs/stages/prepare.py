@@ -24,6 +24,7 @@ def run(context: Context) -> dict[str, Any]:
     what the stages after this one are made from, and no corpus that another run has read.
     """
     from trainer.corpus.corpus import is_complete, open_corpus
+    from trainer.corpus.given import of_held_out
     from trainer.corpus.prepare import prepare
     from trainer.corpus.tokenizer import load_tokenizer
     from trainer.fingerprint import fingerprint
@@ -59,8 +60,13 @@ def run(context: Context) -> dict[str, Any]:
         context.run.forget("distill")  # else a run that is stopped now would refuse to go on
     corpus = open_corpus(store)
     sizes = {part: len(corpus.part(part)) for part in ("train", "select", "report")}
-    vocab = corpus.manifest["vocab_size"]
-    return {"corpus": name, "sequences": sizes, "vocab_size": vocab, **told}
+    return {
+        "corpus": name,
+        "held_out": fingerprint(of_held_out(identity)),
+        "sequences": sizes,
+        "vocab_size": corpus.manifest["vocab_size"],
+        **told,
+    }
 
 
 def _answers(context: Context) -> Any:

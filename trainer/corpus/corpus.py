@@ -24,6 +24,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 PARTS = ("train", "select", "report")
+TRAIN_SEQUENCES = "train_sequences"  # in the identity: at least so many sequences of train
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,11 @@ def take_part(
     return replace(full.take(with_loss), cut=cut), used
 
 
+def laid_tokens(documents: Sequence[Document], length: int) -> int:
+    """Tokens that documents take in sequences of `length`, with the padding between them."""
+    return sum(map(len, _lay(documents, length, 0).pieces))
+
+
 def position_ids(document_start: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Positions [n, L] that restart at 0 where a document starts."""
     index = np.arange(document_start.shape[-1], dtype=np.int64)

@@ -54,10 +54,13 @@ class Documents:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def rows_by_shard(self, start: int, stop: int | None = None) -> list[NDArray[np.int64]]:
-        """For every shard its rows, ascending, among documents [start, stop) of the order."""
+    def rows_by_shard(
+        self, start: int, stop: int | None = None, ascending: bool = True
+    ) -> list[NDArray[np.int64]]:
+        """For every shard its rows among documents [start, stop) of the order: ascending, or as
+        the order has them."""
         shards, rows = self.shards[start:stop], self.rows[start:stop]
-        order = np.lexsort((rows, shards))
+        order = np.lexsort((rows, shards)) if ascending else np.argsort(shards, kind="stable")
         edges = np.searchsorted(shards[order], np.arange(len(self.read) + 1))
         return [rows[order[a:b]] for a, b in zip(edges, edges[1:], strict=False)]
 
@@ -135,6 +138,13 @@ def mix(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def read_in_order(shard: Shard, rows: NDArray[np.int64]) -> list[Document]:
+    """The documents at `rows` of a shard, in any order, each once, in that order."""
+    order = np.argsort(rows)
+    found = dict(zip(rows[order].tolist(), read_rows(shard, rows[order]), strict=True))
+    return [found[row] for row in rows.tolist()]
 
 
 def read_rows(shard: Shard, rows: NDArray[np.int64]) -> list[Document]:

@@ -16,7 +16,8 @@ pickle, and results must come back in the order of the calls:
 
     prepare(data, tokenizer, store, each, identity=identity)
 
-The result is a function of data and tokenizer alone: of no number, order or place of tasks.
+The result is a function of data, tokenizer and the number of train sequences that is asked for
+alone: of no number, order or place of tasks.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from cluster.storage import Store
 from trainer.corpus import pack, sources, tables
 from trainer.corpus import tokenizer as tokenizers_
 from trainer.corpus.chat import chat_faults
-from trainer.corpus.corpus import FORMAT, MANIFEST, PARTS, TOKENIZER
+from trainer.corpus.corpus import FORMAT, MANIFEST, PARTS, TOKENIZER, TRAIN_SEQUENCES
 from trainer.corpus.given import settings
-from trainer.corpus.parts import Documents, merge, read_rows, scan
+from trainer.corpus.parts import Documents, merge, read_in_order, read_rows, scan
 from trainer.corpus.sources import Document, Shard
 from trainer.spec import DataSpec, TokenizerSpec
 
@@ -44,6 +45,8 @@ Each = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
 
 SEED = 0  # fixed, so that jobs with other seeds share the corpus and are judged on the same report
 BYTES_PER_TOKEN = 5.0  # first guess of how much text the held-out parts need; exact counts follow
+SPARE = 1.05  # of the text that is estimated to suffice for train
+NEARLY_ALL = 0.8  # where train needs more than this of the text, it gets all
 TOKENIZER_BYTES = 128 << 20  # a tokenizer is trained on at most so much text
 
 
@@ -52,13 +55,17 @@ def serial(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> li
     return [function(*call) for call in calls]
 
 
-def corpus_identity(data: DataSpec, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+def corpus_identity(
+    data: DataSpec, tokenizer: Mapping[str, Any], train_sequences: int | None = None
+) -> dict[str, Any]:
     """Everything that decides the sequences, flat, so that two can be compared key by key.
 
-    `tokenizer`: its identity, flat. Weights and max_tokens are not in it: they decide how often
-    sequences are read.
+    `tokenizer`: its identity, flat. train_sequences: as many of train as will be read; None: all
+    that there are. Weights and max_tokens are not in it: they decide how often sequences are read.
     """
     identity: dict[str, Any] = {"format": FORMAT, "seed": SEED}
+    if train_sequences is not None:
+        identity[TRAIN_SEQUENCES] = train_sequences
     for key, value in settings(data).items():
         identity[f"data.{key}"] = value
     for index, source in enumerate(data.train):
@@ -78,6 +85,10 @@ def prepare(
     """Make the corpus in `store` and return its manifest, which is written last.
 
     `tokenizer`: one that is loaded, or a TokenizerSpec to train one on documents of train.
+    `identity`: of `corpus_identity`. Of train no more is tokenized than it asks for, about: the
+    documents that follow those of report in the order of their hashes, so that a corpus that asks
+    for more begins with the same sequences. Where all documents are needed they stay as the
+    sources have them.
 
     Raises:
         ValueError: a source is wrong, or the corpus is too small for its parts.
@@ -93,28 +104,21 @@ def prepare(
         folder = Path(scratch) / TOKENIZER
         held_out = _HeldOut(data, shards, documents, each)
         if isinstance(tokenizer, TokenizerSpec):
-            tokenizer, parts, used = held_out.with_trained(tokenizer.train, folder)
+            tokenizer, found = held_out.with_trained(tokenizer.train, folder)
         else:
             tokenizer.save_pretrained(folder)
-            parts, used = held_out.select_and_report(tokenizer)
+            found = held_out.select_and_report(tokenizer)
         store.upload_folder(folder, TOKENIZER)
 
     files: dict[str, list[tables.FileInfo]] = {}
-    calls = [
-        (shard, number, rows, store, data.sequence_length, data.packing)
-        for number, (shard, rows) in enumerate(
-            zip(shards, documents.rows_by_shard(used), strict=True)
-        )
-        if len(rows)
-    ]
-    written = each(write_train, calls)
-    files["train"] = [file for file, _ in written if file is not None]
+    train = _Train(data, shards, documents, store, each, found)
+    files["train"], cut, whole = train.write(identity.get(TRAIN_SEQUENCES))
     if not files["train"]:
         raise too_small(data, f"all {len(documents)} documents are in select and report")
-    for name, (packed, origin) in parts.items():
+    for name, (packed, origin) in found.parts.items():
         files[name] = [tables.write(store, f"{name}-00000.arrow", packed, origin)]
-    cut = sum(number for _, number in written) + sum(packed.cut for packed, _ in parts.values())
-    manifest = _manifest(data, tokenizer, identity, shards, documents, cut, files)
+        cut += packed.cut
+    manifest = _manifest(data, tokenizer, identity, shards, documents, cut, files, whole)
     store.write_json(MANIFEST, manifest)
     return manifest
 
@@ -134,23 +138,23 @@ def resolve_all(data: DataSpec) -> list[Shard]:
 
 def write_train(
     shard: Shard,
-    number: int,
+    name: str,
     rows: NDArray[np.int64],
     store: Store,
     length: int,
     packing: pack.Packing,
 ) -> tuple[tables.FileInfo | None, int]:
-    """Tokenise and pack documents `rows` of a shard, publish train-<number>.arrow; a task.
+    """Tokenise and pack documents `rows` of a shard, in that order, and publish them; a task.
 
     None when no sequence has a position to learn from; and how many conversations were cut.
     """
     tokenizer = tokenizers_.load_tokenizer(store.fetch_folder(TOKENIZER))
-    ids = tokenizers_.encode(tokenizer, read_rows(shard, rows), shard.label)
+    ids = tokenizers_.encode(tokenizer, read_in_order(shard, rows), shard.label)
     packed = pack.pack(ids, length, packing, tokenizers_.pad_id(tokenizer))
     if len(packed) == 0:
         return None, packed.cut
     origin = np.full(len(packed), shard.source, dtype=np.int16)
-    return tables.write(store, f"train-{number:05d}.arrow", packed, origin), packed.cut
+    return tables.write(store, name, packed, origin), packed.cut
 
 
 def too_small(data: DataSpec, found: str) -> ValueError:
@@ -165,6 +169,70 @@ def too_small(data: DataSpec, found: str) -> ValueError:
 
 
 @dataclass(frozen=True)
+class _Parts:
+    """What select and report are made of.
+
+    parts: by name the sequences and their sources. used: documents that they use up, from the front
+    of the order. tokens_per_byte: of the documents at the front, with padding.
+    """
+
+    parts: dict[str, tuple[pack.Packed, NDArray[np.int16]]]
+    used: int
+    tokens_per_byte: float
+
+
+@dataclass(frozen=True)
+class _Train:
+    """Writes the train part, of the documents behind those that the held-out parts use up."""
+
+    data: DataSpec
+    shards: list[Shard]
+    documents: Documents
+    store: Store
+    each: Each
+    held_out: _Parts
+
+    def write(self, wanted: int | None) -> tuple[list[tables.FileInfo], int, bool]:
+        """The files of at least `wanted` sequences, as far as there are so many; how many
+        conversations were cut; whether all documents are in them. None: all documents.
+
+        How many documents are needed is estimated, and again from what they gave if too few.
+        """
+        sizes = np.cumsum(self.documents.sizes[self.held_out.used :])
+        if wanted is None or not len(sizes):
+            return *self._write("train-{:05d}.arrow"), True
+        size = wanted * self.data.sequence_length / self.held_out.tokens_per_byte
+        while True:
+            size *= SPARE
+            count = int(np.searchsorted(sizes, size)) + 1
+            if count >= len(sizes) or sizes[count - 1] > NEARLY_ALL * sizes[-1]:
+                return *self._write("train-{:05d}.arrow"), True
+            # Another try has other names: who makes the same corpus at the same time may be done.
+            name = f"train-{count}-{{:05d}}.arrow"
+            files, cut = self._write(name, self.held_out.used + count)
+            found = sum(file.sequences for file in files)
+            if found >= wanted:
+                return files, cut, False
+            for file in files:
+                self.store.delete(file.name)
+            size = max(size, float(sizes[count - 1])) * min(wanted / max(found, 1), 2.0)
+
+    def _write(self, name: str, stop: int | None = None) -> tuple[list[tables.FileInfo], int]:
+        """Files of the documents before `stop`, in the order of their hashes; or of all, as the
+        sources have them."""
+        data = self.data
+        by_shard = self.documents.rows_by_shard(self.held_out.used, stop, ascending=stop is None)
+        calls = [
+            (shard, name.format(number), rows, self.store, data.sequence_length, data.packing)
+            for number, (shard, rows) in enumerate(zip(self.shards, by_shard, strict=True))
+            if len(rows)
+        ]
+        written = self.each(write_train, calls)
+        files = [file for file, _ in written if file is not None]
+        return files, sum(number for _, number in written)
+
+
+@dataclass(frozen=True)
 class _HeldOut:
     """Fills select, then report, from the front of the documents' hash order, to the token."""
 
@@ -173,9 +241,7 @@ class _HeldOut:
     documents: Documents
     each: Each
 
-    def with_trained(
-        self, vocab_size: int, folder: Path
-    ) -> tuple[Any, dict[str, tuple[pack.Packed, NDArray[np.int16]]], int]:
+    def with_trained(self, vocab_size: int, folder: Path) -> tuple[Any, _Parts]:
         """Train a tokenizer on documents that no held-out part has, then fill the parts.
 
         How many documents the parts need is known only once there is a tokenizer, so a guess is
@@ -185,19 +251,18 @@ class _HeldOut:
         while True:
             tokenizers_.train_tokenizer(self._training_texts(reserved), vocab_size, folder)
             tokenizer = tokenizers_.load_tokenizer(folder)
-            parts, used = self.select_and_report(tokenizer)
-            if used <= reserved:
-                return tokenizer, parts, used
-            reserved = used + used // 20
+            found = self.select_and_report(tokenizer)
+            if found.used <= reserved:
+                return tokenizer, found
+            reserved = found.used + found.used // 20
             if reserved >= len(self.documents):
                 raise too_small(
-                    self.data, f"{used} of the {len(self.documents)} documents are needed for them"
+                    self.data,
+                    f"{found.used} of the {len(self.documents)} documents are needed for them",
                 )
 
-    def select_and_report(
-        self, tokenizer: Any
-    ) -> tuple[dict[str, tuple[pack.Packed, NDArray[np.int16]]], int]:
-        """{part: (sequences, their sources)} and how many documents these used up."""
+    def select_and_report(self, tokenizer: Any) -> _Parts:
+        """Both parts. Raises ValueError where there are too few documents for them."""
         data, pad = self.data, tokenizers_.pad_id(tokenizer)
         stop, start = self._prefix(BYTES_PER_TOKEN), 0
         ids: list[pack.Document] = []
@@ -214,7 +279,8 @@ class _HeldOut:
                 parts[name] = (packed, origin)
                 used += documents
             if len(parts) == 2:
-                return parts, used
+                tokens = pack.laid_tokens(ids, data.sequence_length)
+                return _Parts(parts, used, tokens / int(self.documents.sizes[: len(ids)].sum()))
             if stop == len(self.documents):
                 tokens = sum(map(len, ids))
                 raise too_small(data, f"the corpus has {tokens:,} in {stop} documents")
@@ -270,6 +336,7 @@ def _manifest(
     documents: Documents,
     cut: int,
     files: dict[str, list[tables.FileInfo]],
+    whole: bool,
 ) -> dict[str, Any]:
     import tokenizers
     import transformers
@@ -300,6 +367,7 @@ def _manifest(
             }
             for name in PARTS
         },
+        "whole": whole,  # all documents are in it, so there is no more of train
         "documents": {
             "read": int(documents.read.sum()),
             "filtered": int(documents.filtered.sum()),

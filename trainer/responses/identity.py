@@ -81,7 +81,10 @@ def answers_path(origin: AnswersFile) -> Path:
 
 
 def corpus_of_answers(
-    data: DataSpec, tokenizer: Mapping[str, Any], answers: Mapping[str, Any]
+    data: DataSpec,
+    tokenizer: Mapping[str, Any],
+    answers: Mapping[str, Any],
+    train_sequences: int | None = None,
 ) -> dict[str, Any]:
     """What is asked of the corpus that is made of answers; flat; `answers`: `responses_identity`.
 
@@ -90,7 +93,8 @@ def corpus_of_answers(
     from trainer.corpus.prepare import corpus_identity
 
     without = data.model_copy(update={"train": []})
-    return {**corpus_identity(without, tokenizer), **flatten(dict(answers), "responses")}
+    corpus = corpus_identity(without, tokenizer, train_sequences)
+    return {**corpus, **flatten(dict(answers), "responses")}
 
 
 def corpus_of_content(asked: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:

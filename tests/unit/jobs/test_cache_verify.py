@@ -19,6 +19,8 @@ import yaml
 from cluster.storage import open_store
 from jobs.caches.find import Asked, find
 from jobs.cli import main
+from jobs.inputs import Inputs
+from jobs.rundir import RunDir
 from tests.material import (
     LENGTH,
     config_values,
@@ -98,6 +100,10 @@ def fill(
     assert folder is not None and asked.made_of.teacher_folder is not None
     identity = asked.made_of.corpus
     prepare(asked.spec.data, load_tokenizer(folder), asked.corpus, identity=identity)
+    run = RunDir(open_store(asked.spec.storage).sub(asked.spec.name))
+    run.claim()
+    made_from = Inputs(asked.spec).of("prepare", {}).values()
+    run.finish("prepare", made_from, {"corpus": asked.corpus.name}, 0.0)
     corpus, job = open_corpus(asked.corpus), asked.capture
     vocab = int(corpus.manifest["vocab_size"])
     cache = open_cache(open_store(asked.spec.storage).sub("_logits"), asked.made_of.cache)

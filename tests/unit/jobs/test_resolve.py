@@ -16,6 +16,7 @@ from trainer.job import (
     make_capture,
     make_trainings,
     resolve,
+    train_sequences,
     training_folders,
     unfinished_faults,
     unfinished_trainings,
@@ -255,3 +256,32 @@ def test_answers_of_a_file_are_one_source(folder: Path) -> None:
     before = Inputs(spec).prepare({}).fixed
     answers.write_text('{"prompt": "a", "completion": "c"}\n')
     assert Inputs(spec).prepare({}).fixed != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "sequences"),
+    [
+        ({}, 1000),  # 100 steps of 640 tokens in sequences of 64
+        ({"data__max_tokens": 640}, 10),
+        ({"data__max_tokens": 641}, 11),
+        ({"distill": None}, 1),
+        ({"distill": None, "sweep__recover": {"steps": 5, "batch_sequences": 4}}, 20),
+        ({"distill": None, "data__max_tokens": 640}, 10),
+        # A training reads what it reads, also where recovery would read more.
+        ({"sweep__recover": {"steps": 500, "batch_sequences": 4}}, 1000),
+    ],
+)
+def test_as_many_sequences_are_prepared_as_are_read(
+    folder: Path, changes: dict[str, Any], sequences: int
+) -> None:
+    spec = resolved(folder, **changes)
+    assert train_sequences(spec) == sequences
+    prepare = Inputs(spec).prepare({})
+    assert prepare.at_least == {"train_sequences": sequences}
+    assert "train_sequences" not in prepare.fixed
+
+
+def test_sources_that_are_read_unequally_need_more(folder: Path) -> None:
+    source = {"source": str(folder / "texts.jsonl")}
+    train = [{**source, "weight": weight} for weight in (0.5, 1.0, 2.0)]
+    assert train_sequences(resolved(folder, data__train=train)) == 4000

@@ -68,6 +68,21 @@ def test_only_recovered_cells_depend_on_how_they_are_recovered() -> None:
     assert of_cell(cell, recover=few) == of_cell(cell, recover=wider)
 
 
+def test_only_recovered_cells_depend_on_the_train_part_of_the_corpus() -> None:
+    recover = {"steps": 3, "bits": [4]}
+
+    def made(corpus: str, cell: Cell) -> str:
+        outputs = {**OUTPUTS, "prepare": {"corpus": corpus, "held_out": "one"}}
+        spec = spec_of({**BASE, "sweep": {"recover": recover}})
+        return cell_fingerprint(cell, spec, "three", outputs)
+
+    assert made("larger", CELL) == made("one", CELL) == of_cell(recover=recover)
+    recovered = uniform(QuantSpec(4, 32), recovered=True)
+    assert (
+        made("larger", recovered) != made("one", recovered) == of_cell(recovered, recover=recover)
+    )
+
+
 def test_another_way_to_evaluate_makes_every_cell_again(monkeypatch: Any) -> None:
     now = of_cell()
     monkeypatch.setattr(prints, "EVALUATION", EVALUATION - 1)

@@ -52,8 +52,7 @@ class Run:
     def finish(self, stage: str, **outputs: Any) -> None:
         """Records a stage as done."""
         found = self.inputs.of(stage, self.done)
-        values = {"fixed": found.fixed, "growing": found.growing}
-        self.dir.finish(stage, values, outputs, 0.0)
+        self.dir.finish(stage, found.values(), outputs, 0.0)
         self.done[stage] = outputs
 
     def fill(self) -> None:
@@ -219,3 +218,20 @@ def test_a_damaged_index_is_one_line_before_anything_starts(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="stillhouse cache repair") as found:
         run.plan()
     assert "\n" not in str(found.value) and name in str(found.value)
+
+
+@pytest.mark.parametrize(("steps", "prepared"), [(20, False), (30, False), (31, True)])
+def test_a_corpus_is_prepared_again_where_it_lacks_what_is_read(
+    run: Run, steps: int, prepared: bool
+) -> None:
+    spec = run.load(distill={**run.values["distill"], "steps": steps})
+    plan = run.plan(spec=spec, until="capture")
+    assert ("prepare" in plan.todo) is prepared
+    assert ("capture" in plan.todo) is (steps != 30)
+
+
+def test_a_corpus_of_a_version_that_prepared_everything_has_what_is_read(run: Run) -> None:
+    inputs = run.inputs.of("prepare", {})
+    assert inputs.at_least and "at_least" in inputs.values()
+    assert inputs.met_by({"fixed": inputs.fixed, "growing": {}})
+    assert not inputs.met_by({"fixed": {**inputs.fixed, "seed": 1}, "growing": {}})

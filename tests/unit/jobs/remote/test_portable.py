@@ -10,6 +10,7 @@ import pytest
 
 from cluster.storage import open_store
 from jobs.errors import SpecErrors
+from jobs.inputs import Inputs
 from jobs.load import load_spec
 from jobs.pipeline import Job, prepare_job
 from jobs.remote.portable import portable
@@ -82,7 +83,8 @@ def test_a_corpus_that_is_made_already_needs_no_sources(tmp_path: Path) -> None:
     prepare(
         given.spec.data, given.spec.tokenizer, store.sub("_corpora", corpus), identity=names.corpus
     )
-    record = {"inputs": {"fixed": names.corpus, "growing": {}}, "outputs": {"corpus": corpus}}
+    values = Inputs(given.spec).prepare({}).values()
+    record = {"inputs": values, "outputs": {"corpus": corpus}}
     store.sub("teacher").write_json("state/prepare-0001.json", record)
     given = job(tmp_path, storage=storage)
     assert given.plan.skipped == ["prepare"]
