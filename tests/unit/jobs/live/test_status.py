@@ -42,6 +42,7 @@ START = {"event": "stage_start", "stage": "distill"}
 LOST = {"event": "group_lost", "stage": "distill", "what": "a lost node", "max_failures": 2}
 STEP = {"event": "step", "stage": "distill", "step": 120, "steps": 400}
 CELL = {"event": "cell_done", "stage": "sweep", "status": "failed"}
+TASK = {"key": "hqq-4b-g64", "share": 0.3, "words": "quantizing: 40 %"}
 CELLS = {"event": "progress", "stage": "sweep", "done": 2, "total": 12, "unit": "cells"}
 
 
@@ -50,6 +51,13 @@ CELLS = {"event": "progress", "stage": "sweep", "done": 2, "total": 12, "unit": 
     [
         ([START, STEP], {}, "running", "step 120 of 400"),
         ([{**START, "stage": "sweep"}, CELL, CELLS], {}, "running", "cell 3 of 12, 1 failed"),
+        (
+            [{**START, "stage": "sweep"}, {**CELLS, "failed": 1, "share": 0.2, "tasks": [TASK]}],
+            {},
+            "running",
+            "cell 3 of 12, 1 failed, hqq-4b-g64: quantizing: 40 %",
+        ),
+        ([START, {"event": "at_work", "stage": "distill"}], {}, "running", ""),
         ([START, STEP, LOST], {}, "restarting", "restarting after a lost node, attempt 2 of 3"),
         ([START, LOST, STEP], {}, "running", "step 120 of 400"),
         (
@@ -76,6 +84,31 @@ def test_what_a_driver_does_and_why_it_waits(
     found = status_of(run)
     assert (found.word, found.why) == (word, why)
     assert found.live == (word in ("running", "waiting", "restarting"))
+
+
+def test_workers_that_are_at_work_are_waited_for_no_more(run: Store) -> None:
+    beacon = Beacon(run, 1)
+    beacon.event({**START, "stage": "capture"})
+    beacon.tell(waits="starting 2 workers of 1 CPUs and 0 GPUs")
+    beacon._publish()
+    assert status_of(run).word == "waiting"
+    beacon.event({"event": "at_work", "stage": "capture"})
+    beacon._publish()
+    assert status_of(run).word == "running"
+
+
+def test_what_is_left_is_told_once_it_can_be_guessed(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("jobs.live.beacon.time.monotonic", lambda: clock[0])
+    beacon = Beacon(run, 1)
+    beacon.event({**START, "stage": "sweep"})
+    for share in (0.1, 0.2):
+        beacon.event({**CELLS, "share": share})
+        clock[0] += 60
+    beacon._publish()
+    assert status_of(run).why == "cell 3 of 12, 0 failed, about 8 min left"
 
 
 def test_a_run_that_is_asked_to_stop_is_stopping(run: Store) -> None:
