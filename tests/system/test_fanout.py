@@ -17,7 +17,7 @@ import pytest
 
 from cluster.fanout import Cancelled, Failure, FanOut, Need, Progress, fan_out
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 
 MEMORY = 1_000_000_000
 LONG_S = 600.0  # longer than a test may take

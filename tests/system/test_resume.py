@@ -22,7 +22,7 @@ from tests.material import (
     save_model,
     write_texts,
 )
-from tests.ranks import Log, Ranks, Told, start
+from tests.ranks import Log, Ranks, Told, spawn, start
 from tests.system.test_training import KEPT, World
 from tests.waiting import until
 
@@ -101,11 +101,6 @@ def train_all(jobs: list[tuple[Any, int | None]]) -> list[Told]:
             loop._Run.resume, loop._Run._step = resume, step
         results.append(told)
     return results
-
-
-def spawn(function: Any, *args: Any, world: int) -> list[Any]:
-    """As in tests/ranks.py, for longer."""
-    return Ranks(function, *args, world=world).results(timeout=400)
 
 
 def counts(engine: Any) -> list[int]:

@@ -84,7 +84,7 @@ def tracked_run(root: Path) -> Store:
 @functools.cache  # a folder is never changed, only replaced under another name or file
 def _inspect(file: Path, written_ns: int, options: tuple[str, ...]) -> str:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", str(file), "--json", *options]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=400).stdout
 
 
 def inspect(folder: Path, *options: str) -> str:
@@ -115,7 +115,7 @@ def _no_wandb_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def projected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
     root = tmp_path_factory.mktemp("projected")
     run = tracked_run(root)
-    line = project_run(run.url, "offline", tags=["a", "b"], out_dir=root / "wandb", timeout=60)
+    line = project_run(run.url, "offline", tags=["a", "b"], out_dir=root / "wandb")
     assert re.match(r"W&B offline: 6 runs written, 0 unchanged", line), line
     return run, root / "wandb"
 
@@ -190,13 +190,13 @@ def test_report_run_holds_table_and_page(projected: tuple[Store, Path]) -> None:
 
 def test_again_rewrites_only_what_changed_and_replaces_its_folder(tmp_path: Path) -> None:
     run, out = tracked_run(tmp_path), tmp_path / "wandb"
-    assert "6 runs written" in project_run(run.url, "offline", out_dir=out, timeout=60)
+    assert "6 runs written" in project_run(run.url, "offline", out_dir=out)
     before = folders(run, out)
-    assert "0 runs written, 6 unchanged" in project_run(run.url, "offline", out_dir=out, timeout=60)
+    assert "0 runs written, 6 unchanged" in project_run(run.url, "offline", out_dir=out)
     result = run.read_json("cells/hqq-2b-g64/result.json")
     run.write_json("cells/hqq-2b-g64/result.json", {**result, "error": "OSError: another"})
     (out / ".stillhouse").joinpath(f"{index_name(run)}-staging-left").mkdir()  # of a killed one
-    assert "1 runs written, 5 unchanged" in project_run(run.url, "offline", out_dir=out, timeout=60)
+    assert "1 runs written, 5 unchanged" in project_run(run.url, "offline", out_dir=out)
     after = folders(run, out)
     assert set(after) == KEYS
     summary = json.loads(inspect(after["hqq-2b-g64"], "--summary"))["summary"]
@@ -243,7 +243,7 @@ def test_follow_writes_cells_while_the_job_runs_and_ends_with_it(tmp_path: Path)
         assert not list(out.glob(f"*{run_id(run.url, 'tracked', 'report')}"))
         steps(events, "distill", 1, 3)
         events.emit("run_end", status="failed")
-    assert "3 runs written" in follower.finish(60)
+    assert "3 runs written" in follower.finish(400)
     distill = folders(run, out)["distill"]
     assert json.loads(inspect(distill, "--summary"))["state"] == "failed"
     assert len(history(distill)) == 3
@@ -317,7 +317,7 @@ def test_wandb_that_is_absent_or_broken_costs_one_line(
     (broken / "__init__.py").write_text("raise ImportError('broken on purpose')")
     monkeypatch.setattr(launch, "ROOT", f"{broken.parent}{os.pathsep}{launch.ROOT}")
     run = tracked_run(tmp_path)
-    line = project_run(run.url, "offline", out_dir=tmp_path / "wandb", timeout=30)
+    line = project_run(run.url, "offline", out_dir=tmp_path / "wandb")
     assert "broken on purpose" in line and "\n" not in line
 
 
@@ -327,7 +327,7 @@ def test_disabled_starts_nothing(tmp_path: Path) -> None:
 
 
 def test_a_missing_run_costs_one_line(tmp_path: Path) -> None:
-    line = project_run(str(tmp_path / "no"), "offline", out_dir=tmp_path / "wandb", timeout=30)
+    line = project_run(str(tmp_path / "no"), "offline", out_dir=tmp_path / "wandb")
     assert "no run here" in line and "\n" not in line
 
 
@@ -335,9 +335,7 @@ def test_two_projections_of_one_run_at_once_leave_one_folder_each(tmp_path: Path
     run, out = tracked_run(tmp_path), tmp_path / "wandb"
     lines: list[str] = []
     threads = [
-        threading.Thread(
-            target=lambda: lines.append(project_run(run.url, "offline", out_dir=out, timeout=60))
-        )
+        threading.Thread(target=lambda: lines.append(project_run(run.url, "offline", out_dir=out)))
         for _ in range(2)
     ]
     for thread in threads:
