@@ -75,14 +75,13 @@ bench-sweep: $(TESTS) ## Measure the sweep: fan-out, allocation, recovery, tasks
 bench-plan: $(READY) ## Hold forecasts against the demo and DeepSpeed's estimators (after make demo)
 	$(BIN)/python -m tests.bench.plan
 
-# Two files at a time: one has a core while the ranks of the other start, or wait. System tests in the
-# order of their names: by the number of their tests the whole pipeline, which takes longest, would
-# come late. The drills, which kill nodes and watch clocks, have the machine for themselves.
-TWO := --numprocesses 2 --dist loadfile
+# Two files at a time: one has a core while the ranks of the other start, or wait. In this order: the
+# whole pipeline, which takes longest, first; the many short files last, so that both processes end
+# together. The drills, which kill nodes and watch clocks, have the machine for themselves.
+TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(TESTS) ## Unit and system tests
-	$(BIN)/python -m pytest tests/unit $(TWO)
-	$(BIN)/python -m pytest tests/system $(TWO) --no-loadscope-reorder
+	$(BIN)/python -m pytest tests/system/test_pipeline.py tests/system tests/unit $(TWO)
 
 test-all: test ## Everything, with the drills: kills, resumes, clusters that lose nodes
 	$(BIN)/python -m pytest tests/drill

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,9 +17,9 @@ class Server(ThreadingHTTPServer):
 
     script: for a prompt, what to do with its first, second, .. request: a status or (status,
     headers), "drop" the connection, "garbage" instead of JSON, "length" for a cut answer, "null"
-    for no text, "slow" for one that takes 20 s. always: what to do with every other
-    request. asked: prompts in the order in which they came; bodies, paths, keys: of the requests.
-    most: requests under way at once, at most.
+    for no text, "slow" for one that lasts as long as the server. always: what to do with every
+    other request. asked: prompts in the order in which they came; bodies, paths, keys: of the
+    requests. most: requests under way at once, at most.
     """
 
     daemon_threads = True
@@ -30,6 +29,7 @@ class Server(ThreadingHTTPServer):
         self.script = {key: list(value) for key, value in (script or {}).items()}
         self.always = always
         self.lock = threading.Lock()
+        self.over = threading.Event()
         self.asked: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
@@ -77,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         if step == "slow":
-            time.sleep(20)
+            self.server.over.wait(600)
         if step == "garbage":
             self._send(200, b"<html>busy</html>")
             return
@@ -110,6 +110,7 @@ def serving(script: dict[str, list[Any]] | None = None, always: Any = None) -> I
     try:
         yield server
     finally:
+        server.over.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -122,7 +122,7 @@ class Ranks:
             for rank in range(world)
         ]
 
-    def results(self, timeout: float = 150) -> list[Any]:
+    def results(self, timeout: float = 600) -> list[Any]:
         """Each rank's result; AssertionError, with the end of its output, for one that failed."""
         ends = time.monotonic() + timeout
         try:

@@ -197,7 +197,7 @@ def deepen(folder: Path, layers: int) -> None:
 
 def run(jobs: dict[str, tuple[Any, int | None]], world: int) -> list[dict[str, Seen]]:
     """By rank and name, what was seen of the jobs."""
-    ranks = Ranks(train_all, list(jobs.values()), world=world).results(timeout=300)
+    ranks = Ranks(train_all, list(jobs.values()), world=world).results()
     return [
         {name: Seen(**fields) for name, fields in zip(jobs, results, strict=True)}
         for results in ranks

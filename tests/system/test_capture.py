@@ -229,7 +229,7 @@ def runs(world) -> dict[str, list[Told]]:
         for ranks, jobs in lists[:2]
     ]
     results = [group.results() for group in groups]
-    assert [process.wait(60) for process in killed.processes] == [-signal.SIGKILL]
+    assert [process.wait(400) for process in killed.processes] == [-signal.SIGKILL]
     for ranks, jobs in lists[2:]:
         results.append(Ranks(capture_all, list(jobs.values()), None, world=ranks).results())
     return {

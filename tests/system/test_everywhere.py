@@ -12,7 +12,7 @@ import pytest
 from cluster.everywhere import Silent, on_every_node
 from cluster.installing import install_seconds
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture

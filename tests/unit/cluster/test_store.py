@@ -583,9 +583,8 @@ def test_a_reader_never_sees_a_half_written_object(
 
 def test_importing_storage_is_light() -> None:
     code = (
-        "import sys, time; began = time.perf_counter(); import cluster.storage;"
-        "took = time.perf_counter() - began;"
+        "import sys; import cluster.storage;"
         "heavy = {'ray', 'torch', 'pandas', 'numpy', 'fsspec', 's3fs'} & set(sys.modules);"
-        "assert not heavy, heavy; assert took < 0.3, took"
+        "assert not heavy, heavy"
     )
     assert run_python(code).wait() == 0

@@ -119,7 +119,6 @@ def test_300_layers_of_9_options_are_near_the_bound_in_no_time(share):
     measure = time.process_time() - start  # 6001 sums over the same table
     assert bound * (1 - 1e-9) <= total <= 1.002 * bound, total / bound
     assert options.total(chosen) <= budget
-    assert seconds < 2, seconds
     assert seconds < 10 * measure, seconds / measure  # seen: 1.6
 
 

@@ -27,6 +27,8 @@ from tests.unit.quant.sound import (
     refusal,
 )
 
+pytestmark = pytest.mark.timeout(120)  # what a file claims may not take its time
+
 HUGE = 10**18
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
 
 import pytest
 from safetensors.torch import load_file
@@ -20,6 +19,8 @@ from tests.unit.quant.sound import (
     peak_bytes,
     same_tensors,
 )
+
+pytestmark = pytest.mark.timeout(120)  # what a file claims may not take its time
 
 CASES = {DESCRIPTION: 100, WEIGHTS: 100, CONFIG: 50}  # for each kind of damage
 TOKENS = [b"0", b"-1", b"1e9", b"null", b"true", b'""', b"[]", b"{}", b"NaN", b"9" * 30, b"\x00"]
@@ -77,7 +78,6 @@ def test_damaged_files(sound, tmp_path, name, damage):
     for case in range(CASES[name]):
         damaged = damage(rng, data, span(name, data))
         (folder / name).write_bytes(damaged)
-        begun = time.monotonic()
         try:
             model = load_quantized(folder, prefer="plain")
         except ValueError as error:
@@ -86,7 +86,6 @@ def test_damaged_files(sound, tmp_path, name, damage):
             assert line.startswith(str(folder)) and "\n" not in line, (case, line)
         else:
             assert same_tensors(model, load_file(folder / WEIGHTS)), (case, damaged)
-        assert time.monotonic() - begun < 5, case
     assert refused > CASES[name] // 3
     assert peak_bytes() - before < 256 * MIB
 

@@ -15,6 +15,7 @@ import torch
 
 from cluster.storage import Store, open_store
 from tests.material import LENGTH, VOCAB, data_spec, make_corpus, write_texts
+from tests.waiting import Clock, until
 from trainer.logits.coding import coding_of
 from trainer.logits.reader import CacheReader
 from trainer.logits.store import read_codebook
@@ -123,6 +124,11 @@ def put_all(job: Capture, started: Started, some: list[Block]) -> None:
         for block in some:
             at_work.reserve()
             at_work.put(made_of(job, block))
+
+
+def no_writer() -> bool:
+    """Whether the threads of all writers have ended."""
+    return not any(thread.name == "cache-writer" for thread in threading.enumerate())
 
 
 def shards(job: Capture) -> list[str]:
@@ -258,10 +264,7 @@ def test_shards_are_published_by_time_also_while_nothing_comes(job) -> None:
     with started.writer as at_work:
         at_work.reserve()
         at_work.put(made_of(job, train_blocks(job)[0]))
-        waited = time.monotonic()
-        while len(shards(job)) < 2 and time.monotonic() - waited < 10:
-            time.sleep(0.02)
-        assert len(shards(job)) == 2
+        until(lambda: len(shards(job)) == 2)
 
 
 def test_shards_are_published_by_size(job, monkeypatch) -> None:
@@ -273,12 +276,14 @@ def test_shards_are_published_by_size(job, monkeypatch) -> None:
 
 def test_no_more_than_two_batches_are_on_the_host(job, monkeypatch) -> None:
     """While the thread encodes one, room is given for one more and no further."""
+    clock = Clock()
+    monkeypatch.setattr(writer, "time", clock)
     go, encoding = threading.Event(), threading.Event()
     plain = writer.encode
 
     def slow(item: Any, book: Any) -> bytes:
         encoding.set()
-        assert go.wait(20)
+        assert go.wait(60)
         return plain(item, book)
 
     monkeypatch.setattr(writer, "encode", slow)
@@ -288,16 +293,18 @@ def test_no_more_than_two_batches_are_on_the_host(job, monkeypatch) -> None:
         for block in some[:2]:
             at_work.reserve()
             at_work.put(made_of(job, block))
-        assert encoding.wait(20)
-        waiting = threading.Thread(target=at_work.reserve)
+        assert encoding.wait(60)
+        waiting = threading.Thread(target=at_work.reserve, name="forward")
         waiting.start()
-        waiting.join(0.5)
+        until(lambda: clock.looks.get("forward") == 1)  # it waits
+        clock.now += 7
+        waiting.join(0.3)
         assert waiting.is_alive()
         go.set()
-        waiting.join(20)
+        waiting.join(60)
         assert not waiting.is_alive()
         at_work.put(made_of(job, some[2]))
-    assert started.writer.wait_s > 0.4
+    assert started.writer.wait_s == 7
     assert len(CacheReader(job.cache, "train")) == 3 * SIZE
 
 
@@ -319,8 +326,8 @@ def test_an_error_of_the_thread_surfaces_at_the_next_batch(job, monkeypatch, whe
             at_work.reserve()
             at_work.put(made_of(job, some[0]))
             put += 1
-            time.sleep(0.05)
-    assert put < 60
+            until(no_writer)
+    assert put == 1
     assert shards(job) == []
 
 
@@ -339,8 +346,7 @@ def test_an_error_of_the_forward_passes_ends_the_thread_without_publishing(job) 
         at_work.reserve()
         at_work.put(made_of(job, train_blocks(job)[0]))
         raise ZeroDivisionError
-    assert shards(job) == []
-    assert not any(thread.name == "cache-writer" for thread in threading.enumerate())
+    assert shards(job) == [] and no_writer()
 
 
 def test_logits_that_are_no_numbers_name_the_sequence(job) -> None:
@@ -367,17 +373,21 @@ def test_logits_that_are_no_numbers_name_the_sequence(job) -> None:
 def test_one_rank_fits_and_the_others_wait(job, monkeypatch) -> None:
     """Batches that came before there was a codebook wait, and are stored in the end."""
     monkeypatch.setattr(codebooks, "POLL_SECONDS", 0.05)
+    clock = Clock()
+    monkeypatch.setattr(writer, "time", clock)
     some = train_blocks(job)
     second = start(job)
-    other = threading.Thread(target=put_all, args=(job, second, some[1::2]))
+    other = threading.Thread(target=put_all, args=(job, second, some[1::2]), name="other")
     other.start()
-    time.sleep(0.5)
+    # There is room for two batches; it waits for that of the third.
+    until(lambda: clock.looks.get("other") == 2 * writer.BATCHES + 1)
+    clock.now += 7
     assert other.is_alive() and read_codebook(job.cache, "train") is None
     put_all(job, start(job), some[0::2])
-    other.join(30)
+    other.join(60)
     assert not other.is_alive()
     assert len(CacheReader(job.cache, "train")) == 80
-    assert second.writer.wait_s > 0.2 and not second.writer.gave_up
+    assert second.writer.wait_s == 7 and not second.writer.gave_up
 
 
 def test_a_codebook_that_never_comes_is_an_error(job, monkeypatch) -> None:
@@ -388,18 +398,14 @@ def test_a_codebook_that_never_comes_is_an_error(job, monkeypatch) -> None:
     assert "\n" not in str(caught.value) and job.cache.url in str(caught.value)
 
 
+@pytest.mark.timeout(120)  # it would wait for half an hour
 def test_an_error_while_the_thread_waits_for_a_codebook_is_not_held_back(job) -> None:
     started = start(job)
-    began = 0.0
     with pytest.raises(ZeroDivisionError), started.writer as at_work:
         at_work.reserve()
         at_work.put(made_of(job, train_blocks(job)[1]))
-        time.sleep(0.3)
-        began = time.monotonic()
         raise ZeroDivisionError
-    assert time.monotonic() - began < 5
-    assert shards(job) == []
-    assert not any(thread.name == "cache-writer" for thread in threading.enumerate())
+    assert shards(job) == [] and no_writer()
 
 
 def test_a_stop_before_there_is_a_codebook_loses_the_batches_and_says_so(job, monkeypatch) -> None:

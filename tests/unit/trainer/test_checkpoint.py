@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from cluster.storage import Attempt, Fenced, Store, open_store
+from tests.waiting import Clock, until
 from trainer.checkpoints.checkpoint import (
     CheckpointFailed,
     CheckpointMisfit,
@@ -148,7 +148,7 @@ class Gated(Store):
         self.gate, self.fault = threading.Event(), fault
 
     def upload_folder(self, local_dir: Any, p: str) -> None:
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         if self.fault is not None:
             raise self.fault
         super().upload_folder(local_dir, p)
@@ -163,13 +163,6 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def wait_for(saver: Saver) -> None:
-    until = time.monotonic() + 10
-    while not saver.done_here():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
 def test_a_checkpoint_is_there_once_it_is_completed(tmp_path: Path, local: Path) -> None:
     store = Gated(open_store(tmp_path / "store"))
     saver = Saver(store, alone(), keep=1)
@@ -180,7 +173,7 @@ def test_a_checkpoint_is_there_once_it_is_completed(tmp_path: Path, local: Path)
     with pytest.raises(RuntimeError, match="under way"):
         saver.begin(Engine(), 6, 2, {})
     store.gate.set()
-    wait_for(saver)
+    until(saver.done_here)
     latest = find_latest(store)
     assert latest is not None and latest.step == 1
     saved = saver.complete()
@@ -197,13 +190,21 @@ def test_a_checkpoint_is_there_once_it_is_completed(tmp_path: Path, local: Path)
     assert fetch(store, found, found.files, tmp_path / "again") is None
 
 
-def test_complete_waits_for_the_upload(tmp_path: Path) -> None:
+def test_complete_waits_for_the_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("trainer.checkpoints.saver.time", clock)
     store = Gated(open_store(tmp_path / "store"))
     saver = Saver(store, alone(), keep=1)
     saver.begin(Engine(), 5, 2, {})
-    threading.Timer(0.2, store.gate.set).start()
-    saved = saver.complete()
-    assert 0.15 < saved.held_s < 5
+    looks = clock.looks["MainThread"]
+
+    def open_gate() -> None:
+        until(lambda: clock.looks["MainThread"] > looks)  # complete() is there
+        clock.now += 7
+        store.gate.set()
+
+    threading.Thread(target=open_gate).start()
+    assert saver.complete().held_s == 7
     assert find_latest(store) is not None
 
 
@@ -215,7 +216,7 @@ def test_a_group_that_starts_again_writes_where_no_other_does(tmp_path: Path) ->
     again.begin(Engine(), 5, 2, {})
     store.gate.set()
     for saver in (lost, again):
-        wait_for(saver)
+        until(saver.done_here)
     assert len(store.list()) == 2
     again.complete()
     found = find_latest(store)
@@ -283,7 +284,7 @@ def test_an_attempt_that_was_superseded_completes_nothing(tmp_path: Path, when: 
     saver.begin(Engine(), 5, 2, {})
     if when == "before the JSON":
         store.gate.set()
-        wait_for(saver)
+        until(saver.done_here)
     Attempt.claim(run)
     store.gate.set()
     with pytest.raises(Fenced, match="superseded by attempt 2"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.storage import open_store
+from tests.waiting import Clock, until
 from trainer.cached import CachedTeacher
 from trainer.corpus import pack, tables
 from trainer.corpus.corpus import Part
@@ -311,12 +313,17 @@ def test_steps_start_anywhere(part) -> None:
     assert list(loader(part).steps(5, 5)) == []
 
 
-class Slow:
-    """A schedule that takes its time, counts, and breaks at some step."""
+class Order:
+    """A schedule that counts the steps it was asked for, and breaks at some step.
 
-    def __init__(self, seconds: float = 0.0, broken: int | None = None) -> None:
-        self.seconds, self.broken, self.asked = seconds, broken, 0
-        self.at_once = self.most = 0
+    hold: called with each step's number before the step is told.
+    """
+
+    def __init__(
+        self, hold: Callable[[int], Any] = lambda step: None, broken: int | None = None
+    ) -> None:
+        self.hold, self.broken = hold, broken
+        self.asked = self.told = self.at_once = self.most = 0
         self._lock = threading.Lock()
 
     def step_epochs(self, step: int) -> np.ndarray:
@@ -327,73 +334,85 @@ class Slow:
             self.asked += 1
             self.at_once += 1
             self.most = max(self.most, self.at_once)
-        time.sleep(self.seconds)
+        self.hold(step)
         with self._lock:
             self.at_once -= 1
+            self.told += 1
         if step == self.broken:
             raise KeyError("sequence of step 2 is not in the logit cache")
         return np.array([step])
 
 
-def test_steps_are_made_ahead_of_time(part) -> None:
-    maker = replace(loader(part, micro_batch=1), order=Slow(0.05))
+def test_steps_are_made_ahead_of_time(part, monkeypatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("trainer.loader.time", clock)
+
+    def hold(step: int) -> None:
+        if step == 0:
+            until(lambda: "MainThread" in clock.looks)  # it is waited for
+            clock.now += 3
+
+    order = Order(hold)
     waits = []
-    for step in maker.steps(0, 6):
-        time.sleep(0.12)  # a training step
+    steps = replace(loader(part, micro_batch=1), order=order).steps(0, 6, ahead=2)
+    for step, told in zip(steps, (3, 4, 5, 6, 6, 6), strict=True):
         waits.append(step.wait_s)
-    assert waits[0] > 0.03
-    assert max(waits[2:]) < 0.03
+        until(lambda told=told: order.told == told)  # nobody asks meanwhile
+    assert waits == [3, 0, 0, 0, 0, 0]
 
 
 def test_reading_begins_before_the_first_step_is_asked_for(part) -> None:
     """A model is built meanwhile, which takes longer."""
-    order = Slow(0.5)
-    steps = replace(loader(part, micro_batch=1), order=order).steps(0, 6, ahead=3)
-    end = time.monotonic() + 30
-    while order.asked < 3 and time.monotonic() < end:
-        time.sleep(0.05)
-    assert order.asked == 3
-    first = next(iter(steps))
-    assert first.number == 0 and first.wait_s < 0.03
-    steps.close()
+    order = Order()
+    with closing(replace(loader(part, micro_batch=1), order=order).steps(0, 6, ahead=3)) as steps:
+        until(lambda: order.told == 3)
+        assert next(iter(steps)).number == 0
 
 
 def test_several_steps_are_read_at_once_and_come_in_order(part) -> None:
     """Where reading is waiting for another machine."""
-    order = Slow(0.1)
+    together = threading.Barrier(4)  # passes only if four are under way
+    order = Order(lambda step: together.wait(60))
     maker = replace(loader(part, micro_batch=1), order=order)
-    began = time.perf_counter()
     with closing(maker.steps(0, 12, ahead=8, threads=4)) as steps:
         assert [step.number for step in steps] == list(range(12))
-    assert time.perf_counter() - began < 0.8  # one after the other takes 1.2
     assert order.most == 4
 
 
 def test_only_so_many_steps_are_held(part) -> None:
-    order = Slow()
-    steps = replace(loader(part, micro_batch=1), order=order).steps(0, 100, ahead=2)
-    next(iter(steps))
-    time.sleep(0.3)
-    assert order.asked <= 5
-    steps.close()
+    order = Order()
+    with closing(replace(loader(part, micro_batch=1), order=order).steps(0, 100, ahead=2)) as steps:
+        next(iter(steps))
+        until(lambda: order.told >= 3)
+        time.sleep(0.1)
+        assert order.asked == 3
 
 
 def test_an_error_of_the_thread_is_raised_where_the_step_is_asked_for(part) -> None:
-    with closing(replace(loader(part, micro_batch=1), order=Slow(broken=2)).steps(0, 5)) as made:
+    with closing(replace(loader(part, micro_batch=1), order=Order(broken=2)).steps(0, 5)) as made:
         steps = iter(made)
         assert next(steps).number == 0 and next(steps).number == 1
         with pytest.raises(KeyError, match="not in the logit cache"):
             next(steps)
 
 
-def test_the_threads_end_with_their_consumer(part) -> None:
+def test_the_threads_end_with_their_consumer(part, monkeypatch) -> None:
+    closed = threading.Event()
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def told(pool: ThreadPoolExecutor, **how: Any) -> None:
+        shutdown(pool, **{**how, "wait": False})
+        closed.set()
+        shutdown(pool, **how)
+
+    monkeypatch.setattr("trainer.loader.ThreadPoolExecutor.shutdown", told)
     before = threading.active_count()
-    order = Slow(0.02)
+    order = Order(lambda step: step == 0 or closed.wait(60))
     steps = replace(loader(part, micro_batch=1), order=order).steps(0, 500, ahead=100, threads=3)
     next(iter(steps))
     steps.close()
     assert threading.active_count() == before
-    assert order.asked < 50
+    assert order.asked <= 4
 
 
 def test_a_sequence_that_was_not_captured_is_an_error_not_a_guess(part, tmp_path) -> None:

@@ -40,7 +40,7 @@ def test_who_waits_for_a_killed_process_goes_on(lock: Path) -> None:
     waiting = threading.Thread(target=FileBaton(str(lock)).wait, daemon=True)
     with dropping_stale_locks(look_s=0.1, stale_s=0.0):
         waiting.start()
-        waiting.join(20)
+        waiting.join(60)
     assert not waiting.is_alive() and not lock.exists()
 
 

@@ -68,5 +68,5 @@ def test_after_a_stop_there_is_no_other_try_and_ray_may_have_the_last_word(tmp_p
     time.sleep(0.5)
     assert process.poll() is None
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=10) == 130
+    assert process.wait(timeout=120) == 130
     assert (tmp_path / "ran").read_text() == "x"

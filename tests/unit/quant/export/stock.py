@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Of the environment: what starting needs, and what torch holds back of the processor.
+KEPT = ("PATH", "LD_LIBRARY_PATH", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+
 PROGRAM = """
 import importlib.util, json, sys
 sys.path.append(sys.argv[1])
@@ -54,9 +57,7 @@ def stock_answers(wanted: dict[Path, Tensor], new_tokens: int = 0) -> dict[Path,
         asked, answered = Path(scratch, "asked.pt"), Path(scratch, "answered.pt")
         torch.save({str(path): (ids, new_tokens) for path, ids in wanted.items()}, asked)
         packages = sysconfig.get_paths()["purelib"]
-        kept = {
-            name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ
-        }
+        kept = {name: os.environ[name] for name in KEPT if name in os.environ}
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", PROGRAM, packages, str(asked), str(answered)],
             cwd=scratch,
