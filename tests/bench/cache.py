@@ -2,9 +2,9 @@
 
     make demo && make bench-cache
 
-Prints tables, writes tests/bench/results/cache.json, the tables and the curves of docs/cache.md,
-and ends with exit code 1 if an aim is missed. Parts of it, the other figures staying as they are in
-the file, where `made_by` tells of each part when and on what it was measured:
+Prints tables, writes tests/bench/results/cache/KIND.json, the tables and the curves of
+docs/cache.md, and ends with exit code 1 if an aim is missed. Parts of it, the other figures staying
+as they are in the file, where `made_by` tells of each part when and on what it was measured:
 
     .venv/bin/python -m tests.bench.cache --only sizes,speed
 """
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
-import os
 import platform
 import statistics
 import sys
@@ -30,6 +28,7 @@ import numpy as np
 
 from tests.bench import docs, opening, real
 from tests.bench.curve import curve
+from tests.bench.figures import machine, read_result, result_file, write_result
 from tests.bench.measured import (
     FIT,
     LENGTH,
@@ -48,7 +47,6 @@ from trainer.logits.records import Coding
 from trainer.spec import CacheSpec
 
 HERE = Path(__file__).parent
-OUT = HERE / "results" / "cache.json"
 COMMAND = "make demo && make bench-cache"
 DRAWS = 50
 LARGEST_K = 256
@@ -296,7 +294,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--sequences", type=int, default=16, help="of 2,048 positions, measured")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="storage with the demo")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=result_file("cache"))
     parser.add_argument("--images", type=Path, default=HERE.parents[1] / "docs" / "img")
     parser.add_argument("--coarse", action="store_true", help="a curve of few points")
     given = parser.parse_args()
@@ -304,11 +302,11 @@ def main() -> int:
     if wrong := sorted(set(asked) - set(PARTS)):
         parser.error(f"--only: no part {wrong[0]!r}; may be {', '.join(PARTS)}")
     bench = Bench(given.sequences, given.runs, given.images, not given.coarse)
-    result = json.loads(given.out.read_text()) if given.out.exists() else {}
+    result = read_result(given.out)
     names = ("torch", "transformers", "numpy", "numba", "pyarrow")
     made_by = {
         "date": datetime.date.today().isoformat(),
-        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
+        "machine": machine(),
         "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
     }
     without_demo = False
@@ -327,8 +325,8 @@ def main() -> int:
     result["command"] = COMMAND
     result |= made_by
     reached = check(result)
-    given.out.write_text(json.dumps(result, indent=2) + "\n")
-    if given.out == OUT:
+    write_result(given.out, result)
+    if given.out == result_file("cache"):
         docs.write()
     if without_demo:
         return 2

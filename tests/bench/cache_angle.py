@@ -5,16 +5,14 @@
 The angle is between the gradients of all of the student's parameters, with a cached signal and with
 the whole distribution of the demo's teacher, both summed over the same n tokens. Of an unbiased
 signal it falls as 1/sqrt(n), of a biased one it ends at its bias. Writes
-tests/bench/results/cache_angle.json and the curves of docs/cache.md.
+tests/bench/results/cache_angle/KIND.json and the curves of docs/cache.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -27,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tests.bench import docs, real
+from tests.bench.figures import machine, read_result, result_file, write_result
 from tests.bench.multi_epoch import Records, evaluate, loss_sum, new_student, states, train
 from tests.bench.picture import Axis, Line, draw
 from tests.bench.signals import Teacher
@@ -35,7 +34,6 @@ from trainer.corpus.tokenizer import load_tokenizer
 from trainer.spec import DistillSpec
 
 HERE = Path(__file__).parent
-OUT = HERE / "results" / "cache_angle.json"
 COMMAND = "make demo && make bench-cache-angle"
 REDRAWS = 4
 # name, how the docs call it, colour, dashed
@@ -238,7 +236,7 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=1024, help="of an epoch; 0: all")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each kind")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as processors")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=result_file("cache_angle"))
     parser.add_argument("--images", type=Path, default=HERE.parents[1] / "docs" / "img")
     given = parser.parse_args()
     asked = given.only.split(",")
@@ -257,7 +255,7 @@ def main() -> int:
         return 2
     teacher = Teacher(model.float(), int(corpus.manifest["vocab_size"]))
     part = corpus.part("train")
-    result = json.loads(given.out.read_text()) if given.out.exists() else {}
+    result = read_result(given.out)
     if "angle" in asked:
         tokenizer = load_tokenizer(corpus.tokenizer_folder())
         length = int(corpus.manifest["sequence_length"])
@@ -275,10 +273,10 @@ def main() -> int:
             teacher, corpus, spec, given.sequences or len(part), given.seeds
         )
     result["command"] = COMMAND
-    result["machine"] = {"processor": platform.machine(), "cpus": os.cpu_count()}
+    result["machine"] = machine()
     result["versions"] = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    given.out.write_text(json.dumps(result, indent=2) + "\n")
-    if given.out == OUT:
+    write_result(given.out, result)
+    if given.out == result_file("cache_angle"):
         docs.write()
     print(f"({time.perf_counter() - began:.0f} s)")
     return 0

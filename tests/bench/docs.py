@@ -1,4 +1,4 @@
-"""Writes the measured tables into docs/cache.md, so that they are what results/*.json say.
+"""Writes the measured tables into docs/cache.md, so that they are what results/ says.
 
     .venv/bin/python -m tests.bench.docs
 
@@ -8,13 +8,13 @@ Both benches do it at their end. A table stands between `<!-- NAME: begin -->` a
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-PAGE = HERE.parents[1] / "docs" / "cache.md"
+from tests.bench.figures import FOLDER, tables_by_kind
+
+PAGE = Path(__file__).parents[2] / "docs" / "cache.md"
 # Settings in the order of the tables, and how the docs call them.
 SETTINGS = {
     "topk_50": "`topk`, k: 50",
@@ -142,24 +142,33 @@ def trainings(found: Json) -> str:
     return table([*heads, "4 epochs: KL to the teacher", "cross-entropy"], rows)
 
 
-def write(page: Path = PAGE, results: Path = HERE / "results") -> list[str]:
+def cache_tables(found: Json) -> dict[str, str]:
+    """Those of `tests.bench.cache` whose figures are there, by name."""
+    parts = {}
+    if "bytes_per_token" in found:
+        parts |= {"sizes": sizes(found), "paper": on_paper(found)}
+    if "demo" in found:
+        parts["demo"] = demo(found["demo"])
+    if "speeds" in found:
+        parts["speeds"] = speeds(found["speeds"])
+    return parts
+
+
+def angle_tables(found: Json) -> dict[str, str]:
+    """Those of `tests.bench.cache_angle` whose figures are there, by name."""
+    parts = {f"angle-{name}": angles(each) for name, each in found.get("angle", {}).items()}
+    if "trainings" in found:
+        parts["trainings"] = trainings(found["trainings"])
+    return parts
+
+
+def write(page: Path = PAGE, results: Path = FOLDER) -> list[str]:
     """Fills in the tables whose figures are there; returns their names.
 
     Raises ValueError for a table that the page has no place for.
     """
-    parts: dict[str, str] = {}
-    cache, angle = _read(results / "cache.json"), _read(results / "cache_angle.json")
-    if "bytes_per_token" in cache:
-        parts["sizes"] = sizes(cache)
-        parts["paper"] = on_paper(cache)
-    if "demo" in cache:
-        parts["demo"] = demo(cache["demo"])
-    if "speeds" in cache:
-        parts["speeds"] = speeds(cache["speeds"])
-    for student, found in angle.get("angle", {}).items():
-        parts[f"angle-{student}"] = angles(found)
-    if "trainings" in angle:
-        parts["trainings"] = trainings(angle["trainings"])
+    parts = tables_by_kind("cache", cache_tables, results)
+    parts |= tables_by_kind("cache_angle", angle_tables, results)
     fill(page, parts)
     return list(parts)
 
@@ -173,10 +182,6 @@ def fill(page: Path, parts: dict[str, str]) -> None:
         if count != 1:
             raise ValueError(f"{page}: {count} places for the table {name}; needs one")
     page.write_text(text)
-
-
-def _read(path: Path) -> Json:
-    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 if __name__ == "__main__":

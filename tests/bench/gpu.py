@@ -1,6 +1,6 @@
 """On a GPU: the fused head and loss beside plain PyTorch and Liger, and 4-bit decoding beside bf16.
 
-    python tests/bench/gpu.py                         # on a GPU: writes results/gpu.json
+    python tests/bench/gpu.py                         # on a GPU: into results/gpu/KIND.json
     python tests/bench/gpu.py --device cpu --tokens 256 --width 64 --vocab 1000    # does it run?
     python tests/bench/gpu.py --part decode           # the second part alone: see gpu_decode.py
 
@@ -28,11 +28,11 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.bench.figures import read_result, result_file, write_result  # noqa: E402
 from trainer.fused import fused_loss  # noqa: E402
 from trainer.head import Head  # noqa: E402
 from trainer.losses import JSD, CrossEntropy, ForwardKL, Loss, Target  # noqa: E402
 
-RESULT = Path(__file__).parent / "results" / "gpu.json"
 KEPT, DRAWN = 64, 13
 ROUNDS = 7
 
@@ -217,7 +217,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--part", choices=("loss", "decode"), help="one of the two alone")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, help="not results/gpu/KIND.json")
     asked = parser.parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():
         print("error: torch sees no GPU here; try --device cpu with small sizes", file=sys.stderr)
@@ -242,9 +242,8 @@ def main() -> int:
     }
     print(json.dumps(found, indent=2))
     if device.type == "cuda":
-        asked.out.parent.mkdir(exist_ok=True)
-        kept = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
-        asked.out.write_text(json.dumps({**kept, **found}, indent=2) + "\n")
+        path = asked.out or result_file("gpu", "cuda")
+        write_result(path, {**read_result(path), **found})
     return 0
 
 

@@ -1,6 +1,6 @@
 """4-bit and 8-bit against bf16 on a GPU: decoding, prompts and memory at 1.1B and 8B shapes.
 
-    python tests/bench/gpu_decode.py                 # on a GPU: into results/gpu.json, "decode"
+    python tests/bench/gpu_decode.py                 # on a GPU: "decode" of results/gpu/KIND.json
     python tests/bench/gpu_decode.py --device cpu --shapes tiny --tokens 4    # does it run?
 
 Needs torch, transformers and safetensors alone. Weights and codes are random. Both sides of a
@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from quant.kernels import kernel_names, use_kernels  # noqa: E402
 from quant.speed import resident_bytes  # noqa: E402
+from tests.bench.figures import read_result, result_file, write_result  # noqa: E402
 from tests.bench.gpu_models import CASES, SHAPES, config_of, disagreement, make_model  # noqa: E402
 from tests.bench.gpu_steps import Decoder, Prefill  # noqa: E402
 
-RESULT = Path(__file__).parent / "results" / "gpu.json"
 GOAL = 2.4  # 4-bit over bf16, tokens per second
 LIMIT_S = 300  # of a case's process
 PROMPT, TOKENS, ROUNDS = 128, 64, 7
@@ -189,7 +189,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1.1b", "8b"])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, help="not results/gpu/KIND.json")
     parser.add_argument("--one", nargs=2, metavar=("SHAPE", "CASE"), help="as JSON on one line")
     asked = parser.parse_args()
     device = torch.device(asked.device)
@@ -202,8 +202,8 @@ def main() -> int:
     found = {**measure(asked.shapes, asked.cases, device, asked.tokens), **facts(device)}
     print(json.dumps(found, indent=2))
     if device.type == "cuda":
-        kept = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
-        asked.out.write_text(json.dumps({**kept, "decode": found}, indent=2) + "\n")
+        path = asked.out or result_file("gpu", "cuda")
+        write_result(path, {**read_result(path), "decode": found})
     return 0
 
 

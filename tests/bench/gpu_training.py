@@ -3,8 +3,8 @@
     python -m tests.bench.gpu_training                 # on a GPU
     python -m tests.bench.gpu_training --size tiny     # does it run? also without a GPU
 
-Writes results/gpu_training.json. Needs torch, transformers, DeepSpeed and what `trainer` imports,
-but neither Ray nor hqq. Teacher and student have random weights: speeds do not depend on them.
+Writes results/gpu_training/KIND.json. Needs torch, transformers, DeepSpeed and what `trainer`
+imports, but neither Ray nor hqq. The weights are random: speeds do not depend on them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any
 import yaml
 
 from cluster.storage import open_store, read_events
+from tests.bench.figures import result_file, write_result
 
 ROOT = Path(__file__).parents[2]
-RESULT = Path(__file__).parent / "results" / "gpu_training.json"
 STEPS, SKIPPED = 30, 6
 WAYS = {
     "ce": {"mode": "cached", "losses": {"ce": 1.0}},
@@ -141,7 +141,7 @@ def main() -> int:
     }
     print(json.dumps(found, indent=2))
     if asked.size == "full":
-        RESULT.write_text(json.dumps(found, indent=2) + "\n")
+        write_result(result_file("gpu_training", "cuda"), found)
     return 0
 
 

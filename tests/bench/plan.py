@@ -4,14 +4,12 @@
 
 Prints each figure of the demo beside the run's own, model states of 8 billion weights on 8 GPUs
 beside the estimators', and how long a plan of 70 billion weights and `--help` take. Writes
-tests/bench/results/plan.json; ends with 1 if a ratio is off by more than a tenth.
+tests/bench/results/plan/KIND.json; ends with 1 if a ratio is off by more than a tenth.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,9 +27,9 @@ from jobs.plan.training import states
 from jobs.report.planned import lines
 from jobs.report.source import load_run
 from jobs.rundir import RunDir
+from tests.bench.figures import machine, result_file, write_result
 from tests.unit.jobs.plan.world import LLAMA_8B, LLAMA_70B, folder_of
 
-RESULT = Path(__file__).parent / "results" / "plan.json"
 COMMAND = "make demo && make bench-plan"
 BOUND = 0.10
 PARAMETERS, LARGEST, GPUS = 8_030_261_248, 525_340_672, 8  # Llama 3 8B
@@ -102,10 +100,10 @@ def main() -> int:
         "cache": demo(run),
         "model_states": model_states(),
         "seconds": {"help": seconds("--help"), "plan_of_70b": large_plan()},
-        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
+        "machine": machine(),
         "versions": {name: version(name) for name in ("torch", "deepspeed", "ray")},
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result_file("plan"), result)
     ratios = {"cache": result["cache"]["ratio"]}
     ratios |= {name: each["ratio"] for name, each in result["model_states"].items()}
     for name, ratio in ratios.items():

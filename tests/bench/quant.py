@@ -3,16 +3,15 @@
     make demo && make bench-quant
 
 On TinyLlama-1.1B's shape with random weights, two threads; exports on the demo's student. Prints
-the tables and writes tests/bench/results/quant.json and the tables of docs/quantization.md. Ends
-with exit code 1 if an aim is missed. `--only quantize|speed|memory|gguf|hf` measures one part and
-keeps the figures of the others. Needs 16 GB of memory and 6 GB of disk.
+the tables and writes tests/bench/results/quant/KIND.json and the tables of docs/quantization.md.
+Ends with exit code 1 if an aim is missed. `--only quantize|speed|memory|gguf|hf` measures one part
+and keeps the figures of the others. Needs 16 GB of memory and 6 GB of disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,9 +22,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tests.bench.figures import machine, read_result, result_file, write_result
+
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "runs" / "demo"
-RESULT = Path(__file__).parent / "results" / "quant.json"
 COMMAND = "make demo && make bench-quant"
 PARTS = ("quantize", "speed", "memory", "gguf", "hf")
 NEED_MODELS = ("quantize", "speed", "memory")
@@ -175,14 +175,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def processor() -> str:
-    """The processor's name and what decides a matrix product's speed."""
-    told = Path("/proc/cpuinfo").read_text()
-    name = next(line.split(":")[1].strip() for line in told.splitlines() if "model name" in line)
-    flags = [flag for flag in ("avx2", "avx512_bf16", "avx512_vnni", "amx_bf16") if flag in told]
-    return f"{name} ({', '.join(flags)})"
-
-
 def main() -> int:
     """The command above."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
@@ -203,8 +195,8 @@ def main() -> int:
     if why := missing(wanted):
         print(f"error: {why}", file=sys.stderr)
         return 2
-    keeps = options.only and RESULT.exists()
-    found: dict[str, Any] = json.loads(RESULT.read_text()) if keeps else {}
+    path = result_file("quant")
+    found: dict[str, Any] = read_result(path) if options.only else {}
     folder = Path(options.folder or tempfile.mkdtemp(prefix="stillhouse-bench-"))
     try:
         if set(wanted) & set(NEED_MODELS) and not (folder / "int8-dynamic").is_dir():
@@ -218,12 +210,12 @@ def main() -> int:
                 "shape": f"TinyLlama-1.1B's, {options.layers} layers, random weights",
                 "aims": aims(found),
                 "seconds": seconds,
-                "machine": {"processor": processor(), "cpus": os.cpu_count()},
+                "machine": machine(),
                 "versions": versions(),
             }
             if options.layers == 22:  # after each part: what fails later loses itself alone
-                RESULT.write_text(json.dumps(found, indent=2) + "\n")
-                quant_docs.write(found)
+                write_result(path, found)
+                quant_docs.write()
     finally:
         if not options.folder:
             shutil.rmtree(folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.docs import figure, fill, table
+from tests.bench.figures import tables_by_kind
 
 PAGE = Path(__file__).parents[2] / "docs" / "quantization.md"
 NAMES = {
@@ -118,6 +119,6 @@ def text(found: Json) -> str:
     return "\n\n".join(parts(found).values())
 
 
-def write(found: Json) -> None:
-    """Puts them into the page."""
-    fill(PAGE, parts(found))
+def write() -> None:
+    """Puts those of all kinds of processors into the page."""
+    fill(PAGE, tables_by_kind("quant", parts))

@@ -4,8 +4,8 @@
 
 Reads runs/demo; runs empty tasks over ten simulated nodes; quantizes the demo's student by one
 command, with a multiple-choice task made from text that it was not trained on. Prints the table,
-writes tests/bench/results/sweep.json and the table of docs/sweep.md, and ends with exit code 1 if
-an aim is missed. `--only fanout|demo|tasks` measures one part and keeps the figures of the others.
+writes tests/bench/results/sweep/KIND.json and the table of docs/sweep.md, and ends with exit code 1
+if an aim is missed. `--only fanout|demo|tasks` measures one part and keeps the other figures.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import Any
 
 from cluster.storage import Store, open_store, read_events
 from quant.intervals import difference_interval, relative_reduction
+from tests.bench.docs import fill
+from tests.bench.figures import machine, read_result, result_file, tables_by_kind, write_result
 
 ROOT = Path(__file__).parents[2]
-RESULT = Path(__file__).parent / "results" / "sweep.json"
 DOCS = ROOT / "docs" / "sweep.md"
 COMMAND = "make demo && make bench-sweep"
 PARTS = ("fanout", "demo", "tasks")
@@ -260,13 +261,9 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def publish(found: dict[str, Any]) -> None:
-    """The table into the docs, between its marks."""
-    text = DOCS.read_text()
-    begin, end = "<!-- sweep-figures: begin -->\n", "<!-- sweep-figures: end -->"
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    DOCS.write_text(f"{before}{begin}{table(found)}\n{end}{after}")
+def tables(found: dict[str, Any]) -> dict[str, str]:
+    """The docs' table by its name."""
+    return {"sweep-figures": table(found)}
 
 
 def main() -> int:
@@ -274,7 +271,8 @@ def main() -> int:
     parser.add_argument("--only", choices=PARTS, help="measure this part alone")
     only = parser.parse_args().only
     run = open_store(ROOT / "runs" / "demo")
-    found: dict[str, Any] = json.loads(RESULT.read_text()) if only and RESULT.exists() else {}
+    path = result_file("sweep")
+    found: dict[str, Any] = read_result(path) if only else {}
     if only in (None, "demo"):
         found |= demo(run)
     if only in (None, "tasks"):
@@ -286,11 +284,11 @@ def main() -> int:
     found |= {
         "command": COMMAND,
         "aims": reached,
-        "machine": {"cpus": os.cpu_count(), "processor": os.uname().machine},
+        "machine": machine(),
         "versions": {name: version(name) for name in names},
     }
-    RESULT.write_text(json.dumps(found, indent=2) + "\n")
-    publish(found)
+    write_result(path, found)
+    fill(DOCS, tables_by_kind("sweep", tables))
     print(table(found))
     for aim, is_reached in reached.items():
         print(f"{'reached' if is_reached else 'MISSED '}  {aim}")

@@ -2,26 +2,22 @@
 
     make demo && make bench-train
 
-Prints the tables and writes tests/bench/results/train.json and the tables of docs/benchmarks.md.
-Ends with exit code 1 if an aim is missed. `--only speed|memory|heldout` measures one part and keeps
-the figures of the others.
+Prints the tables and writes them, as tests/bench/results/train/KIND.json and into
+docs/benchmarks.md. Ends with exit code 1 if an aim is missed. `--only speed|memory|heldout`
+measures one part and keeps the figures of the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from tests.bench import loss_memory, train_docs, train_heldout, train_speed
+from tests.bench.figures import machine, read_result, result_file, write_result
 
-RESULT = Path(__file__).parent / "results" / "train.json"
 COMMAND = "make demo && make bench-train"
 PARTS = ("speed", "memory", "heldout")
 
@@ -53,7 +49,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PARTS)
     asked = parser.parse_args().only
-    found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() and asked else {}
+    path = result_file("train")
+    found: dict[str, Any] = read_result(path) if asked else {}
     began = time.monotonic()
     if asked in (None, "memory"):
         found["loss_extra_bytes"] = {
@@ -70,13 +67,13 @@ def main() -> int:
         "command": COMMAND,
         "aims": aims(found),
         "seconds": {**found.get("seconds", {}), asked or "all": round(time.monotonic() - began)},
-        "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "threads": 1},
+        "machine": {**machine(), "threads": 1},
         "versions": {
             name: version(name) for name in ("torch", "transformers", "deepspeed", "trl", "numba")
         },
     }
-    RESULT.write_text(json.dumps(found, indent=2) + "\n")
-    train_docs.write(found)
+    write_result(path, found)
+    train_docs.write()
     print(train_docs.text(found))
     for aim, reached in found["aims"].items():
         print(f"{'reached' if reached else 'MISSED '}  {aim}")

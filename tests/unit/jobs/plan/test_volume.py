@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from jobs.plan.volume import cache_bytes, place_bits
+from tests.bench.figures import results_by_kind
 from trainer.spec import CacheSpec
 
-ROOT = Path(__file__).resolve().parents[4]
-MEASURED = json.loads((ROOT / "tests/bench/results/cache.json").read_text())
+MEASURED = results_by_kind("cache")["avx512_bf16"]  # bytes do not depend on the processor
 WAYS: dict[str, dict[str, Any]] = {
     "topk_50": {"method": "topk", "k": 50},
     "topk_50_ragged": {"method": "topk", "k": 50, "keep": 0.5},
