@@ -23,8 +23,8 @@ help: ## List the targets
 
 setup: $(READY) ## Make .venv with what a job needs, in the versions of requirements.lock
 
-# The last lines build DeepSpeed's CPU communication op and the numba kernels, so that no job has to
-# wait for a compiler.
+# The last lines build DeepSpeed's CPU communication op, the CPU's op for quantized layers and the numba
+# kernels, so that no job has to wait for a compiler.
 $(READY): pyproject.toml requirements.lock
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer, or say make PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); Stillhouse needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }
@@ -33,6 +33,7 @@ $(READY): pyproject.toml requirements.lock
 	$(INSTALL) torch
 	$(INSTALL) --editable '.[s3]'
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m trainer.build_ops
+	$(BIN)/python -m quant.build_ops
 	$(BIN)/python -m jobs.build_kernels
 	@touch $@
 

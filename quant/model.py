@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex, TypeVar
 
 from transformers import PreTrainedModel
 
+from quant.decode import decode_step
 from quant.spec import QuantSpec
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -107,8 +109,20 @@ def quantized_class(original: Any) -> Any:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__new__": lambda cls, *args, **kwargs: original(*args, **kwargs),
+        "forward": _with_decode_step(original.forward),
     }
     return type(original.__name__, (QuantizedModel, original), names)
+
+
+def _with_decode_step(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, but a single token of what the C++ op can run goes through that."""
+
+    @functools.wraps(forward)  # transformers looks at its arguments
+    def either(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = None if args else decode_step(self, kwargs)
+        return forward(self, *args, **kwargs) if made is None else made
+
+    return either
 
 
 def _bare(original: Any) -> Any:

@@ -31,6 +31,7 @@ def use_kernels(model: nn.Module, prefer: Preference = "speed") -> dict[str, str
 
 
 def kernel_names(model: nn.Module) -> str:
-    """The kernels that a model's quantized layers run, e.g. ``int4 to 40 rows, then ...``."""
-    found = {str(m.kernel).partition(":")[0] for m in model.modules() if hasattr(m, "use_kernel")}
+    """The kernels that a model's quantized layers run, e.g. ``int4 x int8 (AVX2)``."""
+    names = {str(m.kernel) for m in model.modules() if hasattr(m, "use_kernel")}
+    found = {"plain" if name.startswith("plain:") else name for name in names}
     return "; ".join(sorted(found)) or "dense"

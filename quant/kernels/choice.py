@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from quant.kernels.blocks import Blocks
 from quant.kernels.gemlite import Gemlite
 from quant.kernels.int4 import Int4
 from quant.kernels.int8_dynamic import Int8Dynamic
@@ -30,7 +31,10 @@ def choose(weight: StoredWeight, prefer: Preference) -> tuple[Kernel | None, str
     reason = ""
     for make in candidates(weight, device):
         try:
-            return make(weight), ""
+            kernel = make(weight)
+            if reason and device == "cpu":  # there is a faster one, which cannot be had here
+                kernel.name = f"{kernel.name} ({reason})"
+            return kernel, ""
         except Refused as refused:
             reason = reason or str(refused)
     return None, reason
@@ -41,5 +45,5 @@ def candidates(weight: StoredWeight, device: str) -> list[Callable[[StoredWeight
     if weight.activations == "int8":
         return [Int8Dynamic]
     if device == "cpu":
-        return [Int4]
+        return [Blocks, Int4]
     return [TinyGemm, Gemlite] if weight.bits in (3, 4) else [Gemlite, TinyGemm]

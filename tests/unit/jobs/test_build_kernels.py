@@ -18,7 +18,9 @@ def kept(module: ModuleType) -> dict[str, Dispatcher]:
     return {
         f"{stem}.{name}": function
         for name, function in vars(module).items()
-        if isinstance(function, Dispatcher) and function.stats.cache_path is not None
+        if isinstance(function, Dispatcher)
+        and function.py_func.__module__ == module.__name__
+        and function.stats.cache_path is not None
     }
 
 

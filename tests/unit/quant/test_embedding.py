@@ -79,7 +79,7 @@ def test_a_tied_head_works_on_the_embeddings_codes():
     for prefer in ("plain", "speed"):
         use_kernels(model, prefer)
         assert (
-            relative_error(model.head, random_input(3, 256), weight_in_float64(model.codes)) < 0.005
+            relative_error(model.head, random_input(3, 256), weight_in_float64(model.codes)) < 0.008
         )
         assert model.embedding.codes is model.head.stored()["codes"]
     assert model.head.kernel.startswith("int4")
@@ -100,7 +100,7 @@ def test_the_tie_outlives_copies_pickles_and_moves(prefer):
         assert torch.equal(other.head(x), expected)
         changed = random_codes(4, 64, seed=5)
         other.embedding.set_codes(changed)
-        assert relative_error(other.head, x, weight_in_float64(changed)) < 0.005
+        assert relative_error(other.head, x, weight_in_float64(changed)) < 0.008
     model.half()
     assert torch.equal(model.head(x), expected)
     model.to("meta")
@@ -126,7 +126,7 @@ def test_what_the_embedding_loads_the_head_sees(assign):
     }
     model.load_state_dict(state, assign=assign)
     assert model.head.stored()["codes"] is model.embedding.codes
-    assert relative_error(model.head, random_input(3, 256), weight_in_float64(changed)) < 0.005
+    assert relative_error(model.head, random_input(3, 256), weight_in_float64(changed)) < 0.008
     del state["head.codes"], state["head.scale"], state["head.zero"]
     model.load_state_dict(state)
 

@@ -10,6 +10,7 @@ import torch
 
 import quant.codes as codes_module
 import quant.kernels.tinygemm as tinygemm
+from quant.kernels.blocks import Blocks
 from quant.kernels.choice import candidates, choose
 from quant.kernels.gemlite import Gemlite
 from quant.kernels.int4 import Int4
@@ -53,13 +54,13 @@ def test_order_of_candidates():
     for bits in (1, 2, 8):
         assert candidates(stored(bits), "cuda") == [Gemlite, TinyGemm]
     assert candidates(stored(8, 256, activations="int8"), "cuda") == [Int8Dynamic]
-    assert candidates(stored(4), "cpu") == [Int4]
+    assert candidates(stored(4), "cpu") == [Blocks, Int4]
 
 
 def test_a_tied_head_stays_with_the_embeddings_codes_for_memory():
     kernel, reason = choose(stored(shared=True), "memory")
     assert kernel is None and reason.startswith("the embedding holds these codes")
-    assert isinstance(choose(stored(shared=True), "speed")[0], Int4)
+    assert isinstance(choose(stored(shared=True), "speed")[0], Blocks | Int4)
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_generates_what_the_dense_weights_do(make_llama, bits, tied, cache):
                 at = int(differs[0])
                 scores = dense(row[:at].unsqueeze(0)).logits[0, -1]
                 gap = (scores.max() - scores[row[at]]) / scores.std()
-                assert gap < 0.05, (tokens, at, float(gap))
+                assert gap < 0.15, (tokens, at, float(gap))
 
 
 def test_dense_weights_are_the_plain_paths(make_llama, batches):
@@ -69,7 +69,7 @@ def test_dense_weights_are_the_plain_paths(make_llama, batches):
         assert kernel_names(model) == names
     assert all(layer.dense is None for layer in quant_linears(model).values())
     with torch.inference_mode():
-        np.testing.assert_allclose(model(ids).logits, expected, atol=0.05 * float(expected.std()))
+        np.testing.assert_allclose(model(ids).logits, expected, atol=0.1 * float(expected.std()))
 
 
 @pytest.mark.parametrize("rows", [1, 60])

@@ -52,4 +52,4 @@ def test_agrees_with_hqqs_dequantize_to_rounding(theirs, bits, group):
     described = use_kernels(layer)[""]
     assert described.startswith("plain: groups of") == (group < 32)
     error = (layer(x).double() - expected).norm() / expected.norm()
-    assert error < 0.005, float(error)  # of which bfloat16 outputs are 0.0017
+    assert error < 0.008, float(error)  # of which int8 inputs are 0.005, bfloat16 outputs 0.0017
