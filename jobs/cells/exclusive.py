@@ -8,6 +8,7 @@ from typing import Any
 from cluster.fanout import Failure, FanOut, Need, Progress
 from jobs.cells.material import Material, Source
 from jobs.cells.needs import Needs
+from jobs.cells.running import NAMED, Running
 from jobs.cells.work import call, has_speed, speed_task
 from jobs.stages.base import Context
 from jobs.stages.placement import tasks_wait
@@ -69,6 +70,8 @@ class _Speeds:
         self.limit_s, self.gpu_type = needs.limit_s, need.gpu_type
         self.tasks: dict[str, tuple[Source, list[str]]] = {}
         self.at: dict[str, int] = {}  # by task: how many of its cells are behind it
+        self.now: dict[str, Progress] = {}  # of tasks that run; their words are the cell's key
+        self.running = Running()
         self.ended = self.total = 0
         self.pool = FanOut(
             call,
@@ -94,6 +97,7 @@ class _Speeds:
         for name, outcome in self.pool:
             source, keys = self.tasks[name]
             at = self.at.pop(name, 0)
+            self.now.pop(name, None)
             if not isinstance(outcome, Failure):
                 self._take(keys, outcome)
                 continue
@@ -121,12 +125,25 @@ class _Speeds:
     def _progress(self, name: str, progress: Progress) -> None:
         before = self.at.get(name, 0)
         self.at[name] = int(progress.done * len(self.tasks[name][1]) + 1e-6)
-        if self.at[name] != before:
+        self.now[name] = progress
+        if self.at[name] != before or self.running.due():
             self._tell()
 
     def _tell(self) -> None:
         done = self.ended + sum(self.at.values())
-        self.context.emit("progress", stage="speed", done=done, total=self.total, unit="cells")
+        shares = {name: now.done * len(self.tasks[name][1]) for name, now in self.now.items()}
+        self.context.emit(
+            "progress",
+            stage="speed",
+            done=done,
+            total=self.total,
+            unit="cells",
+            share=min(1.0, (self.ended + sum(shares.values())) / max(1, self.total)),
+            tasks=[
+                {"key": now.words, "share": shares[name] % 1, "words": "speed of one cell alone"}
+                for name, now in list(self.now.items())[:NAMED]
+            ],
+        )
 
 
 def _measured(result: Mapping[str, Any]) -> bool:
