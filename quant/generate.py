@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
@@ -18,6 +17,7 @@ from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCrit
 from quant.drawing import draw_faults
 from quant.kernels import kernel_names
 from quant.pieces import Pieces
+from quant.speed import resident_bytes
 
 END, LENGTH, POSITIONS, STOPPED = "end of text", "length", "positions", "stopped"
 
@@ -29,7 +29,7 @@ class Statistics:
     The prompt's seconds end with the first new token, so those of decoding are of the others.
     finish: END (the model ended the text), LENGTH (max_new_tokens), POSITIONS (the model has no
     more), STOPPED (the reader closed the stream). kernel: of the quantized layers, or the dtype.
-    memory_bytes: resident memory of the process, on CUDA the most that tensors took.
+    memory_bytes: of the weights as the kernels hold them, on CUDA the most that tensors took.
     """
 
     prompt_tokens: int
@@ -93,7 +93,7 @@ class Stream(Iterator[str]):
     @property
     def statistics(self) -> Statistics:
         """Of what is generated so far."""
-        times, device = self._clock.times, self._prompt.device
+        times = self._clock.times
         ends = self._config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         if self.ids and self.ids[-1] in ends:
@@ -112,7 +112,7 @@ class Stream(Iterator[str]):
             decode_s=times[len(self.ids)] - times[1] if len(self.ids) > 1 else 0.0,
             finish=finish,
             kernel=kernel,
-            memory_bytes=memory_bytes(device),
+            memory_bytes=memory_bytes(self._model),
         )
 
     def _run(self) -> Generator[str, None, None]:
@@ -223,17 +223,12 @@ def _with_config(model: PreTrainedModel, config: GenerationConfig) -> Any:
     return twin
 
 
-def memory_bytes(device: torch.device | str = "cpu") -> int:
-    """Resident memory of this process; of a CUDA device the most that its tensors have taken."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux: the most it has been
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the model's weights as its kernels hold them; on a CUDA device the most that tensors
+    have taken there. The process takes more: libraries, and the keys and values of the text."""
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(model.device)
+    return resident_bytes(model)
 
 
 def _prompt_ids(tokenizer: Any, prompt: str | Sequence[dict[str, str]]) -> list[int]:

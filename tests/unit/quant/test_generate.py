@@ -12,8 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from quant import generate
-from quant.generate import END, LENGTH, POSITIONS, STOPPED, memory_bytes, stream
+from quant.generate import END, LENGTH, POSITIONS, STOPPED, stream
 from quant.pieces import Pieces
 from tests.material import CHATML, chat_tokenizer
 from trainer.corpus.tokenizer import load_tokenizer, train_tokenizer
@@ -301,11 +300,14 @@ def test_another_models_tokenizer_is_refused(bytes_tokenizer, make_llama) -> Non
         stream(make_llama(vocab_size=32), bytes_tokenizer, "z")
 
 
-def test_resident_memory_is_that_of_the_process() -> None:
-    before = memory_bytes()
-    held = torch.ones(25_000_000)
-    assert memory_bytes() - before == pytest.approx(held.nbytes, rel=0.1)
-    assert generate.memory_bytes("cpu") > held.nbytes
+def test_memory_is_that_of_the_model_alone(bytes_tokenizer, make_llama) -> None:
+    model = make_llama(vocab_size=258)
+    held = torch.ones(1_000_000)  # of something else
+    made = stream(model, bytes_tokenizer, "Once", 3)
+    "".join(made)
+    weights = {p.data_ptr(): p.nbytes for p in [*model.parameters(), *model.buffers()]}
+    assert sum(weights.values()) <= made.statistics.memory_bytes < 1.01 * sum(weights.values())
+    assert held.nbytes > sum(weights.values())
 
 
 def test_the_kernel_of_a_quantized_model_is_named(
