@@ -24,7 +24,6 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from quant.energy import EnergyMeter
 from quant.kernels import kernel_names
-from quant.measured import dtype_name, load_model
 from trainer.processor import fast_dtype
 
 BASELINE_TOKENS = 16  # decoded, at most, each time the baseline's dtypes are compared
@@ -50,6 +49,9 @@ def load_baseline(
     names = ["bfloat16", "float32"]
     if device.type != "cpu" or not _fits_twice(Path(folder)):
         names = [fast_dtype(str(device))]
+    # Here, so that a machine that has torch alone can measure models that it made itself.
+    from quant.measured import load_model
+
     models = [load_model(str(folder), device, getattr(torch, name)) for name in names]
     if len(models) == 1:
         return models[0]
@@ -136,7 +138,7 @@ def measure_speed(
         "memory_note": memory[""][1],
         **{f"{prefix}energy_per_token_j": found for prefix, (found, _) in energy.items()},
         "energy_note": energy[""][1],
-        "baseline_dtype": dtype_name(baseline.dtype),
+        "baseline_dtype": str(baseline.dtype).removeprefix("torch."),
         "kernel": kernel_names(model),
         "prompt_tokens": prompt_tokens,
         "decode_tokens": decode_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.workers import Group
+from jobs.dtypes import decide_dtypes
 from jobs.errors import SpecErrors
 from jobs.plan import hours, notes
 from jobs.plan.breakeven import break_even
@@ -30,6 +31,7 @@ from jobs.spec import JobSpec
 from quant.grid import allocated_keys, grid
 from trainer.fingerprint import flatten
 from trainer.job import reads_cache, resolve, train_sequences
+from trainer.processor import cpu_dtype
 
 FORMAT = 1
 
@@ -40,8 +42,9 @@ def forecast(asked: JobSpec, place: Place, price: float | None = None) -> dict[s
     price: of an hour of a GPU, in any currency. Raises SpecErrors, with one line per fault, for
     what a run would refuse: models, lengths, group sizes, files, workers that do not fit.
     """
+    dtypes = decide_dtypes(asked, place.gpus > 0, [cpu_dtype()])
     try:
-        spec = resolve(asked)
+        spec = resolve(asked, dtypes)
     except ValueError as error:
         raise SpecErrors([str(error)]) from error
     models = read_models(spec)

@@ -53,15 +53,12 @@ def answer_all(jobs: list[tuple[Any, int | None]]) -> list[dict[str, Any]]:
     return told
 
 
-def partly(job: Any) -> None:
-    """Runs a job that stands still after some batches, to be killed there."""
+def partly(job: Any, pieces: Path) -> None:
+    """Runs a job that stands still once something is published, to be killed there."""
     from trainer.worker import Hooks
 
-    asked: list[int] = []
-
     def pause() -> bool:
-        asked.append(1)
-        if len(asked) == 4:
+        if len(list(pieces.glob("*.jsonl"))) >= 3:
             time.sleep(600)
         return False
 
@@ -176,8 +173,8 @@ def world(tmp_path_factory) -> World:
 @pytest.fixture(scope="module")
 def killed(world) -> int:
     """A group that was killed once it had published something; how many answers that was."""
-    ranks = Ranks(partly, world.job("killed", "sampled"), world=2)
     folder = world.root / "answers" / "killed" / "pieces"
+    ranks = Ranks(partly, world.job("killed", "sampled"), folder, world=2)
     until(lambda: len(list(folder.glob("*.jsonl"))) >= 3, 120)
     for process in ranks.processes:
         process.kill()

@@ -98,7 +98,7 @@ def test_the_baseline_has_the_dtype_that_decodes_faster(faster, make_llama, tmp_
         model.register_forward_pre_hook(tick, with_kwargs=True)
         return model
 
-    monkeypatch.setattr(quant.speed, "load_model", load)
+    monkeypatch.setattr("quant.measured.load_model", load)
     monkeypatch.setattr(quant.speed, "time", SimpleNamespace(perf_counter=lambda: passed))
     model = load_baseline(tmp_path, "cpu", 6, 4)
     assert str(model.dtype) == f"torch.{faster}"
@@ -114,7 +114,7 @@ def test_a_model_that_memory_holds_once_is_not_loaded_twice(make_llama, tmp_path
         loaded.append(str(dtype))
         return load_model(folder, device, dtype)
 
-    monkeypatch.setattr(quant.speed, "load_model", load)
+    monkeypatch.setattr("quant.measured.load_model", load)
     stored = (tmp_path / "model.safetensors").stat().st_size
     memory = SimpleNamespace(available=5 * stored)
     monkeypatch.setattr(quant.speed.psutil, "virtual_memory", lambda: memory)
