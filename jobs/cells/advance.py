@@ -20,21 +20,18 @@ class Advance:
     """Tells `report` how far a task of several phases is."""
 
     def __init__(self, report: Report, work: Mapping[str, float]) -> None:
-        """work: of each phase, in the order in which they come; no more than a guess."""
-        self._report, self._total = report, sum(work.values()) or 1.0
-        self._work = dict(work)
-        self._before = {}
-        so_far = 0.0
-        for phase, amount in work.items():
-            self._before[phase] = so_far
-            so_far += amount
+        """work: of each phase; no more than a guess."""
+        self._report, self._work = report, dict(work)
+        self._total = sum(work.values()) or 1.0
+        self._shares = dict.fromkeys(work, 0.0)
         report(0.0, "loading the model")
 
     def at(self, phase: str, share: float, words: str) -> None:
         """That share of a phase is done."""
         if phase in self._work:
-            done = (self._before[phase] + self._work[phase] * share) / self._total
-            self._report(done, words)
+            self._shares[phase] = share
+            done = sum(self._work[each] * self._shares[each] for each in self._work)
+            self._report(done / self._total, words)
 
     def part(self, name: str, sequences: int) -> Callable[[str, float], None]:
         """What a `quant.measured.Part` calls; phases are e.g. "evaluation/report"."""

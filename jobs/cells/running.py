@@ -11,7 +11,7 @@ from cluster.fanout import Progress
 NAMED = 4
 # Seconds between two words about tasks that go on; later in a long sweep a little more, as every
 # word stays in the run's events.
-WORD_S, LONGEST_WORD_S = 2.0, 8.0
+WORD_S, LONGEST_WORD_S = 2.0, 5.0
 
 
 class Running:

@@ -8,6 +8,7 @@ cannot mend. A restarted group that finds it leaves at once.
 from __future__ import annotations
 
 import json
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,6 +24,9 @@ from jobs.errors import Interrupted, SpecErrors
 from jobs.live.requests import Requests, ask_save, ask_stop
 from jobs.stages.base import Context
 from jobs.stages.placement import Placement
+
+# How often the driver looks whether a group that it has asked to stop has stopped.
+OUTCOME_SECONDS = 1.0
 
 
 class GroupFailed(RuntimeError):
@@ -89,6 +93,7 @@ def rank_main(config: dict[str, Any]) -> None:
             except Stopped as stopped:
                 outcome = {"status": "stopped", "why": str(stopped)}
             if worker.is_main:
+                events.flush()  # once the outcome is there the driver may leave
                 _settle(store, ranks.outcome, outcome)
         except Exception as error:
             if not isinstance(error, final) and not is_out_of_memory(error):
@@ -160,7 +165,7 @@ def run_ranks(
         collective_minutes=patience,
         on_loss=partial(tell_loss, attempt.store, attempt.number, stage, limits.max_failures),
     )
-    at_work, asked_to_stop = False, False
+    at_work, asked_to_stop, stopped, next_look = False, False, False, 0.0
     placement, draining = Placement(context, stage, group), Draining()
     while not launch.wait(0.3):
         for event in context.pump():
@@ -173,16 +178,22 @@ def run_ranks(
             context.reporter.say(f"{stage}: stopping; the state is saved first")
             context.beacon.tell(waits="stopping: the state is saved first")
             ask_stop(attempt.store, attempt.number, stage=stage)
+        if asked_to_stop and time.monotonic() >= next_look:
+            next_look = time.monotonic() + OUTCOME_SECONDS
+            with suppress(Exception):  # a storage that is away for a moment
+                stopped = _read_outcome(attempt.store, outcome).get("status") == "stopped"
+            if stopped:  # all ranks have saved; Ray Train would take some ten seconds to end
+                break
         with suppress(Exception):  # a notice that cannot be read or passed on ends nothing
             for notice in draining.news():
                 _save_before(context, stage, str(notice))
-    failure = launch.error()
+    failure = None if stopped else launch.error()
     context.pump()
     context.beacon.tell(waits=None, restarting=None)
-    if not attempt.store.exists(outcome):
+    found = _read_outcome(attempt.store, outcome)
+    if not found:
         why = " ".join(str(failure).split())[:600] if failure else "its workers left no outcome"
         raise GroupFailed(why) from failure
-    found = attempt.store.read_json(outcome)
     if found["status"] == "stopped":
         raise Interrupted(found["why"])
     if found["status"] == "failed" and found["kind"] == "Fenced":
@@ -190,6 +201,12 @@ def run_ranks(
     if found["status"] == "failed":
         raise GroupFailed(f"{found['kind']}: {found['why']}") from failure
     return found["results"], group
+
+
+def _read_outcome(store: Store, path: str) -> dict[str, Any]:
+    """How a group ended; {} while it has not."""
+    found: dict[str, Any] = store.read_json(path) if store.exists(path) else {}
+    return found
 
 
 def _save_before(context: Context, stage: str, notice: str) -> None:

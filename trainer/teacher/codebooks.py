@@ -20,7 +20,7 @@ from trainer.worker import Hooks
 # Sequences whose ids are counted at most.
 COUNTED = 4096
 # So long other ranks wait for the one that fits, and after a stop was asked for.
-WAIT_SECONDS, STOP_SECONDS = 1800.0, 10.0
+WAIT_SECONDS, STOP_SECONDS = 1800.0, 4.0
 POLL_SECONDS = 0.5
 
 

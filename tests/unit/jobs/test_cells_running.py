@@ -7,12 +7,13 @@ from jobs.cells.advance import Advance
 from jobs.cells.running import NAMED, Running
 
 
-def test_phases_add_up_to_the_whole_in_their_order() -> None:
+def test_phases_add_up_to_the_whole() -> None:
     told: list[tuple[float, str]] = []
     work = {"quantize": 20.0, "evaluation/select": 16.0, "evaluation/report": 64.0}
     advance = Advance(lambda done, words: told.append((done, words)), work)
     advance.cell("quantize", 0.5)
-    advance.part("select", 16)("evaluation", 0.0)
+    advance.cell("quantize", 1.0)
+    advance.part("select", 16)("evaluation", 16.0)
     report = advance.part("report", 64)
     report("evaluation", 12.75)
     report("evaluation", 64.0)
@@ -20,7 +21,8 @@ def test_phases_add_up_to_the_whole_in_their_order() -> None:
     assert told == [
         (0.0, "loading the model"),
         (0.1, "quantizing: 50 %"),
-        (0.2, "evaluated on select: 0 of 16 sequences"),
+        (0.2, "quantizing: 100 %"),
+        (0.36, "evaluated on select: 16 of 16 sequences"),
         ((20 + 16 + 12.75) / 100, "evaluated on report: 12 of 64 sequences"),
         (1.0, "evaluated on report: 64 of 64 sequences"),
     ]
