@@ -234,7 +234,7 @@ def test_tasks_wait_for_memory(tmp_path: Path) -> None:
 
 def test_a_task_that_hangs_is_ended_at_its_limit(tmp_path: Path) -> None:
     """Stopped, stuck in C, and waiting for a child; the time in the queue does not count."""
-    limit_s = 1.5
+    limit_s = 6.0
     pool = FanOut(work, need=ONE, in_flight=9, limit_s=limit_s)
     hang = ("stop", "stuck", "child")
     for key in hang:
@@ -244,7 +244,7 @@ def test_a_task_that_hangs_is_ended_at_its_limit(tmp_path: Path) -> None:
     pool.add("patient", tmp_path, "patient", "", limit_s + 0.5, limit_s=100)
     found = dict(pool)
     for key in hang:
-        assert (found[key].error, found[key].kind) == ("took longer than 0.025 minutes", "time")
+        assert (found[key].error, found[key].kind) == ("took longer than 0.1 minutes", "time")
         time_ = pool.timings[key]
         assert limit_s <= time_.ended - time_.started  # by itself none ends within the test's time
         assert time_.attempts == 1

@@ -162,7 +162,7 @@ def test_the_pipeline_finds_everything_where_torchrun_left_it(spec, finished, mo
     inputs = Inputs(job)
     root, run = open_store(job.storage), open_store(job.storage).sub(job.name)
     outputs = {
-        "prepare": {"corpus": fingerprint(inputs.of("prepare", {}).fixed)},
+        "prepare": {"corpus": fingerprint(inputs.identities.corpus)},
         "capture": {"cache": fingerprint(inputs.identities.cache)},
     }
     corpus = root.sub("_corpora", outputs["prepare"]["corpus"])
