@@ -3,7 +3,7 @@
     python -m tests.bench.decoding MODEL [--peer PYTHON]      (four minutes)
 
 MODEL: a 16-bit folder of Llama or Qwen3. PYTHON: an interpreter that has xllamacpp (`pip install
-xllamacpp`, which has wheels); without it llama.cpp is left out. llama.cpp runs our own GGUF export of
+xllamacpp`, which has wheels); without it llama.cpp is left out. llama.cpp runs our GGUF export of
 the quantized model. Tokens per second for one sequence after a prompt of 16 tokens, medians of
 rounds in which all take turns, on 1 and on 2 threads; and the seconds from the start of `stillhouse
 generate` to its first character. Kept in results/decoding/<kind>.json.
