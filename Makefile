@@ -9,6 +9,8 @@ READY := $(VENV)/.ready
 TESTS := $(VENV)/.ready-test
 LINT := $(VENV)/.ready-check
 BENCHES := $(VENV)/.ready-bench
+# Runs what follows -- and keeps how long it took, for `make bench-demo`.
+TIMED := $(PYTHON) -m tests.bench.timing
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock
 
 # Two cores are enough for everything here: one thread per process, so that processes side by side
@@ -16,7 +18,7 @@ INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo bench-demo bench-cache bench-cache-angle bench-train bench-quant bench-sweep bench-plan test test-all check format lock clean
+.PHONY: help setup install demo bench-demo bench-cache bench-cache-angle bench-train bench-quant bench-sweep bench-plan test test-all check format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -29,13 +31,16 @@ $(READY): pyproject.toml requirements.lock
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer, or say make PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); Stillhouse needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }
 	@command -v g++ >/dev/null || { echo "error: g++ not found; DeepSpeed compiles an op with it: install it, e.g. apt-get install g++"; exit 2; }
+	@$(TIMED) install --begun $(VENV) --size $(VENV) -- $(MAKE) --no-print-directory install
+	@touch $@
+
+install:
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) --editable '.[s3]'
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m trainer.build_ops
 	$(BIN)/python -m quant.build_ops
 	$(BIN)/python -m jobs.build_kernels
-	@touch $@
 
 # pytest, emulated servers, lm-eval.
 $(TESTS): $(READY)
@@ -52,8 +57,8 @@ $(BENCHES): $(READY)
 	@touch $@
 
 demo: $(READY) ## Train, distil, quantize and report on the prose that ships with Python (minutes, no download)
-	$(BIN)/stillhouse run demo-teacher
-	$(BIN)/stillhouse run demo
+	@$(TIMED) demo --begun runs/demo-teacher --done runs/demo/report/index.html -- \
+		bash -c '$(BIN)/stillhouse run demo-teacher && $(BIN)/stillhouse run demo'
 
 bench-demo: $(READY) ## Check what the demo reached, and keep the figures
 	$(BIN)/python -m tests.bench.demo
@@ -82,7 +87,7 @@ bench-plan: $(READY) ## Hold forecasts against the demo and DeepSpeed's estimato
 TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(TESTS) ## Unit and system tests
-	$(BIN)/python -m pytest tests/system/test_pipeline.py tests/system tests/unit $(TWO)
+	@$(TIMED) test -- $(BIN)/python -m pytest tests/system/test_pipeline.py tests/system tests/unit $(TWO)
 
 test-all: test ## Everything, with the drills: kills, resumes, clusters that lose nodes
 	$(BIN)/python -m pytest tests/drill

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -59,6 +60,8 @@ def main(arguments: list[str]) -> int:
     done = asked.done is not None and asked.done.exists()
     begun = not done and asked.begun is not None and asked.begun.exists()
     began = time.monotonic()
+    # The terminal sends Ctrl-C to the command too, which may take its time to end.
+    signal.signal(signal.SIGINT, lambda *_: None)
     code = subprocess.run(asked.command).returncode
     seconds = time.monotonic() - began
     if code == 0 and not begun:

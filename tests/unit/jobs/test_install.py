@@ -20,7 +20,8 @@ FOR_LINT = {"ruff", "mypy"}
 
 def extras_of(level: str) -> list[str]:
     """The extras that the rule of a stamp (READY, TESTS, LINT, BENCHES) installs."""
-    rule = re.search(rf"^\$\({level}\):.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
+    target = "install" if level == "READY" else rf"\$\({level}\)"
+    rule = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
     assert rule is not None
     (found,) = re.findall(r"--editable '\.\[([a-z0-9,]+)\]'", rule[1])
     return found.split(",")
