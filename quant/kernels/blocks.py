@@ -34,7 +34,7 @@ class Blocks(Kernel):
             raise Refused(reason)
         self.vnni = native.use_vnni()
         self.narrow = weight.bits <= 4
-        self.few = most_rows(self.narrow)
+        self.few = most_rows()
         isa = "AVX512-VNNI" if self.vnni else "AVX2"
         self.name = f"{'int4' if self.narrow else 'uint8'} x int8 ({isa})"
         if self.few is not None:
@@ -99,15 +99,11 @@ class Blocks(Kernel):
         return found.transpose(1, 2).reshape(-1, self.columns)
 
 
-def most_rows(narrow: bool) -> int | None:
-    """Rows of activations above which dequantizing and a matmul is faster; None: it never is.
-
-    `tests.bench.kernels` measures it on each kind of processor.
+def most_rows() -> int | None:
+    """Rows of activations above which dequantizing and a matmul is faster; None: it never is
+    (`tests.bench.kernels`). With AMX, where it was not measured, bfloat16 matmuls are nearly free.
     """
-    kind = cpu_kind()
-    if kind == "amx":
-        return 48  # its bfloat16 matmul is nearly free; not measured here
-    return 64 if kind == "avx2" and not narrow else None
+    return 48 if cpu_kind() == "amx" else None
 
 
 def _blocks(rows: slice) -> slice:

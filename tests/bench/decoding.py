@@ -31,9 +31,11 @@ from quant.kernels import kernel_names
 from quant.quantize import quantize
 from quant.spec import QuantSpec
 from quant.speed import generation_seconds, random_prompt
-from tests.bench.figures import machine, result_file, write_result
+from tests.bench.docs import figure, fill, table
+from tests.bench.figures import machine, result_file, tables_by_kind, write_result
 from trainer.processor import cpu_dtype
 
+PAGE = Path(__file__).parents[2] / "docs" / "quantization.md"
 PROMPT, TOKENS = 16, 32
 PEER = """
 import json, sys, xllamacpp
@@ -160,6 +162,21 @@ def measure(source: Path, python: str | None, rounds: int) -> dict[str, Any]:
     return found
 
 
+def tables(found: dict[str, Any]) -> dict[str, str]:
+    """Tokens per second by model and number of threads, for the docs."""
+    columns = list(found["threads"].values())
+    rows = [
+        [name, *(figure(column["tokens_per_s"].get(name), 1) for column in columns)]
+        for name in columns[0]["tokens_per_s"]
+    ]
+    for name in columns[0]["ratio"]:
+        rows.append([f"4 bits {name}", *(figure(column["ratio"][name], 2) for column in columns)])
+    seconds = statistics.median(found["first_token_s"])
+    rows.append(["seconds to the first character", figure(seconds, 1), ""])
+    heads = [f"{count} thread{'s' * (count != '1')}" for count in map(str, found["threads"])]
+    return {"decoding": table(["decode tokens/s", *heads], rows)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -168,6 +185,7 @@ def main() -> None:
     asked = parser.parse_args()
     found = measure(asked.model, asked.peer, asked.rounds)
     write_result(result_file("decoding"), found)
+    fill(PAGE, tables_by_kind("decoding", tables))
     print(json.dumps(found, indent=2))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from quant.kernels.blocks import Blocks
 from quant.kernels.int4 import Int4
 from quant.kernels.kernel import StoredWeight
 from quant.pack import pack
-from tests.bench.figures import machine, result_file, write_result
+from tests.bench.docs import figure, fill, table
+from tests.bench.figures import machine, result_file, tables_by_kind, write_result
 
+PAGE = Path(__file__).parents[2] / "docs" / "quantization.md"
 SHAPES = ((1536, 576), (4096, 4096))  # rows, columns: one in a cache, one in memory
 ROWS = (1, 2, 4, 8, 16, 512)
 SECONDS = 0.05  # of each repeat
@@ -68,7 +71,7 @@ def paths(bits: int, rows: int, columns: int) -> dict[str, Callable[[torch.Tenso
             int4.scales_and_zeros.float(),
         ),
         "torch int8, float32": lambda x: torch._weight_int8pack_mm(x, signed, torch.ones(rows)),
-        blocks.name: lambda x: blocks(x),
+        blocks.name.partition(" to ")[0]: lambda x: blocks(x),
     }
 
 
@@ -90,17 +93,23 @@ def measure() -> dict[str, Any]:
     return found
 
 
+def tables(found: dict[str, Any]) -> dict[str, str]:
+    """Microseconds of the matrix that lies in memory, for the docs."""
+    rows, columns = SHAPES[-1]
+    times = found["microseconds"][f"4 bits, {rows} x {columns}"]
+    body = [
+        [name, *(figure(each.get(str(count)), 0) for count in ROWS)] for name, each in times.items()
+    ]
+    heads = [f"4 bits, {rows} x {columns}, microseconds for rows:", *map(str, ROWS)]
+    return {"kernels": table(heads, body)}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     with torch.inference_mode():
         found = measure()
     write_result(result_file("kernels"), {"microseconds": found, "machine": machine()})
-    for shape, table in found.items():
-        print(shape)
-        for name, times in table.items():
-            print(
-                f"  {name:34}", *(f"{times.get(str(count), float('nan')):12,.0f}" for count in ROWS)
-            )
+    fill(PAGE, tables_by_kind("kernels", tables))
 
 
 if __name__ == "__main__":

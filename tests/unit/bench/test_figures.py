@@ -53,12 +53,14 @@ def test_all_figures_that_are_kept_are_filed_under_a_kind() -> None:
 
 def test_the_tables_of_the_docs_are_those_of_the_figures(tmp_path: Path) -> None:
     """Each bench writes its page at its end; a page that was edited by hand differs."""
-    from tests.bench import docs, quant_docs, sweep, train_docs
+    from tests.bench import decoding, docs, kernels, quant_docs, sweep, train_docs
 
     for page, bench, tables in (
         (docs.PAGE, "cache", docs.cache_tables),
         (docs.PAGE, "cache_angle", docs.angle_tables),
         (quant_docs.PAGE, "quant", quant_docs.parts),
+        (kernels.PAGE, "kernels", kernels.tables),
+        (decoding.PAGE, "decoding", decoding.tables),
         (train_docs.PAGE, "train", train_docs.parts),
         (sweep.DOCS, "sweep", sweep.tables),
     ):
