@@ -64,8 +64,8 @@ def decide_dtypes(
 
 def _cells_want_gpus(spec: JobSpec) -> bool:
     """Whether `gpus_per_cell: auto` gives cells of this job's models a GPU."""
-    from jobs.cells.needs import GPU_WEIGHTS
     from jobs.plan.models import read_models
+    from jobs.plan.needs import GPU_WEIGHTS
 
     assert spec.sweep is not None
     models = read_models(spec)

@@ -239,7 +239,7 @@ class _Attempt:
         grown = preflight.wait_for_resources(job.spec, job.plan.todo, cluster, stopped, tell)
         try:
             job = self._decide_dtypes(grown, reporter, stopped)
-            scratch = self._keep_plan(grown)
+            scratch = self._keep_plan(grown, stopped)
             preflight.nodes(job.spec, job.run, grown, scratch, stopped, reporter.say, tell)
         except preflight.NodesSilent as error:
             command = _command(job.spec)
@@ -264,19 +264,21 @@ class _Attempt:
             reporter.say(f"dtype: {told}")
         return job
 
-    def _keep_plan(self, cluster: Cluster) -> int:
+    def _keep_plan(self, cluster: Cluster, stopped: Callable[[], bool]) -> int:
         """Keeps with the run what is to be expected of it, for the report to compare.
 
         Returns the bytes that a node needs for its part of a checkpoint.
         """
         if not {"capture", "distill", "sweep"} & set(self.job.plan.todo):
             return 0
+        from jobs.plan.cores import cluster_core
         from jobs.plan.record import record
 
         types = [name for name in cluster.gpu_types if name]
         try:
             gpu = types[0] if types else None
-            found = record(self.job.spec, cluster.nodes, gpu, cluster.memory)
+            core = cluster_core(cluster.embedded, cluster.gpus, stopped)
+            found = record(self.job.spec, cluster.nodes, gpu, cluster.memory, core)
         except Exception:  # a forecast that fails is no reason to fail the run
             traceback.print_exc()
             return 0

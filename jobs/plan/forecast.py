@@ -31,7 +31,6 @@ from jobs.spec import JobSpec
 from quant.grid import allocated_keys, grid
 from trainer.fingerprint import flatten
 from trainer.job import reads_cache, resolve, train_sequences
-from trainer.processor import cpu_dtype
 
 FORMAT = 1
 
@@ -42,7 +41,7 @@ def forecast(asked: JobSpec, place: Place, price: float | None = None) -> dict[s
     price: of an hour of a GPU, in any currency. Raises SpecErrors, with one line per fault, for
     what a run would refuse: models, lengths, group sizes, files, workers that do not fit.
     """
-    dtypes = decide_dtypes(asked, place.gpus > 0, [cpu_dtype()])
+    dtypes = decide_dtypes(asked, place.gpus > 0, [place.core.dtype])
     try:
         spec = resolve(asked, dtypes)
     except ValueError as error:
@@ -89,7 +88,7 @@ def forecast(asked: JobSpec, place: Place, price: float | None = None) -> dict[s
         "cells": _cells(spec),
     }
     if models.teacher is not None and spec.distill is not None and _compares(spec):
-        rate = _teacher_rate(stages["capture"])
+        rate = stages["capture"].get("flops_per_second")
         result["break_even"] = break_even(models, spec, tokens, rate)
     result["cost"] = _cost(stages, price)
     result["fits"] = _all_fit(stages)
@@ -100,12 +99,6 @@ def forecast(asked: JobSpec, place: Place, price: float | None = None) -> dict[s
 def _compares(spec: JobSpec) -> bool:
     assert spec.distill is not None
     return bool(spec.distill.losses.of_distributions())
-
-
-def _teacher_rate(capture: dict[str, Any]) -> float | None:
-    """Operations per second of all workers of a capture; None where they are not known."""
-    seconds, flops = capture.get("seconds"), capture.get("flops")
-    return flops / (seconds - hours.START_S) if seconds is not None and flops else None
 
 
 def _tokens(spec: JobSpec, corpus: Corpus) -> tuple[Tokens, int]:

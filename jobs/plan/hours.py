@@ -1,28 +1,30 @@
-"""Seconds of each stage, from counts of operations and a utilisation that is named."""
+"""Seconds of each stage: of its work, a utilisation that is named, and what starts take."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.workers import Group
 from jobs.plan.needs import Models, Sharding, cell_gpus, is_online, swept
-from jobs.plan.place import CORE_FLOPS, Place
+from jobs.plan.place import Place
 from jobs.plan.shape import Shape
-from jobs.plan.training import trained_parameters
+from jobs.plan.training import known_dtype, trained_parameters
+from jobs.plan.work import EVALUATE_NS, RECORD_NS, Work, forward, seconds_of, train
 from jobs.spec import JobSpec
 from quant.grid import allocated_keys, grid, main_model
 
-# Model FLOPs utilisation (Chowdhery et al., 2022, PaLM, section 4.1): operations that the model
-# needs over the device's peak. Dense training reaches 40 to 50 % on one node of fast links; sharded
-# weights travel before they are used.
+# Model FLOPs utilisation of GPUs (Chowdhery et al., 2022, PaLM, section 4.1): operations that the
+# model needs over the device's peak. Dense training reaches 40 to 50 % on one node of fast links;
+# sharded weights travel before they are used. That of CPUs follows from what was measured on them
+# (`jobs.plan.work`).
 UTILISATION = {
     "capture": 0.40,
     "capture, zero3": 0.30,
     "training": 0.38,
     "training, zero3": 0.33,
     "sweep": 0.30,
-    "cpu": 0.35,
 }
 # A start of a worker group (processes, imports, process group, reading the models), and of tasks.
 START_S, TASKS_S = 25.0, 10.0
@@ -43,20 +45,16 @@ class Tokens:
     select: int
 
 
-def utilisation(key: str, cuda: bool, sharded: bool = False) -> float:
-    """Of a stage on GPUs, or on CPUs."""
-    return UTILISATION["cpu"] if not cuda else UTILISATION[f"{key}, zero3" if sharded else key]
-
-
 def capture_seconds(
     models: Models, spec: JobSpec, place: Place, group: Group, sharding: Sharding, tokens: Tokens
 ) -> dict[str, Any]:
     """The teacher once over train and the held-out parts."""
-    assert models.teacher is not None and spec.data is not None
-    flops = models.teacher.forward_flops(spec.data.sequence_length)
-    flops *= tokens.captured + tokens.held_out
-    used = utilisation("capture", group.gpus > 0, sharding.over > 1)
-    return _told(flops, used, place, group)
+    assert models.teacher is not None and spec.teacher is not None and spec.data is not None
+    dtype = known_dtype(spec.teacher.dtype)
+    count = tokens.captured + tokens.held_out
+    work = forward(models.teacher, spec.data.sequence_length, count, dtype, RECORD_NS)
+    used = UTILISATION["capture, zero3" if sharding.over > 1 else "capture"]
+    return _stage([work], used, place, group)
 
 
 def distill_seconds(
@@ -66,19 +64,31 @@ def distill_seconds(
     beside the student; evaluations on select."""
     distill = spec.distill
     assert distill is not None and spec.data is not None
-    length = spec.data.sequence_length
-    per_token = training_flops(models.student, spec)
-    forward = models.student.forward_flops(length)
+    length, dtype = spec.data.sequence_length, known_dtype(distill.dtype)
     evaluations = (
         1 if distill.evaluate_steps is None else distill.steps / int(distill.evaluate_steps)
     )
-    flops = per_token * tokens.read + forward * tokens.select * evaluations
-    flops *= 1 + distill.control
+    trainings = 1 + distill.control
+    trained = trained_parameters(models.student, spec)
+    works = [
+        train(
+            models.student,
+            training_flops(models.student, spec),
+            trainings * tokens.read,
+            trainings * distill.steps,
+            trained,
+            dtype,
+        ),
+        forward(
+            models.student, length, trainings * evaluations * tokens.select, dtype, EVALUATE_NS
+        ),
+    ]
     if is_online(spec):
-        assert models.teacher is not None
-        flops += models.teacher.forward_flops(length) * tokens.read
-    used = utilisation("training", group.gpus > 0, distill.zero_stage == 3)
-    return _told(flops, used, place, group)
+        assert models.teacher is not None and spec.teacher is not None
+        teacher = known_dtype(spec.teacher.dtype)
+        works.append(forward(models.teacher, length, tokens.read, teacher, EVALUATE_NS))
+    used = UTILISATION["training, zero3" if distill.zero_stage == 3 else "training"]
+    return _stage(works, used, place, group)
 
 
 def training_flops(student: Shape, spec: JobSpec) -> float:
@@ -104,53 +114,66 @@ def sweep_seconds(models: Models, spec: JobSpec, place: Place, tokens: Tokens) -
     assert sweep is not None and spec.data is not None
     cpus, gpus = cell_gpus(models, spec, place)
     slots = max(1, place.cluster.room(cpus, gpus))
-    rate = _rate(place, cpus, gpus)
     shapes, length = swept(models, spec), spec.data.sequence_length
+    dtype = known_dtype(sweep.dtype)
     quantize = QUANTIZE_S if gpus else QUANTIZE_CPU_S / cpus
-    busy = cells = 0.0
+    works: list[Work] = []
+    busy, cells = 0.0, 0
     for cell in grid(sweep):
         shape = shapes[cell.model]
-        flops = shape.forward_flops(length) * tokens.held_out
+        works.append(forward(shape, length, tokens.held_out, dtype, EVALUATE_NS))
         if cell.recovered and sweep.recover is not None:
-            read = sweep.recover.steps * sweep.recover.batch_sequences * length
-            flops += 3 * shape.forward_flops(length) * read
-        busy += CELL_S + quantize * shape.parameters / 1e9 + (flops / rate if rate else 0.0)
+            steps = sweep.recover.steps
+            read = steps * sweep.recover.batch_sequences * length
+            works.append(train(shape, 3 * shape.forward_flops(length), read, steps, 0, dtype))
+        busy += CELL_S + quantize * shape.parameters / 1e9
         cells += 1
     if allocated_keys(sweep):
         shape = shapes[main_model(sweep)]
         choices = len(sweep.bits) * len(sweep.group_sizes) * sum(m.count for m in shape.matrices)
         # The layers before the one that changes are computed once: half a pass on average.
-        flops = choices * shape.forward_flops(length) * tokens.select / 2
-        busy += (flops / rate if rate else 0.0) + CELL_S * len(allocated_keys(sweep))
+        works.append(forward(shape, length, choices * tokens.select / 2, dtype, EVALUATE_NS))
+        busy += CELL_S * len(allocated_keys(sweep))
         cells += len(allocated_keys(sweep))
-    at_once = min(slots, max(1, int(cells)))
-    seconds = None if rate is None else TASKS_S + busy / at_once
+    told = _utilised(works, UTILISATION["sweep"], place, cpus, gpus)
+    worked = told.pop("worked_s")
+    at_once = min(slots, max(1, cells))
+    seconds = None if worked is None else TASKS_S + (busy + worked) / at_once
+    hours = None if worked is None else (busy + worked) * (gpus or cpus) / 3600
     return {
         "seconds": None if seconds is None else round(seconds, 1),
         "device": "gpu" if gpus else "cpu",
-        "device_hours": None if rate is None else busy * (gpus or cpus) / 3600,
-        "utilisation": utilisation("sweep", bool(gpus)),
+        "device_hours": hours,
+        **told,
         "slots": slots,
     }
 
 
-def _rate(place: Place, cpus: int, gpus: float) -> float | None:
-    """Operations per second of one cell."""
-    if not gpus:
-        return CORE_FLOPS * cpus * utilisation("sweep", False)
-    return None if place.gpu is None else place.gpu.flops * gpus * utilisation("sweep", True)
-
-
-def _told(flops: float, used: float, place: Place, group: Group) -> dict[str, Any]:
-    peak = place.flops(group)
-    seconds = None
-    if peak is not None:
-        seconds = START_S + flops / (peak * used * group.workers)
+def _stage(works: Sequence[Work], used: float, place: Place, group: Group) -> dict[str, Any]:
+    """Work that is shared out among the workers of a group."""
+    told = _utilised(works, used, place, group.cpus, group.gpus)
+    worked = told.pop("worked_s")
+    seconds = None if worked is None else START_S + worked / group.workers
     devices = group.workers * (group.gpus or group.cpus)
+    flops = sum(work.flops for work in works)
     return {
         "seconds": seconds,
         "flops": flops,
+        "flops_per_second": flops * group.workers / worked if worked else None,
         "device": "gpu" if group.gpus else "cpu",
         "device_hours": None if seconds is None else seconds * devices / 3600,
-        "utilisation": used,
+        **told,
     }
+
+
+def _utilised(
+    works: Sequence[Work], used: float, place: Place, cpus: int, gpus: float
+) -> dict[str, Any]:
+    """Seconds of one worker for all of it; the peak that the first work is held against, its dtype,
+    and the utilisation: assumed of a GPU, on a CPU what comes out."""
+    dtype = works[0].dtype
+    peak = place.flops(cpus, gpus, dtype)
+    worked = seconds_of(works, place, cpus, gpus, used)
+    if not gpus and worked and peak:
+        used = sum(work.flops for work in works) / (worked * peak)
+    return {"worked_s": worked, "dtype": dtype, "peak_flops": peak, "utilisation": used}

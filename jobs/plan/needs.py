@@ -52,7 +52,7 @@ def teacher_sharding(
     workers together have too little memory."""
     teacher, asked = models.teacher, spec.teacher
     assert teacher is not None and asked is not None
-    itemsize = training.ITEMSIZE[asked.dtype]
+    itemsize = training.itemsize_of(asked.dtype)
     memory = place.memory(group)
     reserve = 0.0
     if stage == "distill":
@@ -61,7 +61,7 @@ def teacher_sharding(
             models.student.parameters,
             training.trained_parameters(models.student, spec),
             models.student.largest,
-            itemsize=training.ITEMSIZE[spec.distill.dtype],
+            itemsize=training.itemsize_of(spec.distill.dtype),
             zero_stage=spec.distill.zero_stage,
             world=group.workers,
             offloaded=spec.distill.offload == "cpu" and group.gpus > 0,
@@ -112,7 +112,7 @@ def capture_need(models: Models, spec: JobSpec, place: Place, group: Group) -> N
     """Of one worker of capture. Raises ValueError where no sharding of the teacher fits."""
     teacher, asked = models.teacher, spec.teacher
     assert teacher is not None and asked is not None
-    itemsize, cuda = training.ITEMSIZE[asked.dtype], group.gpus > 0
+    itemsize, cuda = training.itemsize_of(asked.dtype), group.gpus > 0
     tokens, cache = capture_tokens(spec, teacher, cuda), spec.cache
     strip = min(GPU_STRIP if cuda else CPU_STRIP, tokens * teacher.vocab)
     chunk = min(tokens, max(CHUNK_TOKENS, strip // teacher.vocab if cuda else CHUNK_TOKENS))
@@ -134,7 +134,7 @@ def distill_need(models: Models, spec: JobSpec, place: Place, group: Group) -> N
     student, distill = models.student, spec.distill
     assert distill is not None
     world, cuda = group.workers, group.gpus > 0
-    itemsize = training.ITEMSIZE[distill.dtype]
+    itemsize = training.itemsize_of(distill.dtype)
     kept = training.training_states(student, spec, world)
     tokens = training.micro_tokens(spec, world)
     online = is_online(spec)
@@ -153,7 +153,7 @@ def distill_need(models: Models, spec: JobSpec, place: Place, group: Group) -> N
         parts["buffers"] = training.CPU_EXTRAS
     if online:
         assert models.teacher is not None and spec.teacher is not None
-        size = training.ITEMSIZE[spec.teacher.dtype]
+        size = training.itemsize_of(spec.teacher.dtype)
         sharding = teacher_sharding(models, spec, place, group, "distill")
         parts |= teacher_parts(models.teacher, size, sharding)
         parts["teacher activations"] = forward_bytes(models.teacher, tokens, size)

@@ -46,7 +46,8 @@ def notes(spec: JobSpec, models: Models, plan: dict[str, Any]) -> list[str]:
     mixture = models.teacher is not None and models.teacher.experts
     if mixture and spec.sweep is not None and "teacher" in spec.sweep.models:
         found.append("Experts stay in 16 bits in the teacher's cells.")
-    if plan["place"]["gpu"] is None:
+    on_cpus = any(stage.get("device") == "cpu" for stage in stages.values())
+    if on_cpus and not plan["place"]["core"]["measured"]:
         found.append("Hours on CPUs differ threefold with the kind of core.")
     online = spec.distill is not None and spec.distill.mode == "online"
     if online and plan.get("break_even", {}).get("students") == 1:

@@ -11,15 +11,14 @@ from typing import Any
 from cluster.session import Cluster
 from cluster.workers import Group, NotEnough, fit_group
 from jobs.errors import SpecErrors
+from jobs.plan.cores import ASSUMED, Core, this_core
 from jobs.plan.gpus import GPUS, Gpu, find_gpu, gpu_named
 from jobs.spec import JobSpec
+from trainer.processor import DtypeName
 
 # Share of a device's or a host's memory that a plan may fill: allocators leave gaps, and CUDA, its
 # libraries and NCCL take about a gigabyte of a GPU.
 USABLE = 0.92
-# bf16 operations per second of one CPU core at its peak: two 2-wide AVX-512 units of 2.5 GHz with
-# bf16 products. A core with AMX is faster, an older one slower.
-CORE_FLOPS = 160e9
 # CPUs beside each GPU of a cluster that is only named.
 CPUS_PER_GPU = 8
 DRIVER = Path("/proc/driver/nvidia/gpus")
@@ -29,12 +28,13 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 class Place:
     """Nodes as (CPUs, GPUs), of one kind of GPU; gpu: None without any that is known.
 
-    host: bytes of memory of one node; None where nobody knows.
+    host: bytes of memory of one node; None where nobody knows. core: one of its CPU cores.
     """
 
     nodes: tuple[tuple[int, int], ...]
     gpu: Gpu | None
     host: float | None
+    core: Core = ASSUMED
 
     @property
     def cluster(self) -> Cluster:
@@ -74,11 +74,11 @@ class Place:
                 left = left[room:]
         return result
 
-    def flops(self, group: Group) -> float | None:
-        """Peak operations per second of one worker."""
-        if not group.gpus:
-            return CORE_FLOPS * group.cpus
-        return None if self.gpu is None else self.gpu.flops
+    def flops(self, cpus: int, gpus: float, dtype: DtypeName) -> float | None:
+        """Peak operations per second of one worker that computes in a dtype."""
+        if not gpus:
+            return self.core.flops(dtype) * cpus
+        return None if self.gpu is None else self.gpu.peak(dtype) * gpus
 
     def larger(self, times: int) -> Place:
         """So many times as many nodes; of one node with few GPUs first up to eight of them."""
@@ -93,8 +93,10 @@ class Place:
             "nodes": [list(node) for node in self.nodes],
             "gpu": None if self.gpu is None else self.gpu.key,
             "gpu_memory": None if self.gpu is None else self.gpu.memory,
-            "gpu_peak_flops": None if self.gpu is None else self.gpu.flops,
-            "core_peak_flops": CORE_FLOPS,
+            "gpu_peak_flops": None
+            if self.gpu is None
+            else {"bfloat16": self.gpu.flops, "float32": self.gpu.flops32},
+            "core": self.core.to_dict(),
             "host_memory": self.host,
         }
 
@@ -122,15 +124,18 @@ def this_machine() -> Place:
             [f'--gpu: this machine has "{names[0]}", which is not known; give --gpu, one of '
              f"{', '.join(GPUS)}"]
         )  # fmt: skip
-    return Place(((int(cpus or 1), len(names)),), gpu, host_memory())
+    return Place(((int(cpus or 1), len(names)),), gpu, host_memory(), this_core())
 
 
-def cluster_place(nodes: Sequence[Sequence[int]], gpu: str | None, host: float | None) -> Place:
+def cluster_place(
+    nodes: Sequence[Sequence[int]], gpu: str | None, host: float | None, core: Core = ASSUMED
+) -> Place:
     """A cluster that a run has joined. gpu: as Ray or the driver calls it."""
     return Place(
         tuple((int(cpus), int(gpus)) for cpus, gpus in nodes),
         None if gpu is None else gpu_named(gpu),
         host,
+        core,
     )
 
 

@@ -161,15 +161,25 @@ def _time(plan: dict[str, Any]) -> Table:
 
 
 def _assumed(plan: dict[str, Any]) -> list[Text]:
-    place = plan["place"]
-    peak = place["gpu_peak_flops"] or place["core_peak_flops"]
-    of = f"of one {place['gpu']}" if place["gpu_peak_flops"] else "of a CPU core"
-    return [
-        Text(
-            f"Utilisation: of {peak / 1e12:,.3g} Tflop/s, the dense bf16 peak {of}; assumed, not "
-            "measured."
+    """Which peaks the utilisations are of: one line for each processor and dtype."""
+    place, found = plan["place"], []
+    for stage in plan["stages"].values():
+        if stage.get("peak_flops") is None:
+            continue
+        if stage["device"] == "gpu":
+            peak = place["gpu_peak_flops"][stage["dtype"]]
+            of, known = f"of one {place['gpu']}", "the utilisation is assumed, not measured"
+        else:
+            core = place["core"]
+            peak = core[f"{stage['dtype']}_flops"]
+            of = f"of one {core['kind']} core"
+            known = "measured here" if core["measured"] else "assumed for its kind"
+        line = (
+            f"Utilisation: of {peak / 1e12:,.3g} Tflop/s, the {stage['dtype']} peak {of}; {known}."
         )
-    ]
+        if line not in found:
+            found.append(line)
+    return [Text(line) for line in found]
 
 
 def _storage(plan: dict[str, Any]) -> Table:

@@ -9,9 +9,10 @@ from jobs.spec import JobSpec
 from trainer.auto import activation_bytes
 from trainer.job import reads_cache
 from trainer.logits.coding import EVAL_IDS
-from trainer.spec import DistillSpec
+from trainer.processor import DtypeName
+from trainer.spec import DistillSpec, Dtype
 
-ITEMSIZE = {"bfloat16": 2, "float32": 4}
+ITEMSIZE: dict[DtypeName, int] = {"bfloat16": 2, "float32": 4}
 # DeepSpeed's defaults (deepspeed/runtime/zero/config.py): elements of a bucket of gradients, and
 # elements that ZeRO-3 holds gathered at most.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
@@ -98,6 +99,18 @@ def states(
     return States(weights, gradients, optimizer, gathered, buckets, offload)
 
 
+def known_dtype(dtype: Dtype) -> DtypeName:
+    """A dtype of a resolved spec. Raises ValueError for `auto`."""
+    if dtype == "auto":
+        raise ValueError("dtype: auto is not resolved")
+    return dtype
+
+
+def itemsize_of(dtype: Dtype) -> int:
+    """Bytes of a value in a dtype of a resolved spec."""
+    return ITEMSIZE[known_dtype(dtype)]
+
+
 def trained_parameters(student: Shape, spec: JobSpec) -> int:
     """Parameters that learn: all, or the adapters'."""
     lora = spec.student.lora
@@ -117,7 +130,7 @@ def training_states(student: Shape, spec: JobSpec, world: int) -> States:
         student.largest,
         zero_stage=distill.zero_stage,
         world=world,
-        itemsize=ITEMSIZE[distill.dtype],
+        itemsize=itemsize_of(distill.dtype),
         offload=distill.offload == "cpu",
         bucket=_count(own.get("reduce_bucket_size"), BUCKET),
         live=_count(own.get("stage3_max_live_parameters"), LIVE),
@@ -156,13 +169,13 @@ def activations(student: Shape, distill: DistillSpec, tokens: int) -> float:
     if distill.activation_checkpointing:
         layer = per_token / student.layers
         per_token = student.layers * student.hidden * 2 + 1.5 * layer
-    return tokens * per_token * ITEMSIZE[distill.dtype] / 2
+    return tokens * per_token * itemsize_of(distill.dtype) / 2
 
 
 def loss_bytes(student: Shape, distill: DistillSpec, tokens: int, cuda: bool, dense: bool) -> float:
     """Bytes of the fused head and loss: a chunk of logits, strips of it, gradients of head and
     hidden states. dense: the teacher's logits of the chunk are there too."""
-    itemsize = ITEMSIZE[distill.dtype]
+    itemsize = itemsize_of(distill.dtype)
     models = 2 if dense else 1
     wide = GPU_CHUNK if cuda else CPU_CHUNK
     size = max(64, wide // (student.vocab * itemsize * models))

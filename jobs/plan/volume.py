@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from jobs.plan.needs import Models, cell_bytes, swept
-from jobs.plan.training import ITEMSIZE, trained_parameters
+from jobs.plan.training import itemsize_of, trained_parameters
 from jobs.spec import JobSpec
 from quant.grid import allocated_keys, grid
 from trainer.logits.coding import EVAL_IDS
@@ -129,7 +129,7 @@ def storage(
             "sets": redraws if captured else 0,
         }
     if spec.distill is not None:
-        itemsize = ITEMSIZE[spec.distill.dtype]
+        itemsize = itemsize_of(spec.distill.dtype)
         student = itemsize * models.student.parameters
         found["student"] = student
         found["checkpoint"] = checkpoint_bytes(models, spec)
@@ -151,4 +151,4 @@ def checkpoint_bytes(models: Models, spec: JobSpec) -> int:
     """Bytes of one checkpoint of all ranks: weights that learn, their masters and moments."""
     assert spec.distill is not None
     trained = trained_parameters(models.student, spec)
-    return (ITEMSIZE[spec.distill.dtype] + 12) * trained
+    return (itemsize_of(spec.distill.dtype) + 12) * trained
