@@ -26,12 +26,16 @@ UTILISATION = {
     "training, zero3": 0.33,
     "sweep": 0.30,
 }
-# A start of a worker group (processes, imports, process group, reading the models), and of tasks.
-START_S, TASKS_S = 25.0, 10.0
+# A start of a worker group (processes, imports, process group, reading the models); of a sweep its
+# tasks' start, the passes of the 16-bit models and the pass of speeds. All as in the demo's runs.
+START_S, TASKS_S = 25.0, 18.0
+# How much longer a step takes on a CPU whose group has several workers: they sum gradients, wait
+# for each other and share the memory (the demo's trainings, two workers on two cores).
+TOGETHER = 1.15
 # hqq per billion weights: a GPU, and one CPU core in slices of rows (docs/quantization.md).
 QUANTIZE_S, QUANTIZE_CPU_S = 4.0, 141.0
-# A cell beside that: start, writing, the exclusive pass of speeds (3 s in the demo).
-CELL_S = 4.0
+# A cell beside that: start, reading, writing (the demo's 17 cells).
+CELL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def distill_seconds(
         teacher = known_dtype(spec.teacher.dtype)
         works.append(forward(models.teacher, length, tokens.read, teacher, EVALUATE_NS))
     used = UTILISATION["training, zero3" if distill.zero_stage == 3 else "training"]
-    return _stage(works, used, place, group)
+    return _stage(works, used, place, group, TOGETHER)
 
 
 def training_flops(student: Shape, spec: JobSpec) -> float:
@@ -149,9 +153,13 @@ def sweep_seconds(models: Models, spec: JobSpec, place: Place, tokens: Tokens) -
     }
 
 
-def _stage(works: Sequence[Work], used: float, place: Place, group: Group) -> dict[str, Any]:
-    """Work that is shared out among the workers of a group."""
-    told = _utilised(works, used, place, group.cpus, group.gpus)
+def _stage(
+    works: Sequence[Work], used: float, place: Place, group: Group, together: float = 1.0
+) -> dict[str, Any]:
+    """Work that is shared out among the workers of a group. together: how much longer it takes
+    where there are several of them, on CPUs."""
+    slower = together if group.workers > 1 and not group.gpus else 1.0
+    told = _utilised(works, used, place, group.cpus, group.gpus, slower)
     worked = told.pop("worked_s")
     seconds = None if worked is None else START_S + worked / group.workers
     devices = group.workers * (group.gpus or group.cpus)
@@ -167,13 +175,19 @@ def _stage(works: Sequence[Work], used: float, place: Place, group: Group) -> di
 
 
 def _utilised(
-    works: Sequence[Work], used: float, place: Place, cpus: int, gpus: float
+    works: Sequence[Work],
+    used: float,
+    place: Place,
+    cpus: int,
+    gpus: float,
+    slower: float = 1.0,
 ) -> dict[str, Any]:
     """Seconds of one worker for all of it; the peak that the first work is held against, its dtype,
     and the utilisation: assumed of a GPU, on a CPU what comes out."""
     dtype = works[0].dtype
     peak = place.flops(cpus, gpus, dtype)
     worked = seconds_of(works, place, cpus, gpus, used)
+    worked = None if worked is None else worked * slower
     if not gpus and worked and peak:
         used = sum(work.flops for work in works) / (worked * peak)
     return {"worked_s": worked, "dtype": dtype, "peak_flops": peak, "utilisation": used}

@@ -4,7 +4,8 @@
 
 Prints each figure of the demo beside the run's own, model states of 8 billion weights on 8 GPUs
 beside the estimators', and how long a plan of 70 billion weights and `--help` take. Writes
-tests/bench/results/plan/KIND.json; ends with 1 if a ratio is off by more than a tenth.
+tests/bench/results/plan/KIND.json; ends with 1 if a ratio is off by more than a tenth, or the time
+of a stage by more than half.
 """
 
 from __future__ import annotations
@@ -31,16 +32,28 @@ from tests.bench.figures import machine, result_file, write_result
 from tests.unit.jobs.plan.world import LLAMA_8B, LLAMA_70B, folder_of
 
 COMMAND = "make demo && make bench-plan"
-BOUND = 0.10
+BOUND, TIME_BOUND = 0.10, 1.5
 PARAMETERS, LARGEST, GPUS = 8_030_261_248, 525_340_672, 8  # Llama 3 8B
 
 
-def demo(run: Store) -> dict[str, Any]:
-    """The demo's run beside its plan, and the bytes of its cache's files."""
-    plan = forecast(load_spec("demo"), this_machine())
+def stages(run: Store, name: str) -> dict[str, Any]:
+    """A run beside its plan: seconds of its stages as planned, as they were, and their ratio."""
+    plan = forecast(load_spec(name), this_machine())
+    found = {}
+    print(f"{name}:")
     for line in lines(replace(load_run(run), plan=plan)):
         shown = (line.show(line.planned), line.show(line.actual), line.ratio)
         print(f"{line.what:34}" + "".join(f"{text:>22}" for text in shown))
+        stage, _, what = line.what.partition(", ")
+        if what == "time":
+            ratio = line.actual / line.planned
+            found[stage] = {"planned": line.planned, "actual": line.actual, "ratio": ratio}
+    return found
+
+
+def cache(run: Store) -> dict[str, Any]:
+    """Bytes of the files of the demo's cache beside those of its plan."""
+    plan = forecast(load_spec("demo"), this_machine())
     record = RunDir(run).record("capture")
     assert record is not None
     shards = Path("runs/_logits", record.outputs["cache"], "shards")
@@ -97,7 +110,10 @@ def main() -> int:
         return 2
     result = {
         "command": COMMAND,
-        "cache": demo(run),
+        "stages": {
+            name: stages(open_store(f"./runs/{name}"), name) for name in ("demo-teacher", "demo")
+        },
+        "cache": cache(run),
         "model_states": model_states(),
         "seconds": {"help": seconds("--help"), "plan_of_70b": large_plan()},
         "machine": machine(),
@@ -109,7 +125,9 @@ def main() -> int:
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3f} of what is")
     print("seconds: " + ", ".join(f"{name} {s:.2f}" for name, s in result["seconds"].items()))
-    return int(any(abs(ratio - 1) > BOUND for ratio in ratios.values()))
+    times = [each["ratio"] for found in result["stages"].values() for each in found.values()]
+    off = any(abs(ratio - 1) > BOUND for ratio in ratios.values())
+    return int(off or any(not 1 / TIME_BOUND <= ratio <= TIME_BOUND for ratio in times))
 
 
 if __name__ == "__main__":

@@ -176,5 +176,5 @@ def test_every_recipe_that_needs_no_hub_has_a_plan(tmp_path, monkeypatch) -> Non
 
     monkeypatch.chdir(tmp_path)
     plan = forecast(load_spec("demo-teacher"), named_place("l4", 1, None))
-    assert plan["models"]["student"]["parameters"] == 3_672_320  # as the run itself counts
+    assert plan["models"]["student"]["parameters"] == 1_967_808  # as the run itself counts
     assert Path(tmp_path / "runs").exists() is False
