@@ -17,7 +17,7 @@ from quant.spec import QuantSpec
 
 DATA = "builtin:python-docs"
 # Of text that the models are measured on; a run that is worth more time may ask for more.
-SEQUENCES, TOKENS = 64, 512
+SEQUENCES, TOKENS = 32, 512
 PROMPT_TOKENS, DECODE_TOKENS = 128, 32
 
 
