@@ -85,8 +85,8 @@ def read(path: Path) -> Table:
         _matrix(batch.column("document_start")),
         _matrix(batch.column("loss_mask")),
         keys[: 16 * batch.num_rows].reshape(-1, 16),  # Arrow pads buffers
-        batch.column("source").to_numpy(),
-        batch.column("loss_tokens").to_numpy(),
+        _flat(batch.column("source")),
+        _flat(batch.column("loss_tokens")),
     )
 
 
@@ -95,4 +95,10 @@ def _fixed_lists(values: NDArray[Any], length: int) -> pa.Array:
 
 
 def _matrix(column: pa.FixedSizeListArray) -> NDArray[Any]:
-    return column.values.to_numpy().reshape(len(column), column.type.list_size)
+    return _flat(column.values).reshape(len(column), column.type.list_size)
+
+
+def _flat(column: pa.Array) -> NDArray[Any]:
+    """A view of numbers without nulls; Arrow's own `to_numpy` imports pandas, for a second."""
+    values = np.frombuffer(column.buffers()[1], dtype=column.type.to_pandas_dtype())
+    return values[column.offset : column.offset + len(column)]
