@@ -1,7 +1,7 @@
 """How far tasks are: told by their processes, read by the driver, in Ray's own key-value store.
 
-The store is there wherever a task runs and costs no process. What is told may be lost: with the
-task's process, or when the store is away for a moment. Nothing depends on it.
+The store is there wherever a task runs and costs no process. Reports may be lost, with the
+task's process or while the store is unreachable. Nothing depends on them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far a task of the sweep is: the share of its work, and words for who waits."""
+"""Progress of one task of the sweep: the share of its work that is done, and what it does now."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def cell_task(
     """One cell: quantizes, publishes the model, evaluates it, publishes its result.json.
 
     A model that an earlier start of the same cell has published is not made again. need: what it
-    is foretold to take. Raises MemoryError, with the numbers, where the GPU has less.
+    is estimated to take. Raises MemoryError, with the numbers, where the GPU has less.
     """
     from quant.cell import run_cell
     from quant.tokenizer_files import copy_tokenizer
@@ -282,8 +282,8 @@ def speed_task(
     source: Source,
     gpu_type: str,
 ) -> dict[str, str]:
-    """The speeds of finished cells of one 16-bit model beside it, one after the other; adds each to
-    its cell's result.json as soon as it is there.
+    """Measures finished cells of one 16-bit model against it, one after the other, and adds each
+    speed to its cell's result.json at once.
 
     A cell that has a speed already, from a process that was lost, is not measured again. gpu_type:
     of the node, as Ray calls it, "" without a GPU. Returns the errors, by cell.
