@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.handover import Handover
 from cluster.losses import loss_callback
 from cluster.session import Cluster
 from cluster.spec import WorkerResources
@@ -97,6 +98,7 @@ class Launch:
         *,
         collective_minutes: float,
         on_loss: Callable[[str, str], None],
+        stays: bool = False,
     ) -> None:
         """Starts `function(config)` on every worker, with torch.distributed set up.
 
@@ -106,8 +108,12 @@ class Launch:
         The function has to find its way back by itself. `name` is for Ray's own files.
         collective_minutes: how long ranks wait for each other. on_loss(what, why): called in
         another process, so it must pickle, when the group has lost workers; what: "a lost node",
-        "a lost worker" or "an error", why: one line.
+        "a lost worker" or "an error", why: one line. stays: `config["more"]` is a `Handover` from
+        which the function takes what `hand` gives it, until that is None; else it is None.
         """
+        self._more = Handover() if stays else None
+        self._handed = 0
+        config = {**config, "more": self._more}
         self._error: BaseException | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="stillhouse-ray-train-")
         self._thread = threading.Thread(
@@ -160,6 +166,12 @@ class Launch:
         except BaseException as error:  # handed to the waiting thread
             self._error = error
 
+    def hand(self, work: Any) -> None:
+        """Gives a group that stays its next piece of work; None: it is to end."""
+        assert self._more is not None
+        self._handed += 1
+        self._more.put(self._handed, work)
+
     def wait(self, seconds: float) -> bool:
         """Waits at most so long; returns whether the group has ended."""
         self._thread.join(seconds)
@@ -167,5 +179,7 @@ class Launch:
 
     def error(self) -> BaseException | None:
         """Why the group failed, None if it ended well; call it after the end."""
+        if self._more is not None:
+            self._more.clear()
         self._scratch.cleanup()
         return self._error

@@ -222,6 +222,7 @@ class _Attempt:
                 cluster,
                 beacon,
                 signals.stop,
+                todo=tuple(job.plan.todo),
             )
             for stage in job.plan.todo:
                 _run_stage(stage, context, self.log, forced=stage in job.plan.forced)
@@ -292,6 +293,8 @@ def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:
     """One stage, from its start to its record; errors become the user's."""
     from importlib import import_module
 
+    from jobs.stages.ranks import release
+
     began = time.time()
     inputs = context.inputs.of(stage, context.outputs)
     record = context.run.record(stage)
@@ -301,6 +304,7 @@ def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:
         context.reporter.say(f"{stage}: done before, skipped")
         return
     context.reporter.waits("", None)
+    release(context, but=stage)
     context.emit("stage_start", stage=stage)
     if context.stop.is_set():
         raise Interrupted(f"stopped before {stage}")

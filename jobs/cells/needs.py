@@ -19,6 +19,8 @@ from quant.sweepspec import SweepSpec
 
 # Below so many weights a CPU core is as quick as a GPU, whose kernels take longer to start.
 GPU_WEIGHTS = 100_000_000
+# A pass of a model of fewer weights gains little from more than one core.
+SPREAD_WEIGHTS = 10_000_000
 RECOVERY = 10.0  # times as long as the cell alone, for the order of tasks
 
 
@@ -90,6 +92,15 @@ class Needs:
     def model(self, source: Source) -> Need:
         """A task's that evaluates a 16-bit model, or quantizes single layers of it."""
         return Need(self.cpus, self.gpus, self._memory(None, source))
+
+    def reference(self, source: Source) -> Need:
+        """A task's that evaluates a 16-bit model while all cells of it wait: of a large model it
+        has all CPUs of a machine, unless the spec says how many."""
+        cpus = self.cpus
+        large = self.model_cost(source) >= SPREAD_WEIGHTS
+        if large and not self.gpus and self.asked.cpus_per_cell == "auto":
+            cpus = max(cpus for cpus, _ in self.cluster.nodes)
+        return Need(cpus, self.gpus, self._memory(None, source))
 
     def _memory(self, cell: Cell | None, source: Source) -> int:
         if self.asked.memory_gb_per_cell != "auto":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.session import Cluster
 from cluster.storage import Attempt, EventTail, EventWriter, Store, open_store
@@ -13,6 +14,9 @@ from jobs.live.beacon import Beacon
 from jobs.progress import Reporter
 from jobs.rundir import RunDir
 from jobs.spec import JobSpec
+
+if TYPE_CHECKING:
+    from jobs.stages.ranks import Waiting
 
 
 @dataclass
@@ -31,6 +35,8 @@ class Context:
     stop: threading.Event = field(default_factory=threading.Event)
     saves_asked: int = 0  # checkpoints out of turn
     forced: bool = False  # the user asked for this stage again, from its beginning
+    todo: Sequence[str] = ()  # the stages of this attempt
+    waiting: Waiting | None = None  # workers of a stage that are there for the next one
 
     @property
     def attempt(self) -> Attempt:

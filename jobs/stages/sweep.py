@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster.fanout import Cancelled, Failure, FanOut, Progress
@@ -170,7 +171,7 @@ class _Sweep:
             )
             loads = role in references or (role == "teacher" and self.sweep.tasks)
             if role in references and not (done and stored):
-                self._add_task(f"model/{role}", model_task, (source, print_, True), source)
+                self._add_reference(role, source, print_)
             elif done:
                 continue
             elif role == "teacher" and not loads:
@@ -213,6 +214,14 @@ class _Sweep:
             after=self._reference(cell.model),
             priority=self.needs.cost(cell, source),
         )
+
+    def _add_reference(self, role: str, source: Source, print_: str) -> None:
+        """The evaluation of a 16-bit model for which its cells wait."""
+        key, need = f"model/{role}", self.needs.reference(source)
+        self.running.added(key, self.needs.model_cost(source))
+        material = replace(self.material, threads=int(need.cpus))
+        arguments = (material, source, print_, True)
+        self.pool.add(key, model_task, arguments, need=need, priority=float("inf"))
 
     def _add_task(
         self,

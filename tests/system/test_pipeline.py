@@ -66,7 +66,7 @@ class Done:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """A teacher by plain training, then the job on it: three launches of Ray Train in all."""
+    """A teacher by plain training, then the job on it: two launches of Ray Train in all."""
     folder = tmp_path_factory.mktemp("pipeline")
     teacher = tiny.write_spec(tiny.teacher_spec(folder), folder)
     code, out, err = tiny.stillhouse("run", str(teacher), cwd=folder)
@@ -156,6 +156,14 @@ def test_losses_fall_and_are_recorded_once(done: Done) -> None:
         assert [event["step"] for event in steps] == list(range(1, 31))
         assert steps[-1]["loss"] < steps[0]["loss"]
         assert steps[-1]["loader_wait_ms"] >= 0
+
+
+def test_students_are_trained_by_the_workers_that_captured(done: Done) -> None:
+    events = read_events(done.run)
+    assert [event["stage"] for event in events if event["event"] == "launch"] == ["capture"]
+    captured = next(event for event in events if event["event"] == "capture_start")
+    trained = [event["pids"] for event in events if event["event"] == "training_start"]
+    assert trained == [captured["pids"]] * 2
 
 
 def test_the_control_starts_from_the_same_student_and_reads_the_same_data(done: Done) -> None:

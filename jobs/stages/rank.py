@@ -1,0 +1,154 @@
+"""What every worker of a group does: a stage, and the stages that are handed over after it.
+
+How a group ended a stage is an object on storage, `state/launches/<attempt>-<stage>.json`, created
+once: by rank 0 when all is done or stopped, or by the first rank that met an error which a new
+start cannot mend. A restarted group that finds it goes on behind it, or leaves.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import pickle
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from cluster.handover import Handover
+from cluster.storage import Attempt, Fenced, Store
+from jobs.live.requests import Requests
+
+if TYPE_CHECKING:
+    from trainer.worker import Worker
+
+
+class RanksApart(RuntimeError):
+    """Ranks have waited too long for each other."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What the ranks do for one stage: `run(worker)` of each of `work`, one after the other."""
+
+    stage: str
+    work: Sequence[Any]
+    attempt: Attempt
+    outcome: str
+    threads: int
+    uses_gpu: bool
+    collective_minutes: float
+
+
+def rank_main(config: dict[str, Any]) -> None:
+    """Entry point of every Ray Train worker; config: `ranks`, and `more`, where work follows."""
+    from cluster.storage import EventWriter
+    from trainer.news import is_out_of_memory, why_of
+    from trainer.worker import Hooks, start_worker
+
+    ranks: Ranks = config["ranks"]
+    more: Handover | None = config["more"]
+    store, number = ranks.attempt.store, ranks.attempt.number
+    if more is None and store.exists(ranks.outcome):
+        return
+    final = (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        Fenced,
+    )
+    with EventWriter(store, number) as events:
+        try:
+            requests = Requests(store, number)
+            hooks = Hooks(
+                emit=partial(events.emit, worker=True),
+                flush=events.flush,
+                stop_requested=requests.stop,
+                saves_requested=requests.saves,
+                fence=ranks.attempt.fence,
+                attempt=number,
+            )
+            worker = start_worker(
+                hooks,
+                threads=ranks.threads,
+                uses_gpu=ranks.uses_gpu,
+                timeout_minutes=ranks.collective_minutes,
+            )
+            for stage in _stages(ranks, more, worker):
+                ranks = stage
+                if _run(ranks, worker) != "done":
+                    break
+        except Exception as error:
+            if not isinstance(error, final) and not is_out_of_memory(error):
+                if "timed out" in str(error).lower():
+                    raise RanksApart(
+                        "waited longer than resources.collective_minutes "
+                        f"({ranks.collective_minutes:g}) for the other ranks"
+                    ) from error
+                raise  # a new start may mend it
+            traceback.print_exc()
+            _settle(
+                store,
+                ranks.outcome,
+                {"status": "failed", "kind": type(error).__name__, "why": why_of(error)},
+            )
+            raise
+
+
+def _stages(first: Ranks, more: Handover | None, worker: Worker) -> Iterator[Ranks]:
+    """What this group works on, one stage after the other."""
+    yield first
+    for number in count(1):
+        if more is None:
+            return
+        gc.collect()  # nothing is needed of the stage before
+        found = pickle.loads(worker.share(more.take(number) if worker.is_main else None))
+        if found is None:
+            return
+        yield found
+
+
+def _run(ranks: Ranks, worker: Worker) -> str:
+    """One stage; the status of its outcome, also of one that was there before a restart."""
+    from trainer.worker import Stopped
+
+    store = ranks.attempt.store
+    worker.emit("at_work", stage=ranks.stage, world=worker.world)
+    there = worker.is_main and store.exists(ranks.outcome)
+    if before := worker.share(store.read_json(ranks.outcome)["status"] if there else None):
+        return str(before)
+    try:
+        results = [job.run(worker) for job in ranks.work]
+        outcome: dict[str, Any] = {"status": "done", "results": results}
+    except Stopped as stopped:
+        outcome = {"status": "stopped", "why": str(stopped)}
+    if worker.is_main:
+        worker.hooks.flush()  # once the outcome is there the driver may leave, or go on
+        _settle(store, ranks.outcome, outcome)
+    return str(outcome["status"])
+
+
+def _settle(store: Store, path: str, outcome: dict[str, Any]) -> None:
+    store.create(path, json.dumps(outcome).encode())
+
+
+def tell_loss(
+    store: Store, attempt: int, outcomes: Mapping[str, str], max_failures: int, what: str, why: str
+) -> None:
+    """Records that a group has lost workers; runs in Ray Train's controller.
+
+    outcomes: of the stages that the group may work on, in order: it is at the first without one.
+    """
+    from cluster.storage import EventWriter
+
+    stage = next((name for name in outcomes if not store.exists(outcomes[name])), [*outcomes][-1])
+    print(f"{stage}: {what}: {why}")
+    with EventWriter(store, attempt) as events:
+        events.emit(
+            "group_lost", stage=stage, what=what, why=why, max_failures=max_failures, worker=True
+        )
