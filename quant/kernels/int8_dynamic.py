@@ -1,10 +1,13 @@
 """Weights and activations in int8: the product of whole numbers, then the scales.
 
 Each token's values are divided by its largest magnitude / 127 and rounded ("dynamic" quantization:
-the scale is found at run time, per token). `torch._int_mm` sums the products exactly in int32.
+the scale is found at run time, per token). The products are summed exactly: by `torch._int_mm`
+in int32, or in float32 where that is wrong, as oneDNN's is with AVX2 instructions alone.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from quant.codes import Codes, row_chunks
 from quant.kernels.kernel import Kernel, Refused, StoredWeight
 
 CUDA_ROWS = 32  # torch._int_mm wants more than 16 rows on a GPU
+EXACT_COLUMNS = 1024  # sums of so many products of int8 are whole numbers that float32 has
 
 
 class Int8Dynamic(Kernel):
@@ -38,11 +42,16 @@ class Int8Dynamic(Kernel):
             held[part] = whole
         self.transposed = held.t()  # [columns, rows], a view
         self.row_scale = self.scale.float().t().contiguous()
+        self.in_float32 = not held.is_cuda and saturates()
+        if self.in_float32:
+            self.name = f"{self.name} in float32"
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.columns)
         codes, scale = quantize_tokens(rows)
-        if x.is_cuda and len(codes) < CUDA_ROWS:
+        if self.in_float32:
+            total = _exact_product(codes, self.transposed)
+        elif x.is_cuda and len(codes) < CUDA_ROWS:
             more = F.pad(codes, (0, 0, 0, CUDA_ROWS - len(codes))).to(torch.int8)
             total = torch._int_mm(more, self.transposed)[: len(codes)]
         else:
@@ -55,6 +64,22 @@ class Int8Dynamic(Kernel):
         for part in row_chunks(self.rows, self.columns, codes.device):
             codes[part] = held[part].to(torch.int16) + self.zero[part].to(torch.int16)
         return Codes(codes, self.scale, self.zero, self.bits)
+
+
+@cache
+def saturates() -> bool:
+    """Whether the CPU's product of int8 is wrong, where pairs of products are summed in 16 bits."""
+    most = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(most, most.t()) != 64 * 127 * 127).any())
+
+
+def _exact_product(codes: Tensor, transposed: Tensor) -> Tensor:
+    """codes `[tokens, columns]`, whole numbers, times int8 `[columns, rows]`; int32."""
+    parts = zip(codes.float().split(EXACT_COLUMNS, 1), transposed.split(EXACT_COLUMNS), strict=True)
+    total = codes.new_zeros(len(codes), transposed.shape[1], dtype=torch.int32)
+    for some, columns in parts:
+        total += (some @ columns.float()).to(torch.int32)
+    return total
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
