@@ -179,24 +179,26 @@ def test_the_control_starts_from_the_same_student_and_reads_the_same_data(done: 
 LOAD = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-AutoTokenizer.from_pretrained(sys.argv[1])
+found = {}
+for folder in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    AutoTokenizer.from_pretrained(folder)
+    found[folder] = sorted(kind for kind, names in info.items() if names)
 assert not [name for name in sys.modules if name.split(".")[0] in ("jobs", "trainer", "quant")]
-print(json.dumps({kind: sorted(map(str, names)) for kind, names in info.items()}))
+print(json.dumps(found))
 """
 
 
 def test_the_student_loads_where_nobody_knows_stillhouse(done: Done, tmp_path: Path) -> None:
-    for role in ("student", "control"):
-        out = subprocess.run(
-            [sys.executable, "-I", "-c", LOAD, str(done.run.local(role))],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        info = json.loads(out.splitlines()[-1])
-        assert {kind: names for kind, names in info.items() if names} == {}
+    folders = [str(done.run.local(role)) for role in ("student", "control")]
+    out = subprocess.run(
+        [sys.executable, "-I", "-c", LOAD, *folders],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert json.loads(out.splitlines()[-1]) == dict.fromkeys(folders, [])
 
 
 def test_chatter_goes_to_the_log(done: Done) -> None:
