@@ -73,7 +73,9 @@ class CellResources(Section):
         "100 million weights, else 0.",
     )
     cpus_per_cell: Auto | Count = Field(
-        "auto", description="CPUs, and torch threads, per cell. auto: 1."
+        "auto",
+        description="CPUs, and torch threads, per cell. auto: 1, but all of a machine for the pass "
+        "of a 16-bit model of 10 million weights or more for which its cells wait.",
     )
     memory_gb_per_cell: Auto | Annotated[float, Field(gt=0)] = Field(
         "auto",
