@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -48,6 +49,10 @@ def perform(call: bytes, progress: str | None = None) -> Iterator[Start | End]:
     import psutil
     import ray
 
+    # Ray cancels by SIGINT, which a shell has what it starts in the background ignore, and so its
+    # children, this process among them.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     pid = os.getpid()
     node = ray.get_runtime_context().get_node_id()
     born = psutil.Process(pid).create_time()

@@ -26,10 +26,11 @@ ONE = Need(1)
 
 @pytest.fixture(scope="module", autouse=True)
 def ray() -> Iterator[Any]:
-    """Two CPUs and a gigabyte of Ray's logical memory."""
+    """Two CPUs and a gigabyte of Ray's logical memory, started as in the background of a shell."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     ray.init(
         address="local",
         num_cpus=2,
@@ -38,6 +39,7 @@ def ray() -> Iterator[Any]:
         include_dashboard=False,
         log_to_driver=False,
     )
+    signal.signal(signal.SIGINT, interrupt)
     yield ray
     ray.shutdown()
 
