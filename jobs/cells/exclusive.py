@@ -94,6 +94,8 @@ class _Speeds:
 
     def run(self) -> None:
         """Until every cell was measured, or cannot be."""
+        if self.tasks:
+            self._tell()  # its process takes a while to start
         for name, outcome in self.pool:
             source, keys = self.tasks[name]
             at = self.at.pop(name, 0)
