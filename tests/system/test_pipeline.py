@@ -18,6 +18,7 @@ import pytest
 from cluster.storage import Attempt, Store, open_store, read_events
 from jobs.tracking.plan import run_id
 from tests import tiny
+from tests.ranks import ROOT
 from tests.task_material import write_task
 
 pytestmark = pytest.mark.timeout(900)
@@ -66,11 +67,13 @@ class Done:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """A teacher by plain training, then the job on it: two launches of Ray Train in all."""
+    """A teacher by plain training without Ray, then the job on it: one launch of Ray Train."""
     folder = tmp_path_factory.mktemp("pipeline")
     teacher = tiny.write_spec(tiny.teacher_spec(folder), folder)
-    code, out, err = tiny.stillhouse("run", str(teacher), cwd=folder)
-    assert code == 0, out + err
+    command = [sys.executable, "-m", "trainer", str(teacher)]
+    environment = tiny.environment(PYTHONPATH=str(ROOT))
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
     task = write_task(folder / "task", [row["text"] for row in documents(folder)][:120])
     sweep = {**SWEEP, "tasks": [{"folder": str(task), "limit": 60}]}
     spec = tiny.job_spec(folder, tracking={"mode": "auto"}, sweep=sweep)

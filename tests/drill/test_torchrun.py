@@ -22,11 +22,8 @@ STEPS = 250
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory) -> Path:
-    return write_spec(tmp_path_factory.mktemp("torchrun"))
-
-
-def write_spec(root: Path) -> Path:
     """A whole job with a teacher and a control, and sections that are not the trainer's."""
+    root = tmp_path_factory.mktemp("torchrun")
     texts = write_texts(root / "texts")
     data = {
         "train": [{"source": texts}],
@@ -179,6 +176,29 @@ def test_the_pipeline_finds_everything_where_torchrun_left_it(spec, finished, mo
     for training in trainings:
         assert training.checkpoints.read_json("done/metrics.json")["steps"] == STEPS
     assert len(run.list("checkpoints")) == 2
+
+
+def test_an_online_training_goes_on_with_fewer_ranks(spec) -> None:
+    """The teacher beside the student, nothing captured of train, and one rank after two."""
+    changes = [
+        "name=online", "distill.mode=online", "distill.losses={jsd: 1, hidden: 0.1}",
+        "distill.temperature=3", "distill.control=false", "distill.evaluate_steps=60",
+        "distill.steps=120",
+    ]  # fmt: skip
+    store = open_store(spec.parent / "runs" / "online")
+    out, error = stopped(launch(str(spec), *changes), store)
+    assert "interrupted: distill stopped after step" in error, error
+    process = launch(str(spec), *changes, ranks=1)
+    out, error = process.communicate(timeout=400)
+    assert process.returncode == 0, error
+    assert "which 2 ranks saved and 1 go on with" in out
+    assert "distill: step 60, perplexity on select" in out
+    events = read_events(store)
+    steps = [event for event in events if event["event"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, 121))
+    assert steps[-1]["jsd"] < steps[0]["jsd"] and steps[-1]["hidden"] < steps[0]["hidden"]
+    (captured, *_) = [e["metrics"]["sequences"] for e in events if e["event"] == "capture_done"]
+    assert captured <= 16  # of select and report alone
 
 
 def test_a_wrong_spec_is_one_line_and_exit_code_2(spec) -> None:
