@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-from cluster.session import Cluster
 from jobs.spec import JobSpec
 from trainer.dtypes import undecided_dtypes
 from trainer.processor import DtypeName, cpu_dtype, this_device
-
-LOOK_SECONDS = 120.0  # a node that has not answered by then is given up on
 
 
 def local_dtypes(spec: JobSpec) -> dict[str, DtypeName]:
     """What each section computes in on this machine alone."""
     return decide_dtypes(spec, this_device() == "cuda", [cpu_dtype()])
-
-
-def cluster_dtypes(
-    spec: JobSpec, cluster: Cluster, stopped: Callable[[], bool]
-) -> dict[str, DtypeName]:
-    """What each section computes in on a cluster, whose nodes are asked.
-
-    Raises NodesSilent for a node that lives and does not answer, Interrupted if `stopped()`.
-    """
-    if cluster.embedded:
-        return decide_dtypes(spec, cluster.gpus > 0, [cpu_dtype()])
-    from cluster.everywhere import Silent, on_every_node
-    from jobs.errors import Interrupted
-    from jobs.preflight import refuse_silent
-
-    try:
-        answers = on_every_node(cpu_dtype, limit_s=LOOK_SECONDS, should_stop=stopped)
-    except Silent:
-        raise Interrupted("stopped before work started") from None
-    refuse_silent(answers)
-    found = [answer.value for answer in answers if answer.value is not None]
-    return decide_dtypes(spec, cluster.gpus > 0, found)
 
 
 def decide_dtypes(

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from cluster.storage import EventTail, EventWriter, Fenced, open_store
 from jobs import checks, preflight
 from jobs.cells.given import absolute_paths
 from jobs.driver import job_of_driver, tries_left
-from jobs.dtypes import cluster_dtypes, local_dtypes
+from jobs.dtypes import decide_dtypes, local_dtypes
 from jobs.errors import Interrupted, SpecErrors, StageFailed, Superseded
 from jobs.groupsizes import resolve_group_sizes
 from jobs.inputs import Inputs
@@ -26,6 +26,7 @@ from jobs.live.beacon import Beacon
 from jobs.live.logs import LogPieces
 from jobs.live.stopping import Interruptible, StopWatch
 from jobs.load import dump_spec
+from jobs.plan.cores import Core, slowest
 from jobs.progress import Reporter
 from jobs.rundir import RunDir
 from jobs.spec import JobSpec
@@ -239,8 +240,9 @@ class _Attempt:
 
         grown = preflight.wait_for_resources(job.spec, job.plan.todo, cluster, stopped, tell)
         try:
-            job = self._decide_dtypes(grown, reporter, stopped)
-            scratch = self._keep_plan(grown, stopped)
+            cores = preflight.cores(grown, stopped, reporter.say, tell)
+            job = self._decide_dtypes(grown, cores, reporter)
+            scratch = self._keep_plan(grown, slowest(cores))
             preflight.nodes(job.spec, job.run, grown, scratch, stopped, reporter.say, tell)
         except preflight.NodesSilent as error:
             command = _command(job.spec)
@@ -250,13 +252,12 @@ class _Attempt:
         tell("starting")
         return found
 
-    def _decide_dtypes(
-        self, cluster: Cluster, reporter: Reporter, stopped: Callable[[], bool]
-    ) -> Job:
+    def _decide_dtypes(self, cluster: Cluster, cores: Sequence[Core], reporter: Reporter) -> Job:
         """The job with `dtype: auto` as the nodes decide it, if it is still open; kept from now."""
         job = self.job
         if job.undecided:
-            dtypes = cluster_dtypes(with_auto(job.spec, job.undecided), cluster, stopped)
+            spec = with_auto(job.spec, job.undecided)
+            dtypes = decide_dtypes(spec, cluster.gpus > 0, [core.dtype for core in cores])
             decided = prepare_job(job.asked, *job.stages, dtypes=dtypes)
             self.job = job = replace(decided, run=job.run)
             self._keep_spec(job.spec)
@@ -265,20 +266,19 @@ class _Attempt:
             reporter.say(f"dtype: {told}")
         return job
 
-    def _keep_plan(self, cluster: Cluster, stopped: Callable[[], bool]) -> int:
+    def _keep_plan(self, cluster: Cluster, core: Core | None) -> int:
         """Keeps with the run what is to be expected of it, for the report to compare.
 
-        Returns the bytes that a node needs for its part of a checkpoint.
+        core: the slowest of the nodes'. Returns the bytes that a node needs for its part of a
+        checkpoint.
         """
         if not {"capture", "distill", "sweep"} & set(self.job.plan.todo):
             return 0
-        from jobs.plan.cores import cluster_core
         from jobs.plan.record import record
 
         types = [name for name in cluster.gpu_types if name]
         try:
             gpu = types[0] if types else None
-            core = cluster_core(cluster.embedded, cluster.gpus, stopped)
             found = record(self.job.spec, cluster.nodes, gpu, cluster.memory, core)
         except Exception:  # a forecast that fails is no reason to fail the run
             traceback.print_exc()

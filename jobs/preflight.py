@@ -20,6 +20,7 @@ from cluster.workers import NotEnough, fit_group
 from jobs.cells.needs import cell_resources
 from jobs.errors import Interrupted, SpecErrors
 from jobs.nodecheck import Model, fetch, look, room, versions
+from jobs.plan.cores import Core, this_core
 from jobs.rundir import RunDir
 from jobs.spec import JobSpec
 
@@ -105,6 +106,35 @@ def _largest_group(spec: JobSpec, todo: Sequence[str]) -> list[dict[str, float]]
     return max(groups, key=len, default=[])
 
 
+def cores(
+    cluster: Cluster,
+    stopped: Callable[[], bool],
+    say: Callable[[str], None],
+    tell: Callable[[str], None],
+) -> list[Core]:
+    """A core of every node, measured there; of this machine where Ray is embedded.
+
+    The first that nodes are asked: before it Ray installs packages on them, if it is to. Raises
+    NodesSilent, and Interrupted if `stopped()`. tell: says what is waited for.
+    """
+    if cluster.embedded:
+        return [this_core()]
+    tell("looking at the nodes")
+    install_s = install_seconds()
+    word = _Word(say, tell, "packages", "installs")
+    try:
+        answers = on_every_node(
+            this_core,
+            limit_s=install_s or LOOK_SECONDS,
+            should_stop=stopped,
+            **({"on_wait": word.waiting} if install_s else {}),
+        )
+    except Silent:
+        raise Interrupted("stopped before work started") from None
+    refuse_silent(answers)
+    return [answer.value for answer in answers if answer.value is not None]
+
+
 def nodes(
     spec: JobSpec,
     run: RunDir,
@@ -129,14 +159,6 @@ def nodes(
     nonce = uuid.uuid4().hex
     run.store.write_text(f"{folder}/driver", nonce)
     try:
-        install_s = install_seconds()
-        if install_s:  # Ray does so when a node is first asked for anything
-            word = _Word(say, tell, "packages", "installs")
-            refuse_silent(
-                on_every_node(
-                    versions, limit_s=install_s, should_stop=stopped, on_wait=word.waiting
-                )
-            )
         tell("looking at the nodes")
         looked = on_every_node(
             look,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,21 +100,3 @@ def _measure(kind: Kind) -> float | None:
 def slowest(cores: Iterable[Core]) -> Core | None:
     """The core that the others wait for; None of none."""
     return min(cores, key=lambda core: core.float32, default=None)
-
-
-def cluster_core(embedded: bool, gpus: int, stopped: Callable[[], bool]) -> Core | None:
-    """The slowest core of a cluster that this process is connected to, whose nodes are asked.
-
-    None where they are not: of a cluster with GPUs, or of nodes that do not answer.
-    """
-    if embedded:
-        return this_core()
-    if gpus:
-        return None
-    from cluster.everywhere import Silent, on_every_node
-
-    try:
-        answers = on_every_node(this_core, limit_s=MEASURE_LIMIT_S, should_stop=stopped)
-    except Silent:
-        return None
-    return slowest(each.value for each in answers if isinstance(each.value, Core))

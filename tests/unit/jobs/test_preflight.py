@@ -15,6 +15,7 @@ from cluster.storage import open_store
 from jobs import nodecheck, preflight
 from jobs.errors import SpecErrors
 from jobs.nodecheck import Model, fetch, look, versions
+from jobs.plan.cores import this_core
 
 
 def test_a_node_sees_the_storage_and_can_write_it(tmp_path: Path) -> None:
@@ -22,6 +23,21 @@ def test_a_node_sees_the_storage_and_can_write_it(tmp_path: Path) -> None:
     store.write_text("p/driver", "nonce")
     faults, name = look((store, "p", "nonce", versions(), 0))
     assert faults == [] and name in store.list("p")
+
+
+def test_silent_nodes_are_named_and_those_that_are_gone_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = this_core()
+    answers = [Answer("10.0.0.1", value=core), Answer("10.0.0.2", lost="died", alive=False)]
+    monkeypatch.setattr(preflight, "on_every_node", lambda *a, **k: answers)
+    monkeypatch.setattr(preflight, "install_seconds", lambda: 0.0)
+    cluster = Cluster("10.0.0.1:6379", ((2, 0), (2, 0)), False)
+    found = preflight.cores(cluster, lambda: False, print, print)
+    assert found == [core]
+    answers.append(Answer("10.0.0.3", lost="gave no answer", alive=True))
+    with pytest.raises(preflight.NodesSilent, match=r"10\.0\.0\.3"):
+        preflight.cores(cluster, lambda: False, print, print)
 
 
 def test_another_storage_under_the_same_path_is_noticed(tmp_path: Path) -> None:
