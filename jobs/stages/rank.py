@@ -128,10 +128,10 @@ def _run(ranks: Ranks, worker: Worker) -> str:
     from trainer.worker import Stopped
 
     store = ranks.attempt.store
-    worker.emit("at_work", stage=ranks.stage, world=worker.world)
     there = worker.is_main and store.exists(ranks.outcome)
     if before := worker.share(store.read_json(ranks.outcome)["status"] if there else None):
         return str(before)
+    worker.emit("at_work", stage=ranks.stage, world=worker.world)
     try:
         results = [job.run(worker) for job in ranks.work]
         outcome: dict[str, Any] = {"status": "done", "results": results}

@@ -56,16 +56,19 @@ def run_ranks(
     outcome = _outcome(context, stage)
     patience = context.spec.resources.collective_minutes
     ranks = Ranks(stage, work, context.attempt, outcome, group.cpus, group.gpus > 0, patience)
-    there = context.waiting
+    found: dict[str, Any] = {}
+    failure, follower, there = None, None, context.waiting
     if there is not None and there.fits(stage, group):
-        context.waiting, launch, follower = None, there.launch, None
+        context.waiting, launch = None, there.launch
         launch.hand(ranks)
         launch.hand(None)
-    else:
+        found, failure = _watch(context, stage, launch, group, outcome, stays=False)
+    if not found and failure is None:  # none was there, or it has given up waiting just now
         release(context)
         follower = _follower(context, stage, group)
         launch = _launch(context, stage, ranks, group, follower)
-    found, failure = _watch(context, stage, launch, group, outcome, stays=follower is not None)
+        stays = follower is not None
+        found, failure = _watch(context, stage, launch, group, outcome, stays)
     context.pump()
     context.beacon.tell(waits=None, restarting=None)
     if not found:
