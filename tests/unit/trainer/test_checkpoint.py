@@ -126,7 +126,7 @@ def test_only_files_that_are_whole_are_fetched(tmp_path: Path) -> None:
     assert store.exists("00000003-0001/state/a.pt")
 
 
-# Saving. What DeepSpeed writes is in tests/system/test_resume.py.
+# Saving. What DeepSpeed writes is in tests/drill/test_resume.py.
 
 
 class Engine:
