@@ -154,7 +154,7 @@ def test_every_kind_of_cell_is_evaluated_and_measured(spec, student, tmp_path, b
     assert result.keys() >= RESULT_KEYS and result["status"] == "done"
     assert QuantSpec(**json.loads(json.dumps(result["spec"]))) == spec
     assert result["kl_to_student"] > 0 and result["decode_tokens_per_s"] > 0
-    assert -1e-6 < result["kernel_kl"] < 0.01 + 0.02 * result["kl_to_student"]
+    assert 0 <= result["kernel_kl"] < 0.01 + 0.02 * result["kl_to_student"]
     assert ("int8" in result["evaluated_with"]) == (spec.method == "int8-dynamic")
     weights = (tmp_path / "cell" / "quantized.safetensors").stat().st_size
     assert result["bytes"] <= weights <= result["bytes"] + 16384  # the file's header

@@ -14,13 +14,13 @@ from quant.linear import QuantEmbedding, QuantLinear, dense_weights, quant_linea
 from quant.methods import quantize_weight
 from tests.unit.quant.kernel_layers import random_codes, random_input
 
-# What logits may be off by, in standard deviations: with torch's own kernels, and with the C++ op,
-# which rounds activations to int8.
-LIMITS = {"torch": 0.05, "op": 0.15}
+# What logits may be off by, in standard deviations, of a choice between tokens and of all: with
+# torch's own kernels, and with the C++ op, which rounds activations to int8.
+LIMITS = {"torch": (0.05, 0.05), "op": (0.15, 0.1)}
 
 
 @pytest.fixture(params=LIMITS)
-def limit(request, monkeypatch):
+def limits(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(native, "unavailable", lambda: "no op here")
     return LIMITS[request.param]
@@ -47,7 +47,7 @@ def quantized(model, bits=4, group=32, tied=False):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generates_what_the_dense_weights_do(make_llama, bits, tied, cache, limit):
+def test_generates_what_the_dense_weights_do(make_llama, bits, tied, cache, limits):
     model, dense = quantized(make_llama(tied=tied, scale=8.0).float(), bits, tied=tied)
     described = use_kernels(model)
     assert len(described) == len(quant_linears(model)) == 15
@@ -66,10 +66,10 @@ def test_generates_what_the_dense_weights_do(make_llama, bits, tied, cache, limi
                 at = int(differs[0])
                 scores = dense(row[:at].unsqueeze(0)).logits[0, -1]
                 gap = (scores.max() - scores[row[at]]) / scores.std()
-                assert gap < limit, (tokens, at, float(gap))
+                assert gap < limits[0], (tokens, at, float(gap))
 
 
-def test_dense_weights_are_the_plain_paths(make_llama, batches, limit):
+def test_dense_weights_are_the_plain_paths(make_llama, batches, limits):
     model, dense = quantized(make_llama().float())
     use_kernels(model)
     ids = torch.from_numpy(batches[0].input_ids[:1])  # few rows, which kernels take
@@ -80,7 +80,9 @@ def test_dense_weights_are_the_plain_paths(make_llama, batches, limit):
         assert kernel_names(model) == names
     assert all(layer.dense is None for layer in quant_linears(model).values())
     with torch.inference_mode():
-        np.testing.assert_allclose(model(ids).logits, expected, atol=limit * float(expected.std()))
+        np.testing.assert_allclose(
+            model(ids).logits, expected, atol=limits[1] * float(expected.std())
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 60])
