@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.fanout import Need
@@ -100,7 +100,7 @@ class Needs:
         large = self.model_cost(source) >= SPREAD_WEIGHTS
         if large and not self.gpus and self.asked.cpus_per_cell == "auto":
             cpus = max(cpus for cpus, _ in self.cluster.nodes)
-        return Need(cpus, self.gpus, self._memory(None, source))
+        return replace(self.model(source), cpus=cpus)
 
     def _memory(self, cell: Cell | None, source: Source) -> int:
         if self.asked.memory_gb_per_cell != "auto":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from cluster.fanout import Cancelled, Failure, FanOut, Progress
+from cluster.fanout import Cancelled, Failure, FanOut, Need, Progress
 from jobs.cells import keep
 from jobs.cells.allocation import Allocations, Item
 from jobs.cells.exclusive import measure_speeds
@@ -171,7 +171,9 @@ class _Sweep:
             )
             loads = role in references or (role == "teacher" and self.sweep.tasks)
             if role in references and not (done and stored):
-                self._add_reference(role, source, print_)
+                need = self.needs.reference(source)
+                arguments = (source, print_, True)
+                self._add_task(f"model/{role}", model_task, arguments, source, need=need)
             elif done:
                 continue
             elif role == "teacher" and not loads:
@@ -215,14 +217,6 @@ class _Sweep:
             priority=self.needs.cost(cell, source),
         )
 
-    def _add_reference(self, role: str, source: Source, print_: str) -> None:
-        """The evaluation of a 16-bit model for which its cells wait."""
-        key, need = f"model/{role}", self.needs.reference(source)
-        self.running.added(key, self.needs.model_cost(source))
-        material = replace(self.material, threads=int(need.cpus))
-        arguments = (material, source, print_, True)
-        self.pool.add(key, model_task, arguments, need=need, priority=float("inf"))
-
     def _add_task(
         self,
         key: str,
@@ -230,14 +224,16 @@ class _Sweep:
         arguments: tuple[Any, ...],
         loads: Source | None = None,
         after: Sequence[str] = (),
+        need: Need | None = None,
     ) -> None:
         """A task beside the cells; loads: the 16-bit model that it takes the memory of."""
+        need = need or (self.needs.task() if loads is None else self.needs.model(loads))
         self.running.added(key, 0.0 if loads is None else self.needs.model_cost(loads))
         self.pool.add(
             key,
             task,
-            (self.material, *arguments),
-            need=self.needs.task() if loads is None else self.needs.model(loads),
+            (replace(self.material, threads=int(need.cpus)), *arguments),
+            need=need,
             after=after,
             priority=float("inf"),
         )
