@@ -37,7 +37,7 @@ PARAMETERS, LARGEST, GPUS = 8_030_261_248, 525_340_672, 8  # Llama 3 8B
 
 
 def stages(run: Store, name: str) -> dict[str, Any]:
-    """A run beside its plan: seconds of its stages as planned, as they were, and their ratio."""
+    """Planned and actual seconds of a run's stages, and actual over planned."""
     plan = forecast(load_spec(name), this_machine())
     found = {}
     print(f"{name}:")
