@@ -12,6 +12,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.kv import store
+
 _NAMESPACE = "worker-groups"
 _POLL_S = 0.2
 # A group that was forgotten gives its resources back.
@@ -28,13 +30,13 @@ class Handover:
         """Hands over a piece of work; None: there is no more."""
         from ray import cloudpickle
 
-        _store()._internal_kv_put(self._key(number), cloudpickle.dumps(work), namespace=_NAMESPACE)
+        store()._internal_kv_put(self._key(number), cloudpickle.dumps(work), namespace=_NAMESPACE)
 
     def take(self, number: int) -> bytes:
         """Waits for a piece of work, and returns it pickled; None, pickled, if none comes."""
         ends = time.monotonic() + _PATIENCE_S
         while time.monotonic() < ends:
-            found: bytes | None = _store()._internal_kv_get(self._key(number), namespace=_NAMESPACE)
+            found: bytes | None = store()._internal_kv_get(self._key(number), namespace=_NAMESPACE)
             if found is not None:
                 return found
             time.sleep(_POLL_S)
@@ -42,13 +44,7 @@ class Handover:
 
     def clear(self) -> None:
         """Forgets everything."""
-        _store()._internal_kv_del(f"{self.name}/", del_by_prefix=True, namespace=_NAMESPACE)
+        store()._internal_kv_del(f"{self.name}/", del_by_prefix=True, namespace=_NAMESPACE)
 
     def _key(self, number: int) -> str:
         return f"{self.name}/{number}"
-
-
-def _store() -> Any:
-    from ray.experimental import internal_kv
-
-    return internal_kv

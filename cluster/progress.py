@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cluster.kv import store
+
 _NAMESPACE = "task-progress"
 # Between two writes of a task, and between two reads of the driver.
 TELL_S = 1.0
@@ -60,7 +62,7 @@ def reporting(key: str | None) -> Iterator[Report]:
             for value in newest[:]:
                 if value != written:
                     with suppress(Exception):  # progress is never worth a task
-                        _store()._internal_kv_put(key, value, namespace=_NAMESPACE)
+                        store()._internal_kv_put(key, value, namespace=_NAMESPACE)
                         written = value
 
     thread = threading.Thread(target=write, name="progress", daemon=True)
@@ -90,7 +92,7 @@ class Board:
         for key in sorted(keys, key=lambda key: order.get(key, -1))[:_READS]:
             value = None
             with suppress(Exception):
-                value = _store()._internal_kv_get(key, namespace=_NAMESPACE)
+                value = store()._internal_kv_get(key, namespace=_NAMESPACE)
             before = self._seen.pop(key, None)
             self._seen[key] = value or before or b""  # at the end: others come first next time
             if value and value != before:
@@ -108,10 +110,4 @@ class Board:
 
     def _delete(self, key: str, **how: Any) -> None:
         with suppress(Exception):
-            _store()._internal_kv_del(key, namespace=_NAMESPACE, **how)
-
-
-def _store() -> Any:
-    from ray.experimental import internal_kv
-
-    return internal_kv
+            store()._internal_kv_del(key, namespace=_NAMESPACE, **how)
