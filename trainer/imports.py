@@ -1,8 +1,9 @@
 """Imports that need not take torch's compiler with them.
 
 hqq decorates methods with `torch.compile()`, which imports the compiler at once; transformers
-imports hqq wherever it is installed, and a third of its own import is that. Here a decorated
-function is compiled when it is first called; nothing else about it changes.
+imports hqq wherever it is installed, and a third of its own import is that. So does DeepSpeed's
+Muon, which every engine imports, 1 to 2 seconds of each worker's start. Here a decorated function
+is compiled when it is first called; nothing else about it changes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
-MODULES = ("hqq.core.quantize", "hqq.core.peft")
+MODULES = (
+    "hqq.core.quantize",
+    "hqq.core.peft",
+    "deepspeed.runtime.zero.muon.original_muon",
+)
 
 
 def without_compiler() -> None:
