@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 
+from trainer.ops import ops_folder
+
 
 def build() -> None:
     """Compiles the op, or finds it compiled. Raises RuntimeError when the compiler fails."""
     os.environ["DS_ACCELERATOR"] = "cpu"
+    ops_folder()  # torch builds there
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().create_op_builder("ShareMemCommBuilder").load()

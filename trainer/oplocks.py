@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.ops import ops_folder
+
 LOCK = "lock"
 LOOK_SECONDS = 5.0
 # A machine that shares the folder may hold the lock while it compiles, for 20 to 40 seconds.
@@ -47,10 +49,8 @@ def dropping_stale_locks(
 
 def stale_locks(stale_s: float) -> list[Path]:
     """Locks of ops that nobody holds any more."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    folder = Path(root) if root else Path.home() / ".cache" / "torch_extensions"
     found = []
-    for path in folder.glob(f"**/{LOCK}"):
+    for path in ops_folder().glob(f"**/{LOCK}"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime >= stale_s and not _is_open(path):
                 found.append(path)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.oplocks import dropping_stale_locks
+from trainer.ops import ops_folder
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -202,6 +203,7 @@ def start_worker(hooks: Hooks, *, threads: int, uses_gpu: bool, timeout_minutes:
         )
     if not uses_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    ops_folder()  # torch loads them from there
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if uses_gpu else torch.device("cpu")
     if uses_gpu:

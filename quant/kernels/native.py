@@ -3,7 +3,7 @@
     python -m quant.build_ops
 
 builds it, which takes about 15 seconds and needs g++ (or what CXX names); later calls find it
-built, in torch's folder of extensions (TORCH_EXTENSIONS_DIR), under a name that holds a hash of the
+built, in the environment's folder of ops (`trainer.ops`), under a name that holds a hash of the
 source, the flags and torch's version. Where it was not built, the first layer that wants it builds
 it.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from trainer.ops import ops_folder
 from trainer.processor import cpu_kind
 
 SOURCE = Path(__file__).with_name("codes.cpp")
@@ -56,9 +57,7 @@ def _built() -> Path:
     """The library's path. Raises RuntimeError, one line, when the compiler fails or is missing."""
     state = hashlib.sha256(SOURCE.read_bytes())
     state.update(repr((FLAGS, torch.__version__, torch._C._GLIBCXX_USE_CXX11_ABI)).encode())
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    root = Path(given) if given else Path.home() / ".cache" / "torch_extensions"
-    path = root / "stillhouse_cpu" / f"{state.hexdigest()[:16]}.so"
+    path = ops_folder() / "stillhouse_cpu" / f"{state.hexdigest()[:16]}.so"
     if not path.is_file():
         logging.getLogger(__name__).warning("compiling the C++ op for this CPU, once (15 s)")
         _compile(path)

@@ -13,6 +13,7 @@ import pytest
 from torch.utils.file_baton import FileBaton
 
 from trainer.oplocks import dropping_stale_locks, stale_locks
+from trainer.ops import ops_folder
 
 
 @pytest.fixture
@@ -60,3 +61,21 @@ def test_a_fresh_lock_may_be_of_another_machine(lock: Path) -> None:
     assert stale_locks(60.0) == []
     os.utime(lock, (1.0, 1.0))
     assert stale_locks(60.0) == [lock]
+
+
+def test_every_environment_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = set()
+    for prefix in ("/one/.venv", "/another/.venv"):
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")  # so that it is restored
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+        monkeypatch.setattr(sys, "prefix", prefix)
+        folders.add(ops_folder())
+        assert os.environ["TORCH_EXTENSIONS_DIR"] == str(ops_folder())
+    assert len(folders) == 2
+
+
+def test_a_folder_that_is_asked_for_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert ops_folder() == tmp_path
