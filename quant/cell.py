@@ -29,7 +29,7 @@ from quant.measured import (
 )
 from quant.memory import Peak
 from quant.methods import load_method
-from quant.quantize import cast_stored, quantize, stored_dtype
+from quant.quantize import Progress, cast_stored, quantize, stored_dtype
 from quant.spec import DYNAMIC, QuantSpec
 from quant.speed import measure_speed
 from trainer.processor import fast_dtype, processor_name
@@ -74,7 +74,7 @@ def run_cell(
     keep_16bit: Sequence[str] = (),
     recover: Callable[[PreTrainedModel], dict[str, Any]] | None = None,
     reference_tasks: Mapping[str, Any] | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
     made: Mapping[str, Any] | None = None,
     on_saved: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
@@ -87,8 +87,8 @@ def run_cell(
     `quantize_s` is without loading the model. Without `out_folder` nothing is saved. `keep_16bit`:
     names or globs of modules that are not quantized. recover: trains a recovered cell's scales in
     place, before it is saved; what it returns is kept. reference_tasks: results of the setting's
-    tasks for the 16-bit model, to count flips against. progress: called with what it is at
-    ("quantize", "tasks"; of the evaluation the parts tell) and the share of that.
+    tasks for the 16-bit model, to count flips against. progress: called with the number of weights
+    that are quantized and of all; of the evaluation the parts tell, and of tasks the setting.
 
     on_saved: called once the model is in `out_folder`, before the evaluation, with what is known of
     it until then. made: that of an earlier start, whose model is in `out_folder`: it is evaluated.
@@ -110,8 +110,6 @@ def run_cell(
         start = time.perf_counter()
         with dense_weights(model, model.dtype):
             found = measured(model, model_folder, cell.model, report, select, setting)
-            if progress is not None and setting.tasks:
-                progress("tasks", 0.0)
             tasks = tasks_of(model, model_folder, setting, reference_tasks)
     return {
         **_identity(cell),
@@ -140,7 +138,7 @@ def _made(
     setting: Setting,
     keep_16bit: Sequence[str],
     recover: Callable[[PreTrainedModel], dict[str, Any]] | None,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The cell's model as it is stored, and what is known of it before its evaluation."""
     model = load_model(model_folder, setting.device)
@@ -148,8 +146,7 @@ def _made(
     start = time.perf_counter()
     kept = stored_dtype(model)
     layers = {**cell.layers, **dict.fromkeys(keep_16bit)}
-    told = _share_of("quantize", progress)
-    model = quantize(model, cell.spec, layers, kept, progress=told)
+    model = quantize(model, cell.spec, layers, kept, progress=progress)
     quantize_s = time.perf_counter() - start
     recovered = None
     if recover is not None and cell.recovered:
@@ -159,15 +156,6 @@ def _made(
     return model, {"quantize_s": quantize_s, "recovered": recovered}
 
 
-def _share_of(
-    what: str, progress: Callable[[str, float], None] | None
-) -> Callable[[int, int], None] | None:
-    """`progress` as `quantize` calls it."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(what, done / total)
-
-
 def select_kl(
     cell: Cell,
     model_folder: str,
@@ -175,7 +163,7 @@ def select_kl(
     *,
     setting: Setting | None = None,
     keep_16bit: Sequence[str] = (),
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The KL of a cell to its 16-bit model on `select`, and nothing else: for choosing one.
 

@@ -75,7 +75,8 @@ class Setting:
     """How models are evaluated: threads of torch, device, ids that exist, benchmark tasks.
 
     batch_sequences: texts of a batch in a task. dtype: what all models are computed in, by its name
-    in torch, whatever they are stored in; None: each in its own.
+    in torch, whatever they are stored in; None: each in its own. answered: hears how far the tasks
+    are, see `quant.tasks.run_tasks`.
     """
 
     threads: int = 1
@@ -84,6 +85,7 @@ class Setting:
     tasks: Sequence[Task] = ()
     batch_sequences: int = 8
     dtype: str | None = None
+    answered: Callable[[float, str, int, int], None] | None = None
 
     def compute_dtype(self, model: PreTrainedModel) -> torch.dtype:
         """What this model is computed in."""
@@ -189,7 +191,9 @@ def tasks_of(
     from quant.tasks import compare_tasks, run_tasks
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    found = run_tasks(model, tokenizer, setting.tasks, setting.batch_sequences)
+    found = run_tasks(
+        model, tokenizer, setting.tasks, setting.batch_sequences, progress=setting.answered
+    )
     if reference is None:
         return found
     compared = compare_tasks(dict(reference), found)

@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -33,6 +33,7 @@ from quant.taskfiles import (
     swapped,
 )
 
+Answered = Callable[[float, str, int, int], None]
 HASH_DIGITS = 16  # of lm-eval's 64: enough to join documents by
 
 
@@ -81,6 +82,7 @@ def run_tasks(
     tasks: Sequence[Task],
     batch_size: int,
     max_length: int | None = None,
+    progress: Answered | None = None,
 ) -> dict[str, Any]:
     """The results of a model in benchmark tasks, by the tasks' own names; JSON throughout.
 
@@ -94,7 +96,8 @@ def run_tasks(
 
     batch_size: texts per forward pass, fixed: numbers may change with it in their last digits.
     max_length: tokens; None: the model's positions. Log-probabilities are summed from a softmax in
-    float32, whatever the model's dtype. Random generators are left as they were found.
+    float32, whatever the model's dtype. Random generators are left as they were found. progress:
+    called with the share of all tasks that is done, the task, and its answers done and of all.
     Raises ValueError, one line, for a task that does not load or a text that does not fit.
     """
     if not tasks:
@@ -104,16 +107,19 @@ def run_tasks(
 
     results: dict[str, Any] = {}
     groups: dict[str, list[str]] = {}
-    with _quiet(), _seeded(), tempfile.TemporaryDirectory() as cache:
+    with _quiet() as answered, _seeded(), tempfile.TemporaryDirectory() as cache:
         harness = _harness(model, copy.deepcopy(tokenizer), batch_size, max_length)
-        for spec in tasks:
+        for number, spec in enumerate(tasks):
             loaded, found = load_tasks(spec, Path(cache))
             groups.update(found)
-            for name, task in loaded.items():
+            for at, (name, task) in enumerate(loaded.items()):
                 if name in results:
                     raise ValueError(f"{KEY}: {name} is listed twice; list every task once")
                 set_fewshot(task, spec.num_fewshot)
                 harness.truncated = 0
+                if progress is not None:
+                    before = number + at / len(loaded)
+                    answered[:] = [_share(progress, name, before, 1 / len(loaded), len(tasks))]
                 evaluated = evaluate(
                     lm=harness,
                     task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
@@ -131,6 +137,15 @@ def run_tasks(
                     "lm_eval": version("lm_eval"),
                 }
     return {**results, **_group_scores(results, groups)}
+
+
+def _share(
+    progress: Answered, task: str, before: float, of_one: float, tasks: int
+) -> Callable[[int, int], None]:
+    """`progress` as the bar of one task calls it. before, of_one: in entries of all `tasks`."""
+    return lambda done, total: progress(
+        (before + of_one * done / max(1, total)) / tasks, task, done, total
+    )
 
 
 def compare_tasks(reference: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,8 +309,11 @@ def _seeded() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Within the block lm-eval and datasets neither log nor draw progress bars."""
+def _quiet() -> Iterator[list[Callable[[int, int], None]]]:
+    """Within the block lm-eval and datasets neither log nor draw progress bars.
+
+    Those of answers, which are not drawn either, tell what is put into the list: done, and of all.
+    """
     import datasets
     import lm_eval.api.model
     import lm_eval.api.task
@@ -303,20 +321,37 @@ def _quiet() -> Iterator[None]:
     from tqdm import tqdm
     from transformers.utils import logging as transformers_logging
 
+    answered: list[Callable[[int, int], None]] = []
+
     def no_bar(*args: Any, **named: Any) -> Any:
         return tqdm(*args, **{**named, "disable": True})
+
+    class Counted(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **{**named, "disable": True})
+
+        def __iter__(self) -> Iterator[Any]:
+            for item in self.iterable:
+                yield item
+                self.update()
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            for tell in answered:
+                tell(int(self.n), int(self.total or 0))
 
     logger = logging.getLogger("lm_eval")
     level, drawn = logger.level, not datasets.are_progress_bars_disabled()
     said = transformers_logging.get_verbosity()
     with ExitStack() as stack:
-        for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
+        for module in (lm_eval.api.model, lm_eval.api.task):
             stack.enter_context(swapped(module, "tqdm", no_bar))
+        stack.enter_context(swapped(lm_eval.models.huggingface, "tqdm", Counted))
         logger.setLevel(logging.ERROR)
         transformers_logging.set_verbosity_error()
         datasets.disable_progress_bars()
         try:
-            yield
+            yield answered
         finally:
             logger.setLevel(level)
             transformers_logging.set_verbosity(said)

@@ -10,6 +10,8 @@ from cluster.progress import Report
 # quantizing, in tokens: both grow with the model (hqq on a CPU, one thread).
 QUANTIZE_TOKENS = 4_000
 EVALUATE = 1.2  # with its head and the reference's, and all divergences
+TASK_TOKENS = 300  # of a document of a benchmark task, with all of its answers
+TASK_DOCUMENTS = 1_000  # of a task without a limit
 HEAD = 0.25  # the same without the forward pass, from stored hidden states
 LEARN = 4.0  # a forward and a backward pass, beside a second model or records
 
@@ -42,10 +44,13 @@ class Advance:
 
         return tell
 
-    def cell(self, what: str, share: float) -> None:
+    def quantized(self, done: int, total: int) -> None:
         """What `quant.cell.run_cell` calls."""
-        words = "benchmark tasks" if what == "tasks" else f"quantizing: {100 * share:.0f} %"
-        self.at(what, share, words)
+        self.at("quantize", done / total, f"quantizing: {100 * done / total:.0f} %")
+
+    def answered(self, share: float, task: str, done: int, total: int) -> None:
+        """What `quant.tasks.run_tasks` calls."""
+        self.at("tasks", share, f"benchmark task {task}: {done} of {total} answers")
 
     def steps(self, done: int, total: int) -> None:
         """What a recovery calls."""

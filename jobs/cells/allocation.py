@@ -327,5 +327,5 @@ def candidate_task(material: Material, source: Source, cell: Cell) -> dict[str, 
         material.part("select", source, advance),
         setting=material.setting(),
         keep_16bit=material.sweep.keep_16bit,
-        progress=advance.cell,
+        progress=advance.quantized,
     )

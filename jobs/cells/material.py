@@ -122,8 +122,8 @@ class Material:
         progress = None if advance is None else advance.part(name, self.sequences(name))
         return Part(partial(self.batches, name), records, reference, progress)
 
-    def setting(self) -> Any:
-        """A `quant.measured.Setting`."""
+    def setting(self, advance: Advance | None = None) -> Any:
+        """A `quant.measured.Setting`. advance: hears how far benchmark tasks are."""
         from quant.measured import Setting
 
         return Setting(
@@ -133,6 +133,7 @@ class Material:
             self.sweep.tasks,
             self.sweep.batch_sequences,
             self.sweep.dtype,
+            None if advance is None else advance.answered,
         )
 
 

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.progress import Report, silent
 from cluster.storage import Attempt, Store
-from jobs.cells.advance import EVALUATE, HEAD, LEARN, QUANTIZE_TOKENS, Advance
+from jobs.cells.advance import (
+    EVALUATE,
+    HEAD,
+    LEARN,
+    QUANTIZE_TOKENS,
+    TASK_DOCUMENTS,
+    TASK_TOKENS,
+    Advance,
+)
 from jobs.cells.material import PARTS, Material, Source
 from quant.foretold import Forecast
 from quant.grid import Cell
@@ -51,7 +59,7 @@ def model_task(
             material.part("select", advance=advance),
             source.role,  # type: ignore[arg-type]
             source.name,
-            setting=material.setting(),
+            setting=material.setting(advance),
             references=todo,
         )
         for part, folder in todo.items():
@@ -67,13 +75,14 @@ def teacher_task(
     """Evaluates the teacher from its records alone and publishes evaluations/teacher.json."""
     from quant.beside import evaluate_model
 
+    advance = Advance(material.report, _tasks(material))
     result = evaluate_model(
         str(find_model("teacher.model", teacher.model, teacher.revision)),
         material.part("report"),
         material.part("select"),
         "teacher",
         name,
-        setting=material.setting(),
+        setting=material.setting(advance),
     )
     result["fingerprint"] = print_
     material.attempt.write_json("evaluations/teacher.json", result)
@@ -86,14 +95,15 @@ def extra_task(
     """Evaluates a model quantized elsewhere and publishes evaluations/extra-<name>.json."""
     from quant.beside import evaluate_extra
 
-    advance = Advance(material.report, _evaluations(material, EVALUATE))
+    work = _evaluations(material, EVALUATE) | _tasks(material)
+    advance = Advance(material.report, work)
     result = evaluate_extra(
         str(find_model("sweep.extra", extra.path)),
         source.folder(),
         material.part("report", source, advance),
         material.part("select", source, advance),
         extra.label,
-        setting=material.setting(),
+        setting=material.setting(advance),
         reference_tasks=_reference_tasks(material, source),
     )
     result["fingerprint"] = print_
@@ -137,11 +147,11 @@ def cell_task(
             material.part("report", source, advance),
             material.part("select", source, advance),
             out,
-            setting=material.setting(),
+            setting=material.setting(advance),
             keep_16bit=material.sweep.keep_16bit,
             recover=recover,
             reference_tasks=_reference_tasks(material, source),
-            progress=advance.cell,
+            progress=advance.quantized,
             made=before,
             on_saved=publish,
         )
@@ -193,9 +203,16 @@ def _evaluations(material: Material, weight: float) -> dict[str, float]:
     return {f"evaluation/{part}": weight * material.sequences(part) for part in PARTS}
 
 
+def _tasks(material: Material) -> dict[str, float]:
+    """The benchmark tasks as a phase, if there are any."""
+    documents = sum(task.limit or TASK_DOCUMENTS for task in material.sweep.tasks)
+    return {"tasks": documents * TASK_TOKENS / material.sequence_length} if documents else {}
+
+
 def _model_advance(material: Material, references: Iterable[str]) -> Advance:
     work = {f"reference/{part}": float(material.sequences(part)) for part in references}
-    return Advance(material.report, work | _evaluations(material, HEAD if work else EVALUATE))
+    evaluations = _evaluations(material, HEAD if work else EVALUATE)
+    return Advance(material.report, work | evaluations | _tasks(material))
 
 
 def _cell_advance(material: Material, cell: Cell, quantized: bool) -> Advance:
@@ -204,8 +221,7 @@ def _cell_advance(material: Material, cell: Cell, quantized: bool) -> Advance:
         work["quantize"] = QUANTIZE_TOKENS / material.sequence_length
         if cell.recovered and (learn := material.sweep.recover) is not None:
             work["recover"] = LEARN * learn.steps * learn.batch_sequences
-    tasks = {"tasks": 0.0} if material.sweep.tasks else {}
-    return Advance(material.report, work | _evaluations(material, EVALUATE) | tasks)
+    return Advance(material.report, work | _evaluations(material, EVALUATE) | _tasks(material))
 
 
 def _recover(

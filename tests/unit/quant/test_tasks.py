@@ -244,6 +244,19 @@ def test_a_folder_of_several_tasks_and_a_group(make_llama, tokenizer, several):
         assert compared["both"][key] == compared["one"][key] + compared["two"][key]
 
 
+def test_answers_are_told_as_they_come(make_llama, tokenizer, several, folder):
+    told = []
+    tasks = [*local(several), *local(folder, limit=5)]
+    run_tasks(llama(make_llama), tokenizer, tasks, 4, progress=lambda *said: told.append(said))
+    shares = [share for share, *_ in told]
+    assert shares == sorted(shares) and shares[0] < 0.1 and shares[-1] == pytest.approx(1)
+    choices = len(rows_of(folder)[0]["choices"])
+    for name, documents in {"one": 4, "two": 6, "aside": 8, "heldout": 5}.items():
+        counted = [(done, total) for _, task, done, total in told if task == name]
+        total = documents * choices
+        assert counted == [(done, total) for done in range(1, total + 1)]
+
+
 def test_flips_add_up_with_the_accuracies(make_llama, tokenizer, folder):
     tasks = local(folder)
     before = run_tasks(llama(make_llama), tokenizer, tasks, batch_size=8)
@@ -309,7 +322,11 @@ def test_generated_answers_are_right_or_wrong_too(make_llama, tokenizer, tmp_pat
         "generation_kwargs: {until: ['\\n\\n\\n'], max_gen_toks: 3, do_sample: false}\n"
         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )
-    found = run_tasks(model, tokenizer, local(tmp_path), batch_size=2)["answers"]
+    told = []
+    found = run_tasks(
+        model, tokenizer, local(tmp_path), 2, progress=lambda *said: told.append(said)
+    )["answers"]
+    assert [tuple(said) for said in told] == [(n / 6, "answers", n, 6) for n in range(1, 7)]
     assert (found["metric"], found["correct"]) == ("exact_match", [0, 1, 0, 1, 0, 1])
     assert found["accuracy"] == found["metrics"]["exact_match"] == 0.5
     assert "accuracy_norm" not in found
