@@ -11,13 +11,13 @@ def test_phases_add_up_to_the_whole() -> None:
     told: list[tuple[float, str]] = []
     work = {"quantize": 20.0, "evaluation/select": 16.0, "evaluation/report": 64.0}
     advance = Advance(lambda done, words: told.append((done, words)), work)
-    advance.cell("quantize", 0.5)
-    advance.cell("quantize", 1.0)
+    advance.quantized(10, 20)
+    advance.quantized(20, 20)
     advance.part("select", 16)("evaluation", 16.0)
     report = advance.part("report", 64)
     report("evaluation", 12.75)
     report("evaluation", 64.0)
-    advance.cell("tasks", 0.0)  # not asked for: not told
+    advance.answered(0.5, "heldout", 20, 40)  # not asked for: not told
     assert told == [
         (0.0, "loading the model"),
         (0.1, "quantizing: 50 %"),
@@ -25,6 +25,17 @@ def test_phases_add_up_to_the_whole() -> None:
         (0.36, "evaluated on select: 16 of 16 sequences"),
         ((20 + 16 + 12.75) / 100, "evaluated on report: 12 of 64 sequences"),
         (1.0, "evaluated on report: 64 of 64 sequences"),
+    ]
+
+
+def test_answers_of_benchmark_tasks_are_a_phase() -> None:
+    told: list[tuple[float, str]] = []
+    advance = Advance(lambda done, words: told.append((done, words)), {"quantize": 1.0, "tasks": 3})
+    advance.quantized(8, 8)
+    advance.answered(0.5, "heldout", 20, 40)
+    assert told[1:] == [
+        (0.25, "quantizing: 100 %"),
+        (0.625, "benchmark task heldout: 20 of 40 answers"),
     ]
 
 
