@@ -118,8 +118,8 @@ def run_tasks(
                 set_fewshot(task, spec.num_fewshot)
                 harness.truncated = 0
                 if progress is not None:
-                    before = number + at / len(loaded)
-                    answered[:] = [_share(progress, name, before, 1 / len(loaded), len(tasks))]
+                    share = 1 / len(loaded) / len(tasks)
+                    answered[:] = [_one_of(progress, name, number / len(tasks) + at * share, share)]
                 evaluated = evaluate(
                     lm=harness,
                     task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
@@ -139,13 +139,11 @@ def run_tasks(
     return {**results, **_group_scores(results, groups)}
 
 
-def _share(
-    progress: Answered, task: str, before: float, of_one: float, tasks: int
+def _one_of(
+    progress: Answered, task: str, before: float, share: float
 ) -> Callable[[int, int], None]:
-    """`progress` as the bar of one task calls it. before, of_one: in entries of all `tasks`."""
-    return lambda done, total: progress(
-        (before + of_one * done / max(1, total)) / tasks, task, done, total
-    )
+    """`progress` as the bar of one task calls it. before: the share of the tasks before it."""
+    return lambda done, total: progress(before + share * done / max(1, total), task, done, total)
 
 
 def compare_tasks(reference: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:

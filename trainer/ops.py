@@ -14,6 +14,8 @@ from pathlib import Path
 
 def ops_folder() -> Path:
     """The folder: TORCH_EXTENSIONS_DIR, which is set where it is not, so that torch has it too."""
-    own = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
-    default = Path.home() / ".cache" / "torch_extensions" / f"stillhouse-{own}"
-    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    if not os.environ.get("TORCH_EXTENSIONS_DIR"):
+        own = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+        folder = Path.home() / ".cache" / "torch_extensions" / f"stillhouse-{own}"
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    return Path(os.environ["TORCH_EXTENSIONS_DIR"])
