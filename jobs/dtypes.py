@@ -37,6 +37,12 @@ def decide_dtypes(
     return found
 
 
+def training_device(spec: JobSpec, gpus: bool) -> str:
+    """Where the student is trained, "cpu" or "cuda". gpus: whether the cluster has any."""
+    uses = spec.resources.distill.gpus_per_worker
+    return "cuda" if (gpus if uses == "auto" else uses) else "cpu"
+
+
 def _cells_want_gpus(spec: JobSpec) -> bool:
     """Whether `gpus_per_cell: auto` gives cells of this job's models a GPU."""
     from jobs.plan.models import read_models

@@ -18,7 +18,7 @@ from cluster.storage import EventTail, EventWriter, Fenced, open_store
 from jobs import checks, preflight
 from jobs.cells.given import absolute_paths
 from jobs.driver import job_of_driver, tries_left
-from jobs.dtypes import decide_dtypes, local_dtypes
+from jobs.dtypes import decide_dtypes, local_dtypes, training_device
 from jobs.errors import Interrupted, SpecErrors, StageFailed, Superseded
 from jobs.groupsizes import resolve_group_sizes
 from jobs.inputs import Inputs
@@ -34,7 +34,7 @@ from jobs.terminal import chatter_to, log_file
 from jobs.todo import Plan, is_current
 from trainer.dtypes import recorded_dtypes, undecided_dtypes, with_auto
 from trainer.job import resolve
-from trainer.processor import DtypeName
+from trainer.processor import DtypeName, this_device
 
 # How long the end of a run waits for Weights & Biases.
 TRACKING_SECONDS = 120.0
@@ -85,12 +85,13 @@ def prepare_job(
     *,
     local: bool = False,
     dtypes: Mapping[str, DtypeName] | None = None,
+    gpus: bool | None = None,
 ) -> Job:
     """Checks a job and says what is left of it. Raises SpecErrors; nothing is started.
 
     `dtype: auto` becomes what the run computed in before. For a new run it is what this machine is
     fast at, which stands if the job runs here alone (`local`); else the nodes decide, and what they
-    say comes as `dtypes`.
+    say comes as `dtypes`. gpus: whether the cluster has any; None: as this machine.
     """
     asked = spec
     faults = checks.storage_faults(spec)
@@ -100,7 +101,8 @@ def prepare_job(
         run = RunDir(open_store(spec.storage).sub(spec.name))
         known = {**(dtypes or {}), **recorded_dtypes(run.store)}
         undecided = [] if local else [name for name in undecided_dtypes(spec) if name not in known]
-        spec = absolute_paths(resolve(spec, {**local_dtypes(spec), **known}))
+        device = training_device(spec, this_device() == "cuda" if gpus is None else gpus)
+        spec = absolute_paths(resolve(spec, {**local_dtypes(spec), **known}, device))
         spec = resolve_group_sizes(spec)
         inputs = Inputs(spec)
         redo = _left_to_redo(run, redo)
@@ -241,7 +243,7 @@ class _Attempt:
         grown = preflight.wait_for_resources(job.spec, job.plan.todo, cluster, stopped, tell)
         try:
             cores = preflight.cores(grown, stopped, reporter.say, tell)
-            job = self._decide_dtypes(grown, cores, reporter)
+            job = self._decide(grown, cores, reporter)
             scratch = self._keep_plan(grown, slowest(cores))
             preflight.nodes(job.spec, job.run, grown, scratch, stopped, reporter.say, tell)
         except preflight.NodesSilent as error:
@@ -252,13 +254,13 @@ class _Attempt:
         tell("starting")
         return found
 
-    def _decide_dtypes(self, cluster: Cluster, cores: Sequence[Core], reporter: Reporter) -> Job:
-        """The job with `dtype: auto` as the nodes decide it, if it is still open; kept from now."""
+    def _decide(self, cluster: Cluster, cores: Sequence[Core], reporter: Reporter) -> Job:
+        """The job with each `auto` that the nodes decide, if it is still open; kept from now."""
         job = self.job
-        if job.undecided:
+        if job.undecided or (cluster.gpus > 0) != (this_device() == "cuda"):
             spec = with_auto(job.spec, job.undecided)
             dtypes = decide_dtypes(spec, cluster.gpus > 0, [core.dtype for core in cores])
-            decided = prepare_job(job.asked, *job.stages, dtypes=dtypes)
+            decided = prepare_job(job.asked, *job.stages, dtypes=dtypes, gpus=cluster.gpus > 0)
             self.job = job = replace(decided, run=job.run)
             self._keep_spec(job.spec)
         if asked := undecided_dtypes(job.asked):

@@ -78,7 +78,7 @@ class Reporter:
             self._move(stage, event["step"], event["steps"], note)
         elif kind == "progress":
             rate = event.get("tokens_per_s")
-            note = event["unit"] + (f"  {rate:,.0f} tokens/s" if rate else "")
+            note = event.get("within", event["unit"]) + (f"  {rate:,.0f} tokens/s" if rate else "")
             if "failed" in event:
                 note += f"  {event['failed']} failed"
             if stage == "capture":
@@ -122,18 +122,19 @@ class Reporter:
     def _move(
         self,
         name: str,
-        done: int,
+        done: float,
         total: int,
         note: str,
         share: float | None = None,
         tasks: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """share: of the work, where `done` of `total` does not say it all. tasks: that run now."""
+        count = f"{int(done)}/{total}"
         if self._bars is not None:
             if share is None:
-                self._row(name, name, done, total, f"{done}/{total}", note)
+                self._row(name, name, done, total, count, note)
             else:
-                self._row(name, name, share, 1.0, f"{done}/{total}", note)
+                self._row(name, name, share, 1.0, count, note)
             self._rows_of(name, tasks)
             return
         now = time.monotonic()
@@ -142,7 +143,7 @@ class Reporter:
         due = now - self._printed.get(name, -PLAIN_SECONDS) >= PLAIN_SECONDS
         if due or done == total:
             self._printed[name] = now
-            words = [f"{done}/{total}  {note}", *(f"{t['key']}: {t['words']}" for t in tasks)]
+            words = [f"{count}  {note}", *(f"{t['key']}: {t['words']}" for t in tasks)]
             if left is not None:
                 words.append(in_words(left))
             self.say(f"{name}: " + ", ".join(words))

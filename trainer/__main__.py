@@ -211,7 +211,8 @@ class Rank:
         elif event == "progress":
             done = min(fields["done"], fields["total"])
             part = f"{stage} {fields.get('part', '')}".rstrip()
-            self._say(part, done, fields["total"], fields["unit"], fields)
+            note = fields.get("within", fields["unit"])
+            self._say(part, int(done), fields["total"], note, fields)
         elif (line := line_of({"event": event, **fields})) is not None:
             print(line, flush=True)
         elif event == "training_done":
@@ -253,7 +254,8 @@ class Rank:
         fast = self.worker.gather(fast_dtype(self.worker.device.type))
         dtype: DtypeName = "bfloat16" if set(fast) == {"bfloat16"} else "float32"
         dtypes = dict.fromkeys(DTYPE_SECTIONS, dtype)
-        return self.after(lambda: job.resolve(self.spec, {**dtypes, **recorded_dtypes(self.store)}))
+        known = {**dtypes, **recorded_dtypes(self.store)}
+        return self.after(lambda: job.resolve(self.spec, known, self.worker.device.type))
 
     def _inputs(self, spec: Any, names: job.Identities, corpus: Store) -> dict[str, Any]:
         """Of the trainings. Raises ValueError if an unfinished one would be passed over."""

@@ -8,10 +8,9 @@ from typing import Any
 # Activations of a micro-batch, in bytes, from which on they are recomputed: without and with LoRA,
 # which leaves the room that gradients and optimizer state would take.
 RECOMPUTE_FROM, RECOMPUTE_FROM_LORA = 8 << 30, 16 << 30
-# Tokens of a micro-batch.
-MICRO_TOKENS = 16384
-# Tokens of a teacher's forward pass; on a CPU as many as are so much work, in parameters times
-# tokens: some three seconds of a core, after which there is progress to show and a stop is heard.
+# Tokens of a pass; on a CPU as many as are so much work, in parameters times tokens: some three
+# seconds of a core forward and ten with the way back, after which there is progress to show and a
+# stop is heard.
 BATCH_TOKENS, CPU_BATCH_WORK, LEAST_BATCH_TOKENS = 16384, 64e9, 512
 
 
@@ -31,20 +30,20 @@ def auto_learning_rate(init: str, width: int, lora: bool = False) -> float:
     return 1e-4 if init == "slice" else 2e-5
 
 
-def auto_micro_batch(sequence_length: int) -> int:
+def auto_micro_batch(sequence_length: int, config: dict[str, Any], device: str) -> int:
     """Rule for `micro_batch: auto`: as many sequences as 16,384 tokens hold, at least one.
 
-    So many tokens keep a GPU busy, and the head's logits are never held whole, whatever the
-    vocabulary; where activations grow too large they are recomputed instead
-    (`auto_activation_checkpointing`).
+    config: as in `auto_activation_checkpointing`. device: "cpu", where a large student has fewer,
+    or "cuda". So many tokens keep a GPU busy, and the head's logits are never held whole, whatever
+    the vocabulary; where activations grow too large they are recomputed instead.
     """
-    return max(1, MICRO_TOKENS // sequence_length)
+    return max(1, auto_batch_tokens(layer_weights(config), device) // sequence_length)
 
 
 def auto_batch_tokens(parameters: int, device: str) -> int:
     """Rule for `resources.capture.batch_tokens: auto`: 16,384 on a GPU, less on a CPU.
 
-    parameters: of the teacher. device: "cpu" or "cuda". It follows neither the speed of a machine
+    parameters: of the model. device: "cpu" or "cuda". It follows neither the speed of a machine
     nor its load, so that captures of one teacher on CPUs all have blocks of one size.
     """
     if device != "cpu":
@@ -62,6 +61,12 @@ def auto_activation_checkpointing(config: dict[str, Any], micro_tokens: int, lor
     return activation_bytes(config) * micro_tokens > limit
 
 
+def layer_weights(config: dict[str, Any]) -> int:
+    """Weights of a model's layers, about: of the attention's four matrices and the MLP's three."""
+    sizes = _Sizes(config)
+    return sizes.layers * sizes.width * (4 * sizes.attention + 3 * sizes.inner)
+
+
 def activation_bytes(config: dict[str, Any]) -> int:
     """Bytes that the layers of a model keep per token for the backward pass, in bfloat16, about.
 
@@ -73,13 +78,22 @@ def activation_bytes(config: dict[str, Any]) -> int:
     section 4.1; the figures are for transformers' own modules, within 40 % of what they keep.
     """
     text = config.get("text_config") or config
-    width = _size(text, ("hidden_size", "n_embd"), 768)
-    heads = _size(text, ("num_attention_heads", "n_head"), 12)
-    attention = heads * _size(text, ("head_dim",), max(1, width // heads))
-    inner = _size(text, ("intermediate_size", "n_inner"), 4 * width)
+    sizes = _Sizes(config)
     single = text.get("activation_function", "gelu_new") == "gelu_new" and "n_embd" in text
-    layers = _size(text, ("num_hidden_layers", "n_layer"), 12)
-    return layers * (16 * width + 12 * attention + (24 if single else 8) * inner)
+    inner = (24 if single else 8) * sizes.inner
+    return sizes.layers * (16 * sizes.width + 12 * sizes.attention + inner)
+
+
+class _Sizes:
+    """The sizes of a model's layers, by what its family calls them; attention: of all heads."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        text = config.get("text_config") or config
+        self.width = _size(text, ("hidden_size", "n_embd"), 768)
+        heads = _size(text, ("num_attention_heads", "n_head"), 12)
+        self.attention = heads * _size(text, ("head_dim",), max(1, self.width // heads))
+        self.inner = _size(text, ("intermediate_size", "n_inner"), 4 * self.width)
+        self.layers = _size(text, ("num_hidden_layers", "n_layer"), 12)
 
 
 def _size(config: dict[str, Any], names: tuple[str, ...], default: int) -> int:

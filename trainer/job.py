@@ -23,7 +23,7 @@ from trainer.fingerprint import fingerprint, flatten
 from trainer.identity import Identities
 from trainer.lossspec import LossesSpec
 from trainer.models import absolute, find_model, width_of
-from trainer.processor import DtypeName
+from trainer.processor import DtypeName, this_device
 from trainer.rules import Sections
 from trainer.spec import (
     AnswersFile,
@@ -53,10 +53,13 @@ _RUNNING = {
 Spec = TypeVar("Spec", bound=Sections)
 
 
-def resolve(spec: Spec, dtypes: Mapping[str, DtypeName] | None = None) -> Spec:
+def resolve(
+    spec: Spec, dtypes: Mapping[str, DtypeName] | None = None, device: str | None = None
+) -> Spec:
     """The spec with local models named absolutely and `auto` resolved.
 
-    dtypes: what `dtype: auto` means, by section; None: what this machine is fast at.
+    dtypes: what `dtype: auto` means, by section; None: what this machine is fast at. device: "cpu"
+    or "cuda", where the student is trained; None: this machine's.
     Workers run in directories of their own, so a relative name would mean nothing there. Raises
     ValueError, one line, if the student's config cannot be read.
     """
@@ -68,7 +71,10 @@ def resolve(spec: Spec, dtypes: Mapping[str, DtypeName] | None = None) -> Spec:
     changes: dict[str, Any] = {}
     lora, micro_batch = student.lora is not None, distill.micro_batch
     if micro_batch == "auto":
-        changes["micro_batch"] = micro_batch = auto_micro_batch(data.sequence_length)
+        micro_batch = auto_micro_batch(
+            data.sequence_length, _raw_config(spec), device or this_device()
+        )
+        changes["micro_batch"] = micro_batch
     if distill.learning_rate == "auto":
         width = width_of(_raw_config(spec))
         changes["learning_rate"] = auto_learning_rate(student.init, width, lora)

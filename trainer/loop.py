@@ -35,6 +35,9 @@ from trainer.worker import Stopped, Worker
 if TYPE_CHECKING:
     from trainer.online import OnlineTeacher
 
+# A step that takes longer says how far it is, and hears a stop, so often.
+BETWEEN_SECONDS = 5.0
+
 
 def train(job: Training, worker: Worker) -> dict[str, Any]:
     """Trains, saves the student to `job.output`, returns its metrics; collective.
@@ -106,6 +109,8 @@ class _Run:
         # Of the groups before this one, up to the checkpoint from which it goes on.
         self.seconds = self.worker_seconds = 0.0
         self.waits_ms: list[float] = []
+        self.saved_step = 0
+        self.spoke_at = 0.0
         self.saved_at = time.monotonic()
         # Of the checkpoints that were asked for out of turn; earlier groups of workers had theirs.
         self.saves_heeded = worker.hooks.saves_requested() if worker.is_main else 0
@@ -131,7 +136,7 @@ class _Run:
             return
         checkpoint.load(self.engine, job.checkpoints, found, worker, self.patient)
         self.bests.restore(found.state.get("best"))
-        self.start = found.step
+        self.start = self.saved_step = found.step
         self.tokens_read = int(found.state["tokens"])
         self.seconds = float(found.state["seconds"])
         self.worker_seconds = float(found.state["worker_seconds"])
@@ -230,7 +235,10 @@ class _Run:
         losses = {name: (weights[name], loss) for name, loss in self.losses.items()}
         how = {"hidden_weight": weights["hidden"]} if self.hidden else {}
         rows = []
-        for micro in step.micros:
+        self.spoke_at = time.monotonic()
+        for number, micro in enumerate(step.micros):
+            if number and self.worker.device.type == "cpu":
+                self._between(step, number)
             inputs = micro.to(self.worker.device)
             with signal_of(self.online, inputs) as more:
                 loss, sums = self.engine(**inputs, losses=losses, **how, **more)
@@ -238,6 +246,28 @@ class _Run:
             self.engine.step()
             rows.append(sums)
         return torch.stack(rows)
+
+    def _between(self, step: Step, number: int) -> None:
+        """Before the `number`-th micro-batch of a step, which may take minutes on CPUs: says how
+        far it is, and stops where that is asked for; collective."""
+        job, worker, of = self.job, self.worker, len(step.micros)
+        due = worker.is_main and time.monotonic() - self.spoke_at >= BETWEEN_SECONDS
+        if due:
+            self.spoke_at = time.monotonic()
+            worker.emit(
+                "progress",
+                stage=job.stage,
+                done=step.number + number / of,
+                total=job.distill.steps,
+                unit="steps",
+                within=f"{number} of {of} micro-batches",
+            )
+        (stop,) = worker.sum([due and worker.hooks.stop_requested()])
+        if stop:
+            if step.number > self.saved_step:  # what was read of this step is read again
+                self._save(step.number)
+            self._finish_save()
+            raise Stopped(f"{job.stage} stopped in step {step.number + 1}")
 
     def _names(self) -> list[str]:
         return [*self.losses, *(["hidden"] if self.hidden else [])]
@@ -277,6 +307,7 @@ class _Run:
         state = {"tokens": self.tokens_read, "best": self.bests.state(), **self._spent()}
         self.bests.begin()
         self.saver.begin(self.engine, step, job.distill.zero_stage, state)
+        self.saved_step = step
         self.saved_at = time.monotonic()
 
     def _finish_save(self) -> None:

@@ -287,7 +287,8 @@ class DistillSpec(Section):
     )
     micro_batch: Auto | Annotated[int, Field(ge=1)] = Field(
         "auto",
-        description="Sequences per forward pass on one worker. auto: as many as 16,384 tokens.",
+        description="Sequences per forward pass on one worker. auto: as many as 16,384 tokens; on "
+        "CPUs as many as take some ten seconds, so that progress shows and a stop is heard.",
     )
     learning_rate: Auto | Annotated[float, Field(gt=0)] = Field(
         "auto",

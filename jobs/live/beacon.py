@@ -120,10 +120,10 @@ class Beacon:
         if kind in AT_WORK:
             self.tell(waits=None, restarting=None)
 
-    def _progress(self, stage: str | None, done: int, total: int, **others: Any) -> None:
+    def _progress(self, stage: str | None, done: float, total: int, **others: Any) -> None:
         share = others.get("share", min(1.0, done / total) if total else 1.0)
         left = self._remaining.seconds(f"{stage} {others['unit']}", share, time.monotonic())
-        told = {"stage": stage, "done": min(done, total), "total": total, "left_s": left}
+        told = {"stage": stage, "done": int(min(done, total)), "total": total, "left_s": left}
         self.tell(progress={**told, **others})
 
     def _lost(self, event: Mapping[str, Any]) -> None:

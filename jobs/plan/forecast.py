@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.workers import Group
-from jobs.dtypes import decide_dtypes
+from jobs.dtypes import decide_dtypes, training_device
 from jobs.errors import SpecErrors
 from jobs.plan import hours, notes
 from jobs.plan.breakeven import break_even
@@ -43,7 +43,7 @@ def forecast(asked: JobSpec, place: Place, price: float | None = None) -> dict[s
     """
     dtypes = decide_dtypes(asked, place.gpus > 0, [place.core.dtype])
     try:
-        spec = resolve(asked, dtypes)
+        spec = resolve(asked, dtypes, training_device(asked, place.gpus > 0))
     except ValueError as error:
         raise SpecErrors([str(error)]) from error
     models = read_models(spec)

@@ -22,7 +22,7 @@ def portable(job: Job, shared: Sequence[str]) -> JobSpec:
     A student's config file is written into the spec. Local sources may stay where the corpus is
     made already: the spec then names it. Raises SpecErrors, a line for every local path.
     """
-    spec = _inline(with_auto(job.spec, undecided_dtypes(job.asked)))
+    spec = _inline(_as_asked(job))
     folders = [Path(folder).expanduser().resolve() for folder in shared]
     faults = [
         f"--shared: {folder} is no folder here; may be one that this machine and all nodes mount "
@@ -83,6 +83,16 @@ def _absolute(spec: JobSpec) -> JobSpec:
         ]
         update["data"] = spec.data.model_copy(update={"train": train})
     return spec.model_copy(update=update)
+
+
+def _as_asked(job: Job) -> JobSpec:
+    """The resolved spec, but for each `auto` that follows the machines."""
+    spec = with_auto(job.spec, undecided_dtypes(job.asked))
+    if (asked := job.asked.distill) is None or spec.distill is None:
+        return spec
+    names = ("micro_batch", "activation_checkpointing")
+    distill = spec.distill.model_copy(update={name: getattr(asked, name) for name in names})
+    return spec.model_copy(update={"distill": distill})
 
 
 def _lies_in(path: Path | None, folders: Sequence[Path]) -> bool:

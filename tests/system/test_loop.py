@@ -52,7 +52,7 @@ def train_all(jobs: list[tuple[Any, int | None, int | None]]) -> list[Told]:
     from trainer.worker import Stopped
 
     worker = start()
-    real = loop._Run._step
+    real, often = loop._Run._step, loop.BETWEEN_SECONDS
     results = []
     for job, stop_at, kill_at in jobs:
         log = Log(stop_at)
@@ -65,6 +65,7 @@ def train_all(jobs: list[tuple[Any, int | None, int | None]]) -> list[Told]:
             return real(run, step, *rest)
 
         loop._Run._step = step
+        loop.BETWEEN_SECONDS = 0.0 if job.checkpoints.url.endswith("-between") else often
         try:
             told.metrics = loop.train(job, replace(worker, hooks=log.hooks(attempt=1)))
         except (Stopped, FloatingPointError, RuntimeError) as error:
@@ -91,6 +92,12 @@ def online_job(world: World, name: str, **changes: Any) -> Any:
     return replace(job, teacher=teacher, **changes)
 
 
+def between_job(world: World, stage: int, kind: str) -> Any:
+    """Of two micro-batches per step, between which a stop is asked for too."""
+    how = {"zero_stage": stage, "evaluate_steps": None, "checkpoint_steps": 4}
+    return world.job(f"z{stage}-between", kind=kind, **how)
+
+
 def poisoned_job(world: World, name: str) -> Any:
     """From a student one of whose embeddings is no number."""
     from trainer.spec import StudentSpec
@@ -106,6 +113,7 @@ def first_jobs(world: World) -> dict[str, tuple[Any, int | None, int | None]]:
             name = f"z{stage}-{'often' if often else 'once'}"
             how = {"zero_stage": stage, "evaluate_steps": often, "checkpoint_steps": 4}
             jobs[name] = (world.job(name, kind=kind, **how), None, None)
+        jobs[f"z{stage}-between"] = (between_job(world, stage, kind), 5, None)
     jobs["best"] = (overfit_job(world, "best"), None, None)
     jobs["only-last"] = (overfit_job(world, "only-last", evaluate_steps=None), None, None)
     jobs["stopped"] = (overfit_job(world, "stopped"), STEPS - 1, None)
@@ -202,6 +210,8 @@ def second(world, first, kept, spent) -> list[dict[str, Told]]:
             overfit_job(world, "until-best", evaluate_steps=None, steps=best), None, None
         ),
         "too-fast": (world.job("too-fast", learning_rate=1e9, checkpoint_steps=1), None, None),
+        "z2-between": (between_job(world, 2, "gpt2"), None, None),
+        "z3-between": (between_job(world, 3, "llama"), None, None),
     }  # fmt: skip
     results = spawn(train_all, list(jobs.values()), world=2)
     return [dict(zip(jobs, told, strict=True)) for told in results]
@@ -221,6 +231,16 @@ def test_evaluations_change_nothing(first, stage) -> None:
     assert [e["step"] for e in of_kind(once, "evaluation")] == [6]
     assert [e["step"] for e in of_kind(often, "evaluation")] == [1, 2, 3, 4, 5, 6]
     assert of_kind(once, "evaluation")[0]["select_ce"] == often.metrics["last_select_ce"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_training_stops_within_a_step_and_goes_on_with_all_of_it(first, second, stage) -> None:
+    whole = first[0][f"z{stage}-once"]
+    head, tail = (told[0][f"z{stage}-between"] for told in (first, second))
+    assert head.error.startswith("Stopped") and head.steps() == [1, 2]
+    assert [event["done"] for event in of_kind(head, "progress")] == [0.5, 1.5, 2.5]
+    assert tail.first("resume")["step"] == 2
+    assert [*head.losses(), *tail.losses()] == whole.losses()
 
 
 def test_the_curve_is_of_every_so_many_steps_and_the_last(first) -> None:

@@ -93,3 +93,18 @@ def test_on_a_cluster_the_nodes_decide(spec: JobSpec, tmp_path: Path) -> None:
     decided = prepare_job(spec, dtypes=dict.fromkeys(SECTIONS, "float32"))
     assert {getattr(decided.spec, name).dtype for name in SECTIONS} == {"float32"}
     assert decided.undecided == []
+
+
+def test_a_micro_batch_is_for_where_the_student_is_trained(spec: JobSpec, tmp_path: Path) -> None:
+    large = {**tiny.model(1024, 24), "intermediate_size": 4096}
+    student = spec.student.model_copy(update={"config": large})
+    spec = spec.model_copy(update={"student": student})
+    sequences = {}
+    for gpus in (False, True):
+        job = prepare_job(spec, gpus=gpus)
+        sequences[gpus] = job.spec.distill.micro_batch
+        sent = portable(job, [str(tmp_path)])
+        assert sent.distill.micro_batch == sent.distill.activation_checkpointing == "auto"
+    assert sequences[True] == 16384 // LENGTH > 10 * sequences[False]
+    forced = resources(spec, distill={"gpus_per_worker": 0})
+    assert prepare_job(forced, gpus=True).spec.distill.micro_batch == sequences[False]

@@ -84,6 +84,18 @@ SWEEP = {
 }
 
 
+def test_a_step_of_minutes_shows_how_far_it_is() -> None:
+    within = {"event": "progress", "stage": "distill", "done": 3.25, "total": 40, "unit": "steps"}
+    within["within"] = "2 of 8 micro-batches"
+    plain, terminal = io.StringIO(), io.StringIO()
+    with Reporter(Console(file=plain, width=200)) as reporter:
+        reporter.event(within)
+    assert plain.getvalue().splitlines() == ["distill: 3/40  2 of 8 micro-batches"]
+    with Reporter(Console(file=terminal, force_terminal=True, width=120)) as reporter:
+        reporter.event(within)
+        assert reporter.bars() == ["distill 3/40 2 of 8 micro-batches"]
+
+
 def test_running_tasks_of_a_sweep_are_shown_and_go() -> None:
     terminal = io.StringIO()
     with Reporter(Console(file=terminal, force_terminal=True, width=120)) as reporter:

@@ -13,6 +13,7 @@ from trainer.auto import (
     auto_batch_tokens,
     auto_learning_rate,
     auto_micro_batch,
+    layer_weights,
 )
 
 MEASURED: dict[str, dict[str, Any]] = {
@@ -95,7 +96,16 @@ def test_learning_rates(init, lora, width, rate) -> None:
 
 @pytest.mark.parametrize("length, expected", [(2048, 8), (8192, 2), (16385, 1), (100000, 1)])
 def test_a_micro_batch_holds_at_least_one_sequence(length, expected) -> None:
-    assert auto_micro_batch(length) == expected
+    assert auto_micro_batch(length, {"hidden_size": 4096}, "cuda") == expected
+
+
+def test_a_micro_batch_is_seconds_of_a_cpu() -> None:
+    small = {"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 4}  # the demo's
+    assert auto_micro_batch(256, small, "cpu") == auto_micro_batch(256, small, "cuda") == 64
+    large = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    assert auto_micro_batch(512, large, "cpu") == 1 and auto_micro_batch(512, large, "cuda") == 32
+    assert auto_micro_batch(64, large, "cpu") == 8
+    assert layer_weights({"text_config": large}) == 30 * 576 * (4 * 576 + 3 * 1536)
 
 
 def test_a_teachers_block_is_seconds_of_a_cpu() -> None:
