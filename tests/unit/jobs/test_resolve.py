@@ -21,6 +21,7 @@ from trainer.job import (
     unfinished_faults,
     unfinished_trainings,
 )
+from trainer.processor import DtypeName
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def resolved(folder: Path, **changes: Any) -> JobSpec:
+def resolved(folder: Path, device: str = "cuda", **changes: Any) -> JobSpec:
     data: dict[str, Any] = {
         "name": "a-run",
         "storage": str(folder / "runs"),
@@ -54,7 +55,8 @@ def resolved(folder: Path, **changes: Any) -> JobSpec:
             part = part.setdefault(section, {})
         part[last] = value
     # As on machines that are fast at it, whatever this one is.
-    return resolve(spec_of(data), dict.fromkeys(("teacher", "distill", "sweep"), "bfloat16"))
+    dtypes: dict[str, DtypeName] = {"teacher": "bfloat16", "distill": "bfloat16"}
+    return resolve(spec_of(data), {**dtypes, "sweep": "bfloat16"}, device)
 
 
 def fixed(spec: JobSpec) -> dict[str, Any]:
@@ -91,6 +93,8 @@ def test_large_activations_are_recomputed(folder: Path) -> None:
     config = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32}
     student = {"init": "random", "config": config}
     assert resolved(folder, student=student).distill.activation_checkpointing is True  # type: ignore[union-attr]
+    on_cpus = resolved(folder, "cpu", student=student).distill  # which have fewer at a time
+    assert on_cpus.activation_checkpointing is False and on_cpus.micro_batch == 8  # type: ignore[union-attr]
     chosen = resolved(folder, student=student, distill__activation_checkpointing=False)
     assert chosen.distill.activation_checkpointing is False  # type: ignore[union-attr]
 
