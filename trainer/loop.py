@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -35,7 +36,7 @@ from trainer.worker import Stopped, Worker
 if TYPE_CHECKING:
     from trainer.online import OnlineTeacher
 
-# A step that takes longer says how far it is, and hears a stop, so often.
+# Where steps take longer, they say how far they are, and hear a stop, so often.
 BETWEEN_SECONDS = 5.0
 
 
@@ -111,6 +112,7 @@ class _Run:
         self.waits_ms: list[float] = []
         self.saved_step = 0
         self.spoke_at = 0.0
+        self.step_seconds = math.inf  # of the last step, the same number on every rank
         self.saved_at = time.monotonic()
         # Of the checkpoints that were asked for out of turn; earlier groups of workers had theirs.
         self.saves_heeded = worker.hooks.saves_requested() if worker.is_main else 0
@@ -189,11 +191,15 @@ class _Run:
             worker.is_main and self._checkpoint_due(step.number + 1),
             self.saver.done_here() and self.bests.done_here(),
             step.wait_s,
+            time.perf_counter() - began,
         ]
         # From pinned memory, for any other copy would wait for the step to end.
         more = torch.tensor(flags, dtype=torch.float64, pin_memory=values.is_cuda)
         more = more.to(values.device, non_blocking=True)
-        *sums, stop, save, uploads, wait_s = worker.sum(torch.cat([values.sum(dim=0), more]))
+        *sums, stop, save, uploads, wait_s, took_s = worker.sum(
+            torch.cat([values.sum(dim=0), more])
+        )
+        self.step_seconds = took_s / worker.world
         # Undo the scale of the token weights: means over the global batch's loss tokens.
         unscale = 1.0 / (self.accumulation * worker.world)
         means = {name: value * unscale for name, value in zip(self._names(), sums, strict=True)}
@@ -235,9 +241,10 @@ class _Run:
         losses = {name: (weights[name], loss) for name, loss in self.losses.items()}
         how = {"hidden_weight": weights["hidden"]} if self.hidden else {}
         rows = []
+        on_cpu = self.worker.device.type == "cpu"
         self.spoke_at = time.monotonic()
         for number, micro in enumerate(step.micros):
-            if number and self.worker.device.type == "cpu":
+            if number and on_cpu and self.step_seconds >= BETWEEN_SECONDS:
                 self._between(step, number)
             inputs = micro.to(self.worker.device)
             with signal_of(self.online, inputs) as more:
