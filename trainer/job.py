@@ -70,19 +70,17 @@ def resolve(
     assert data is not None
     changes: dict[str, Any] = {}
     lora, micro_batch = student.lora is not None, distill.micro_batch
+    config: dict[str, Any] = {}
+    if "auto" in (micro_batch, distill.learning_rate, distill.activation_checkpointing):
+        config = _raw_config(spec)
     if micro_batch == "auto":
-        micro_batch = auto_micro_batch(
-            data.sequence_length, _raw_config(spec), device or this_device()
-        )
+        micro_batch = auto_micro_batch(data.sequence_length, config, device or this_device())
         changes["micro_batch"] = micro_batch
     if distill.learning_rate == "auto":
-        width = width_of(_raw_config(spec))
-        changes["learning_rate"] = auto_learning_rate(student.init, width, lora)
+        changes["learning_rate"] = auto_learning_rate(student.init, width_of(config), lora)
     if distill.activation_checkpointing == "auto":
         tokens = micro_batch * data.sequence_length
-        changes["activation_checkpointing"] = auto_activation_checkpointing(
-            _raw_config(spec), tokens, lora
-        )
+        changes["activation_checkpointing"] = auto_activation_checkpointing(config, tokens, lora)
     if distill.evaluate_steps == "auto":
         changes["evaluate_steps"] = max(1, distill.steps // 10)
     update: dict[str, Any] = {"distill": distill.model_copy(update=changes)}

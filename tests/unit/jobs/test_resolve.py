@@ -55,8 +55,8 @@ def resolved(folder: Path, device: str = "cuda", **changes: Any) -> JobSpec:
             part = part.setdefault(section, {})
         part[last] = value
     # As on machines that are fast at it, whatever this one is.
-    dtypes: dict[str, DtypeName] = {"teacher": "bfloat16", "distill": "bfloat16"}
-    return resolve(spec_of(data), {**dtypes, "sweep": "bfloat16"}, device)
+    dtypes: dict[str, DtypeName] = dict.fromkeys(("teacher", "distill", "sweep"), "bfloat16")
+    return resolve(spec_of(data), dtypes, device)
 
 
 def fixed(spec: JobSpec) -> dict[str, Any]:
