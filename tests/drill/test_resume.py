@@ -14,16 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.material import (
-    data_spec,
-    load_plain,
-    make_corpus,
-    plain_cache,
-    save_model,
-    write_texts,
-)
 from tests.ranks import Log, Ranks, Told, spawn, start
-from tests.system.test_training import KEPT, World
+from tests.system.test_training import KEPT, World, make_world
 from tests.waiting import until
 
 STEPS, FIRST, SECOND = 10, 2, 4
@@ -167,17 +159,7 @@ def train_held(jobs: list[tuple[Any, str]]) -> list[Told]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
-    from cluster.storage import open_store
-    from trainer.spec import CacheSpec
-
-    root = tmp_path_factory.mktemp("resume")
-    data = data_spec(write_texts(root / "texts"))
-    store = open_store(root)
-    corpus = make_corpus(store.sub("corpus"), data)
-    teacher = save_model(root / "teacher", corpus.tokenizer_folder(), kind="llama", width=48)
-    spec = CacheSpec(**KEPT)
-    plain_cache(store.sub("cache"), load_plain(teacher), corpus, spec, by_document=True)
-    return World(root, data, corpus, teacher)
+    return make_world(tmp_path_factory.mktemp("resume"), {"cache": KEPT})
 
 
 def make_jobs(world: World, suffix: str) -> dict[str, Any]:

@@ -12,17 +12,13 @@ import pytest
 
 from tests.material import (
     LENGTH,
-    data_spec,
     load_plain,
     log_softmax,
-    make_corpus,
-    plain_cache,
     plain_logits,
     save_model,
-    write_texts,
 )
 from tests.ranks import Log, Told, spawn, start
-from tests.system.test_training import KEPT, World
+from tests.system.test_training import KEPT, World, make_world
 
 # A pool so small, and a rate so high, that the student knows it by heart before the end.
 STEPS, EVERY, POOL = 12, 2, 4
@@ -130,17 +126,7 @@ def first_jobs(world: World) -> dict[str, tuple[Any, int | None, int | None]]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
-    from cluster.storage import open_store
-    from trainer.spec import CacheSpec
-
-    root = tmp_path_factory.mktemp("loop")
-    data = data_spec(write_texts(root / "texts", documents=120))
-    store = open_store(root)
-    corpus = make_corpus(store.sub("corpus"), data)
-    teacher = save_model(root / "teacher", corpus.tokenizer_folder(), kind="llama", width=48)
-    spec = CacheSpec(**KEPT)
-    plain_cache(store.sub("cache"), load_plain(teacher), corpus, spec, by_document=True)
-    made = World(root, data, corpus, teacher)
+    made = make_world(tmp_path_factory.mktemp("loop"), {"cache": KEPT}, documents=120)
     poison(made)
     return made
 

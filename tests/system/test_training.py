@@ -172,20 +172,24 @@ class World:
         )
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> World:
+def make_world(root: Path, caches: dict[str, dict[str, Any]], **texts: Any) -> World:
+    """With the teacher's records of the whole corpus, by the caches' names."""
     from cluster.storage import open_store
     from trainer.spec import CacheSpec
 
-    root = tmp_path_factory.mktemp("training")
-    data = data_spec(write_texts(root / "texts"))
+    data = data_spec(write_texts(root / "texts", **texts))
     store = open_store(root)
     corpus = make_corpus(store.sub("corpus"), data)
     teacher = save_model(root / "teacher", corpus.tokenizer_folder(), kind="llama", width=48)
-    for name, values in (("cache", KEPT), ("drawn", DRAWN)):
+    for name, values in caches.items():
         spec = CacheSpec(**values)
         plain_cache(store.sub(name), load_plain(teacher), corpus, spec, by_document=True)
     return World(root, data, corpus, teacher)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return make_world(tmp_path_factory.mktemp("training"), {"cache": KEPT, "drawn": DRAWN})
 
 
 def stage_jobs(world: World, ranks: int) -> dict[str, Any]:
