@@ -18,7 +18,7 @@ INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup install demo bench-demo bench-cache bench-cache-angle bench-train bench-quant bench-sweep bench-plan test test-all check format lock clean
+.PHONY: help setup install demo bench-demo bench-cache bench-cache-angle bench-train bench-quant bench-sweep bench-plan golden test test-all check format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -80,6 +80,9 @@ bench-sweep: $(TESTS) ## Measure the sweep: fan-out, allocation, recovery, tasks
 
 bench-plan: $(READY) ## Hold forecasts against the demo and DeepSpeed's estimators (after make demo)
 	$(BIN)/python -m tests.bench.plan
+
+golden: $(READY) ## Compare all results with those of the last commit on main, or of BASE=COMMIT
+	$(BIN)/python -m tests.bench.golden $(if $(BASE),--base $(BASE)) $(if $(CONTINUE),--continue)
 
 # Two files at a time: one has a core while the ranks of the other start, or wait. In this order: the
 # whole pipeline, which takes longest, first; the many short files last, so that both processes end
