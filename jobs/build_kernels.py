@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from quant.methods import quantize_weight
-from trainer.logits.codebook import Codebook
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import decode, encode
 from trainer.logits.records import Coding, Draws, Records
 
@@ -32,7 +32,7 @@ def build() -> None:
         ),
         (Draws(ids.astype(np.int32)), Coding("sample", VOCABULARY, IDS, temperatures=())),
     ):
-        book = Codebook.fit(coding, [item], None)
+        book = fit_codebook(coding, [item], None)
         decode(encode(item, book), book)
     # With these all of its loops are met: large errors, and two steps with equal ones.
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))

@@ -201,7 +201,7 @@ def plain_records(log_p: np.ndarray, k: int, temperatures: list[float]) -> tuple
 def plain_cache(cache: Any, teacher: Any, corpus: Any, spec: Any, **how: Any) -> None:
     """A logit cache of the whole corpus as `spec` (a CacheSpec) has it, from plain forward passes;
     numpy draws."""
-    from trainer.logits.codebook import Codebook
+    from trainer.logits.codebook_fit import fit_codebook
     from trainer.logits.codec import encode
     from trainer.logits.coding import coding_of, train_kinds
     from trainer.logits.store import publish_codebook, write_shard
@@ -217,7 +217,7 @@ def plain_cache(cache: Any, teacher: Any, corpus: Any, spec: Any, **how: Any) ->
             items = [
                 plain_item(coding, row, true, draw) for row, true in zip(log_p, labels, strict=True)
             ]
-            codebook = publish_codebook(cache, kind, Codebook.fit(coding, items))
+            codebook = publish_codebook(cache, kind, fit_codebook(coding, items))
             keys = [key.tobytes() for key in batch.keys]
             write_shard(cache, kind, keys, [encode(item, codebook) for item in items])
 

@@ -40,7 +40,7 @@ from tests.bench.measured import (
     through_cache,
 )
 from tests.bench.synthetic import Ids, Positions, positions
-from trainer.logits.codebook import Codebook
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import decode_many, encode
 from trainer.logits.coding import coding_of
 from trainer.logits.records import Coding
@@ -230,7 +230,7 @@ def _speeds(
     """Tokens/s of encoding sequence by sequence and of decoding `batch` sequences at a time, the
     median of repeats for about `seconds`, on one and on two threads."""
     parts = [records_of(part, coding) for part in split(found)]
-    codebook = Codebook.fit(coding, parts[:FIT])
+    codebook = fit_codebook(coding, parts[:FIT])
     parts = parts[FIT:]
     blobs = [encode(part, codebook) for part in parts]
     while len(blobs) < 2 * batch * 2:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cluster.storage import open_store
 from tests.bench.synthetic import Positions
-from trainer.logits.codebook import Codebook
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import encode
 from trainer.logits.reader import CacheReader
 from trainer.logits.records import Coding, Draws, Records
@@ -86,7 +86,7 @@ def through_cache(
     with tempfile.TemporaryDirectory() as folder:
         cache = open_cache(open_store(folder), {"bench": str(coding)})
         sample = [records_of(part, coding) for part in fitted]
-        codebook = publish_codebook(cache, "train", Codebook.fit(coding, sample, token_counts))
+        codebook = publish_codebook(cache, "train", fit_codebook(coding, sample, token_counts))
         keys = [number.to_bytes(16, "big") for number in range(len(measured))]
         blobs = [encode(records_of(part, coding), codebook) for part in measured]
         write_shard(cache, "train", keys, blobs)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cluster.storage import open_store
-from trainer.logits.codebook import Codebook
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.index import Index, pack, shard_name
 from trainer.logits.records import Coding, Draws
 from trainer.logits.store import load_codebook, open_cache, publish_codebook
@@ -47,7 +47,7 @@ def measure(folder: Path, shards: int = 500, each: int = 2000) -> Opened:
     root = open_store(folder)
     cache, empty = (open_cache(root, {"cache": name}) for name in ("large", "empty"))
     coding = Coding("sample", vocab=16, k=2, temperatures=())
-    codebook = Codebook.fit(coding, [Draws(np.zeros((4, 2), np.int32))])
+    codebook = fit_codebook(coding, [Draws(np.zeros((4, 2), np.int32))])
     publish_codebook(cache, "train", codebook)
     found = load_codebook(cache, "train")
     assert found is not None

@@ -19,6 +19,7 @@ from trainer.corpus.corpus import Batch
 from trainer.fused import head_of
 from trainer.loader import next_tokens
 from trainer.logits.codebook import Codebook
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import decode_many, encode
 from trainer.logits.coding import coding_of
 from trainer.logits.records import Draws, Records
@@ -82,7 +83,7 @@ class Teacher:
             ]
         if name not in self.codebooks:
             coding = coding_of(SPECS[name], self.vocab, "train")
-            self.codebooks[name] = Codebook.fit(coding, items)
+            self.codebooks[name] = fit_codebook(coding, items)
         return [encode(item, self.codebooks[name]) for item in items]
 
     def decoded(self, name: str, blobs: list[bytes], labels: Tensor) -> Target:

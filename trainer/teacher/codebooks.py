@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from trainer.corpus.corpus import Corpus
 from trainer.logits.codebook import Codebook
 from trainer.logits.codebook_file import family_of
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.coding import coding_of
 from trainer.logits.records import Draws, Records
 from trainer.logits.store import publish_codebook, read_codebook
@@ -71,7 +72,7 @@ class Codebooks:
     def _fit(self, family: str, sample: Sequence[Records | Draws]) -> Codebook:
         spec = self._job.cache_spec
         counts = self._counts(family) if spec.remap == "frequency" else None
-        made = Codebook.fit(coding_of(spec, self._vocab, family), sample, counts)
+        made = fit_codebook(coding_of(spec, self._vocab, family), sample, counts)
         self._hooks.fence()
         return publish_codebook(self._job.cache, family, made)
 

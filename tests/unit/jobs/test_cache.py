@@ -21,7 +21,7 @@ from jobs.cache import app
 from jobs.caches import show
 from jobs.cli import main
 from tests.s3 import point_to, s3_server
-from trainer.logits.codebook import Codebook
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import VERSION, encode
 from trainer.logits.reader import CacheReader
 from trainer.logits.records import Coding, Draws, Records
@@ -80,9 +80,9 @@ CODINGS = {
     "exact": Coding("exact", VOCAB, 4),
 }
 BOOKS = {
-    "topk": Codebook.fit(CODINGS["topk"], [topk(n) for n in range(9)]),
-    "sample": Codebook.fit(CODINGS["sample"], [draws(n) for n in range(9)]),
-    "exact": Codebook.fit(CODINGS["exact"], [exact(n) for n in range(9)]),
+    "topk": fit_codebook(CODINGS["topk"], [topk(n) for n in range(9)]),
+    "sample": fit_codebook(CODINGS["sample"], [draws(n) for n in range(9)]),
+    "exact": fit_codebook(CODINGS["exact"], [exact(n) for n in range(9)]),
 }
 
 
@@ -423,7 +423,7 @@ def test_repair_brings_back_the_codebook_of_the_records_that_stay(
     cache = open_cache(made.storage.sub("_logits"), {**TOPK, "cache.k": 7})
     lost = write(cache, "train", "topk", {n: topk(n) for n in range(8)})
     cache.delete("codebook-train.bin")
-    book = publish_codebook(cache, "train", Codebook.fit(CODINGS["topk"], [topk(3)]))
+    book = publish_codebook(cache, "train", fit_codebook(CODINGS["topk"], [topk(3)]))
     write_shard(cache, "train", [key(9)], [encode(topk(9), book)])
     for name in (f"shards/{lost}.bin", "codebook-train.bin"):
         made.damage(cache, name)

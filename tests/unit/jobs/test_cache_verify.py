@@ -36,7 +36,7 @@ from tests.material import (
 from trainer.corpus.corpus import open_corpus
 from trainer.corpus.prepare import prepare
 from trainer.corpus.tokenizer import load_tokenizer
-from trainer.logits.codebook import Codebook
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import encode
 from trainer.logits.coding import coding_of
 from trainer.logits.reader import CacheReader
@@ -124,7 +124,7 @@ def fill(
                 _records(row, coding.k, list(coding.temperatures), ids if kind == "eval" else None)
                 for row, ids in zip(rows, batch.input_ids, strict=True)
             ]
-        book = publish_codebook(cache, kind, Codebook.fit(coding, made))
+        book = publish_codebook(cache, kind, fit_codebook(coding, made))
         write_shard(cache, kind, keys, [encode(item, book) for item in made])
 
 

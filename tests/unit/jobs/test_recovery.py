@@ -34,7 +34,7 @@ from tests.material import (
     write_texts,
 )
 from trainer.corpus.corpus import Batch, Corpus, open_corpus
-from trainer.logits.codebook import Codebook
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import encode
 from trainer.logits.coding import coding_of
 from trainer.logits.reader import CacheReader
@@ -206,7 +206,7 @@ def test_only_sequences_with_records_are_read(world: World, tmp_path: Path) -> N
         for _ in keys
     ]
     codebook = publish_codebook(
-        cache, "train", Codebook.fit(coding_of(spec, VOCAB, "train"), items)
+        cache, "train", fit_codebook(coding_of(spec, VOCAB, "train"), items)
     )
     write_shard(cache, "train", keys, [encode(item, codebook) for item in items])
     found = world.recover(world.quantized(), "sample", store=cache, distill=SIX, steps=3)

@@ -22,7 +22,7 @@ from trainer.corpus.corpus import open_corpus
 from trainer.corpus.prepare import prepare
 from trainer.corpus.tokenizer import load_tokenizer, train_tokenizer
 from trainer.job import make_capture, resolve, training_folders
-from trainer.logits.codebook import Codebook
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import encode
 from trainer.logits.coding import coding_of
 from trainer.logits.records import Draws, Records
@@ -80,7 +80,7 @@ class Run:
                 ids = np.tile(np.arange(coding.k), (length, 1))
                 flat, one = np.full(ids.shape, -6.0, "f4"), np.zeros(length, "f4")
                 item = Records(ids, flat, one[:, None] - 1, one + 5, one - 6)
-            codebook = publish_codebook(self.cache, kind, Codebook.fit(coding, [item]))
+            codebook = publish_codebook(self.cache, kind, fit_codebook(coding, [item]))
             blob = encode(item, codebook)
             for some in np.array_split(numbers, 2):
                 keys = [part.keys[number].tobytes() for number in some]

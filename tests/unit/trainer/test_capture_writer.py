@@ -420,13 +420,13 @@ def test_the_codebook_counts_the_ids_of_the_wanted_sequences(job, monkeypatch) -
     """All of them, or so many of them evenly over the keys; without remap none."""
     corpus = open_(job)
     seen: list[Any] = []
-    plain = codebooks.Codebook.fit
+    plain = codebooks.fit_codebook
 
     def spy(coding: Any, sample: Any, counts: Any = None) -> Any:
         seen.append(counts)
         return plain(coding, sample, counts)
 
-    monkeypatch.setattr(codebooks.Codebook, "fit", staticmethod(spy))
+    monkeypatch.setattr(codebooks, "fit_codebook", spy)
     items = made_of(job, train_blocks(job)[0]).records()[0]
     part = corpus.part("train")
     numbers = next(some for kind, _, some in wanted(job, corpus) if kind == "train")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.logits.codebook import Codebook
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import encode
 from trainer.logits.model import STATE_OF, TAIL
 from trainer.logits.rans import (
@@ -30,7 +31,7 @@ def example(seed: int = 0) -> tuple[Draws, Codebook]:
     rng = np.random.default_rng(seed)
     item = Draws(np.sort(rng.integers(0, 500, (200, 20)), axis=1).astype(np.int32))
     coding = Coding("sample", 500, 20, ())
-    return item, Codebook.fit(coding, [item], rng.integers(0, 99, 500))
+    return item, fit_codebook(coding, [item], rng.integers(0, 99, 500))
 
 
 def test_a_stored_codebook_is_the_same():

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trainer.logits.codebook import Codebook
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import decode, decode_many, encode, error_bound
 from trainer.logits.records import MAX_VOCABULARY, Coding, Draws, Records
 
@@ -55,7 +56,7 @@ def kept(records: Records, row: int) -> dict[int, float]:
 
 def round_trip(item: Records | Draws, coding: Coding, counts: np.ndarray | None = None) -> Records:
     """Through a codebook fitted on the item itself, stored and read."""
-    book = Codebook.from_bytes(Codebook.fit(coding, [item], counts).to_bytes())
+    book = Codebook.from_bytes(fit_codebook(coding, [item], counts).to_bytes())
     return decode(encode(item, book), book)
 
 
@@ -148,7 +149,7 @@ def test_frequent_ids_first_makes_records_smaller_and_changes_nothing_else():
     coding = Coding("sample", 4000, 50, ())
     sizes, rows = [], []
     for numbering in (None, counts):
-        book = Codebook.fit(coding, [item], numbering)
+        book = fit_codebook(coding, [item], numbering)
         data = encode(item, book)
         sizes.append(len(data))
         rows.append([kept(decode(data, book), row) for row in range(256)])
@@ -163,7 +164,7 @@ def test_ids_cost_little_more_than_their_information():
     ids = np.stack([np.sort(rng.choice(vocab, k, replace=False)) for _ in range(rows)])
     equal = np.full((rows, k), math.log(1 / k), np.float32)
     records = Records(ids, equal, np.full((rows, 1), -np.inf, np.float32))
-    book = Codebook.fit(Coding("topk", vocab, k), [records])
+    book = fit_codebook(Coding("topk", vocab, k), [records])
     bound = (math.lgamma(vocab + 1) - math.lgamma(k + 1) - math.lgamma(vocab - k + 1)) / math.log(2)
     assert 8 * len(encode(records, book)) / rows < 1.02 * bound + 1
 
@@ -172,14 +173,14 @@ def test_rows_that_keep_fewer_ids_cost_fewer_bytes():
     item = topk(peaked(512, 2000), 64)
     sizes = []
     for keep in (0.0, 0.5, 1.0):
-        book = Codebook.fit(Coding("topk", 2000, 64, step=0.0155, keep=keep), [item])
+        book = fit_codebook(Coding("topk", 2000, 64, step=0.0155, keep=keep), [item])
         sizes.append(len(encode(item, book)))
     assert sizes[0] > 1.05 * sizes[1] > 1.05 * sizes[2]
 
 
 def test_bytes_are_the_same_every_time_and_whatever_lies_beside():
     item = topk(peaked(32, 300), 20)
-    book = Codebook.fit(Coding("topk", 300, 20), [item])
+    book = fit_codebook(Coding("topk", 300, 20), [item])
     data = encode(item, book)
     assert encode(item, Codebook.from_bytes(book.to_bytes())) == data
     other = encode(topk(peaked(9, 300, seed=4), 20), book)
@@ -191,7 +192,7 @@ def test_bytes_are_the_same_every_time_and_whatever_lies_beside():
 def test_several_sequences_have_the_width_of_the_widest_row():
     sure = np.array([[0, 0, 0, 0]], np.int32)
     unsure = np.array([[1, 2, 3, 4]], np.int32)
-    book = Codebook.fit(Coding("sample", 9, 4, ()), [Draws(sure), Draws(unsure)])
+    book = fit_codebook(Coding("sample", 9, 4, ()), [Draws(sure), Draws(unsure)])
     one, two = encode(Draws(sure), book), encode(Draws(unsure), book)
     assert decode(one, book).ids.shape == (1, 1)
     both = decode_many([one, two], book)
@@ -201,10 +202,10 @@ def test_several_sequences_have_the_width_of_the_widest_row():
 
 def test_records_unlike_those_a_codebook_was_fitted_on_come_back_all_the_same():
     coding = Coding("topk", 5000, 30, (1.0, 2.0), step=0.01, keep=0.3)
-    book = Codebook.fit(coding, [topk(peaked(8, 5000), 30, (1.0, 2.0))])
+    book = fit_codebook(coding, [topk(peaked(8, 5000), 30, (1.0, 2.0))])
     flat = topk(softmax(np.random.default_rng(5).standard_normal((50, 5000))), 30, (1.0, 2.0))
     check_topk(flat, decode(encode(flat, book), book), coding)
-    empty = Codebook.fit(coding, [])
+    empty = fit_codebook(coding, [])
     check_topk(flat, decode(encode(flat, empty), empty), coding)
 
 
@@ -234,7 +235,7 @@ def test_any_shape_of_row_comes_back(vocab, k, keep, step, kind, seed, mapped):
     wanted = replace(wanted, ids=places[wanted.ids])
     coding = Coding("topk", vocab, k, step=step, keep=keep)
     counts = rng.integers(0, 9, vocab) if mapped else None
-    book = Codebook.fit(coding, [wanted], counts)
+    book = fit_codebook(coding, [wanted], counts)
     got = decode(encode(wanted, book), book)
     # An id without probability may be left out: it says nothing.
     for row in range(3):
@@ -315,7 +316,7 @@ def examples() -> dict[str, tuple[Records | Draws, Codebook]]:
         (Coding("sample", 90, 6, ()), drawn),
         (Coding("exact", 90, 6), exact),
     ):
-        result[coding.method] = (item, Codebook.fit(coding, [item]))
+        result[coding.method] = (item, fit_codebook(coding, [item]))
     return result
 
 
@@ -349,7 +350,7 @@ def test_thousands_of_rows_that_say_next_to_nothing_come_back(method):
     got = round_trip(item, coding)
     assert got.ids.shape == (rows, 1) and (got.ids == 7).all()
     if method == "sample":
-        assert len(encode(item, Codebook.fit(coding, [item]))) < rows / 8
+        assert len(encode(item, fit_codebook(coding, [item]))) < rows / 8
 
 
 def test_a_sequence_of_another_length_is_refused():

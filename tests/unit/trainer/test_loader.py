@@ -22,7 +22,7 @@ from trainer.cached import CachedTeacher
 from trainer.corpus import pack, tables
 from trainer.corpus.corpus import Part
 from trainer.loader import PartLoader, StepLoader, deal, make_micro_batch, next_tokens
-from trainer.logits.codebook import Codebook
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import encode
 from trainer.logits.coding import coding_of, train_kinds
 from trainer.logits.reader import CacheReader
@@ -203,7 +203,7 @@ def test_records_of_a_real_cache(part, tmp_path, method) -> None:
             kept = np.take_along_axis(p, ids, axis=1)
             tails = np.log(np.maximum(1 - kept.sum(axis=1), 1e-9)).astype(np.float32)[:, None]
             records.append(Records(ids.astype(np.int64), np.log(kept).astype(np.float32), tails))
-        codebook = publish_codebook(cache, kind, Codebook.fit(coding, records))
+        codebook = publish_codebook(cache, kind, fit_codebook(coding, records))
         blobs = [encode(item, codebook) for item in records]
         write_shard(cache, kind, [row.tobytes() for row in part.keys], blobs)
     teacher = CachedTeacher.for_training(cache, spec, 90, LENGTH, 1.0)

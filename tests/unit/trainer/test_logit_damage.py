@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from cluster.storage import Store, open_store
 from trainer.logits import damage as damage_module
-from trainer.logits.codebook import Codebook
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import decode, encode
 from trainer.logits.damage import Damage, check_cache
 from trainer.logits.index import Index, checksum, digest, pack, shard_name, unpack
@@ -58,8 +58,8 @@ def exact(number: int) -> Records:
 
 
 BOOKS = {
-    "train": Codebook.fit(TRAIN, [draws(n) for n in range(8)]),
-    "eval": Codebook.fit(EVAL, [exact(n) for n in range(8)]),
+    "train": fit_codebook(TRAIN, [draws(n) for n in range(8)]),
+    "eval": fit_codebook(EVAL, [exact(n) for n in range(8)]),
 }
 MAKE: dict[str, Callable[[int], Records | Draws]] = {"train": draws, "eval": exact}
 
@@ -432,7 +432,7 @@ def test_without_any_codebook_its_shards_are_lost_and_no_others(made) -> None:
     assert sum(item.sequences for item in found_all) == 9
     mended(made.cache, found_all, {"train": set(range(9))})
     # Another codebook may take its place now, and no record is left that it would misread.
-    other = Codebook.fit(TRAIN, [draws(n) for n in range(50, 53)])
+    other = fit_codebook(TRAIN, [draws(n) for n in range(50, 53)])
     assert publish_codebook(made.cache, "train", other).to_bytes() == other.to_bytes()
 
 

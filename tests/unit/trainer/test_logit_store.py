@@ -21,6 +21,7 @@ from tests.bench.opening import measure
 from tests.s3 import REGION, s3_server
 from trainer.fingerprint import fingerprint
 from trainer.logits.codebook import Codebook
+from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import decode, encode
 from trainer.logits.index import Index, pack
 from trainer.logits.positions import read_along
@@ -52,7 +53,7 @@ def records(number: int, positions: int = 6, k: int = 4, first: float = 0.5) -> 
     return Records(ids, np.log(p).astype(np.float32), tail.astype(np.float32))
 
 
-CODEBOOK = Codebook.fit(CODING, [records(n) for n in range(20)])
+CODEBOOK = fit_codebook(CODING, [records(n) for n in range(20)])
 
 
 def blob(number: int, **how) -> bytes:
@@ -261,7 +262,7 @@ def test_a_cache_that_is_removed_while_it_is_filled_is_told(cache) -> None:
 
 
 def test_the_first_codebook_stays_and_everybody_uses_it(cache) -> None:
-    other = Codebook.fit(CODING, [records(n, first=0.3) for n in range(9)])
+    other = fit_codebook(CODING, [records(n, first=0.3) for n in range(9)])
     assert other.to_bytes() != CODEBOOK.to_bytes()
     assert read_codebook(cache, "train") is None
     assert publish_codebook(cache, "train", CODEBOOK).to_bytes() == CODEBOOK.to_bytes()
@@ -282,7 +283,7 @@ def test_the_first_codebook_stays_and_everybody_uses_it(cache) -> None:
 def test_of_many_codebooks_at_once_one_wins(tmp_path) -> None:
     cache = open_cache(open_store(tmp_path), IDENTITY)
     start = threading.Barrier(5)
-    books = [Codebook.fit(CODING, [records(n, first=0.1 + 0.08 * n)]) for n in range(5)]
+    books = [fit_codebook(CODING, [records(n, first=0.1 + 0.08 * n)]) for n in range(5)]
 
     def publish(book: Codebook) -> bytes:
         start.wait()

@@ -43,7 +43,7 @@ def test_a_small_vocabulary_costs_fewer_bits() -> None:
 def test_a_captured_cache_takes_what_was_foretold(way, tmp_path) -> None:
     """Records of sizes that no rate was taken from, in files as a capture writes them."""
     from cluster.storage import open_store
-    from trainer.logits.codebook import Codebook
+    from trainer.logits.codebook_fit import fit_codebook
     from trainer.logits.codec import encode
     from trainer.logits.coding import coding_of
     from trainer.logits.store import open_cache, publish_codebook, write_shard
@@ -54,7 +54,7 @@ def test_a_captured_cache_takes_what_was_foretold(way, tmp_path) -> None:
     draw = np.random.default_rng(3)
     items = [records(coding, length, draw) for _ in range(sequences)]
     cache = open_cache(open_store(tmp_path), {"of": "a test"})
-    codebook = publish_codebook(cache, "train", Codebook.fit(coding, items))
+    codebook = publish_codebook(cache, "train", fit_codebook(coding, items))
     keys = [bytes([number] * 16) for number in range(sequences)]
     write_shard(cache, "train", keys, [encode(item, codebook) for item in items])
     stored = sum(path.stat().st_size for path in tmp_path.rglob("shards/*"))
