@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.storage import Store
 from jobs.cells.given import extra_identity, task_identity
 from jobs.spec import JobSpec
 from trainer.fingerprint import fingerprint, flatten
-from trainer.job import capture_inputs, identities, training_inputs
+from trainer.job import capture_inputs, identities, make_capture, training_inputs
 
 Outputs = dict[str, dict[str, Any]]
 
@@ -110,3 +111,11 @@ class Inputs:
     def summarize(self, outputs: Outputs) -> StageInputs:
         """Everything that the report shows."""
         return StageInputs({}, {"outputs": fingerprint(outputs)})
+
+
+def capture_of(spec: JobSpec, corpus: Store, cache: Store) -> Any:
+    """The capture (`trainer.teacher.Capture`) of a spec, with the resources that it asks for."""
+    asked = spec.resources.capture
+    return make_capture(
+        spec, corpus, cache, batch_tokens=asked.batch_tokens, shard_seconds=asked.shard_seconds
+    )

@@ -10,7 +10,7 @@ from jobs.inputs import Inputs, Outputs, StageInputs
 from jobs.rundir import RunDir, StageRecord, differences
 from jobs.spec import JobSpec
 from trainer.fingerprint import fingerprint
-from trainer.job import CHECKPOINTS, unfinished_faults
+from trainer.job import CHECKPOINTS, find_corpus, unfinished_faults
 
 
 def stages_of(spec: JobSpec) -> list[str]:
@@ -119,8 +119,6 @@ def has_inputs(record: StageRecord, inputs: StageInputs) -> bool:
 
 
 def _refuse_passing_over(run: RunDir, inputs: Inputs, outputs: Outputs) -> None:
-    from trainer.responses.make import find_corpus
-
     if not run.store.list(CHECKPOINTS):  # models and sources are only looked at where they must
         return
     names, storage = inputs.identities, open_store(inputs.spec.storage)

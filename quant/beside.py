@@ -26,9 +26,9 @@ from quant.measured import (
     versions,
 )
 from quant.memory import Peak
-from quant.quantize import cast_stored
 from quant.reference import StoredReference, write_reference
 from quant.spec import QuantSpec
+from quant.weight import cast_stored
 
 Role = Literal["teacher", "student", "control"]
 

@@ -29,9 +29,10 @@ from quant.measured import (
 )
 from quant.memory import Peak
 from quant.methods import load_method
-from quant.quantize import Progress, cast_stored, quantize, stored_dtype
+from quant.quantize import Progress, quantize, stored_dtype
 from quant.spec import DYNAMIC, QuantSpec
 from quant.speed import measure_speed
+from quant.weight import cast_stored
 from trainer.processor import fast_dtype, processor_name
 
 MADE = (

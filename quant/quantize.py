@@ -14,8 +14,9 @@ from quant.methods import quantize_weight
 from quant.model import mark_quantized
 from quant.spec import DYNAMIC, QuantSpec
 from quant.targets import Layers, Target, Targets, check_group_size, find_targets
+from quant.weight import cast_stored
 
-__all__ = ["cast_stored", "check_group_size", "quantize", "stored_dtype"]
+__all__ = ["check_group_size", "quantize", "stored_dtype"]
 
 Progress = Callable[[int, int], None]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -67,26 +68,6 @@ def quantize(
 def stored_dtype(model: PreTrainedModel) -> torch.dtype:
     """What is not quantized is stored in: the model's own 16 bits, or bfloat16 for wider ones."""
     return model.dtype if model.dtype.itemsize == 2 else torch.bfloat16
-
-
-def cast_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast parameters and unquantized persistent buffers to `dtype`, in place, ties kept.
-
-    Unlike `model.to(dtype)`, buffers that are recomputed and never stored (a rotary embedding's
-    frequencies) stay in float32, as `from_pretrained(dtype=...)` has them.
-    """
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    for module in model.modules():
-        if isinstance(module, QuantEmbedding):
-            module.dtype = dtype  # what a lookup gives
-        if isinstance(module, QuantWeight):
-            continue
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
-                setattr(module, name, buffer.to(dtype))
-    model.config.dtype = dtype
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ along the input dimension that never cross rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from quant.codes import Codes
 from quant.pack import pack_into, packed_width, unpack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class QuantWeight(nn.Module):
@@ -175,3 +178,23 @@ class QuantEmbedding(QuantWeight):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "heads": WeakSet()})
+
+
+def cast_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast parameters and unquantized persistent buffers to `dtype`, in place, ties kept.
+
+    Unlike `model.to(dtype)`, buffers that are recomputed and never stored (a rotary embedding's
+    frequencies) stay in float32, as `from_pretrained(dtype=...)` has them.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, QuantEmbedding):
+            module.dtype = dtype  # what a lookup gives
+        if isinstance(module, QuantWeight):
+            continue
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
+    model.config.dtype = dtype

@@ -120,7 +120,8 @@ def make_corpus(spec: Any, names: job.Identities, answers: Any, stop: Callable[[
     from trainer.corpus.prepare import prepare
     from trainer.corpus.tokenizer import load_tokenizer
     from trainer.fingerprint import fingerprint
-    from trainer.responses.make import answered, corpus_of, on_answers
+    from trainer.job import corpus_of
+    from trainer.responses.make import answered, on_answers
     from trainer.worker import Stopped
 
     def each(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -233,6 +234,7 @@ class Rank:
     def run(self) -> None:
         """Prepare, capture, distill, control."""
         from trainer.logits.store import open_cache
+        from trainer.run_task import run_task
 
         spec = self._resolved()
         self.emit("run_start", name=spec.name, spec=spec.model_dump(mode="json"))
@@ -243,11 +245,12 @@ class Rank:
         cache = None
         if spec.teacher is not None:
             cache = self.after(lambda: open_cache(root.sub(job.CACHES), names.cache))
-            job.make_capture(
+            capture = job.make_capture(
                 spec, corpus, cache, batch_tokens="auto", shard_seconds=SHARD_SECONDS
-            ).run(self.worker)
+            )
+            run_task(capture, self.worker)
         for training in job.make_trainings(spec, inputs, self.store, corpus, cache):
-            training.run(self.worker)
+            run_task(training, self.worker)
 
     def _resolved(self) -> Any:
         """The spec with `auto` resolved; `dtype: auto` as before, else as all ranks are fast at."""
@@ -277,7 +280,7 @@ class Rank:
         from trainer.checks import world_faults
         from trainer.corpus.corpus import is_complete
         from trainer.fingerprint import fingerprint
-        from trainer.responses.make import find_corpus
+        from trainer.job import find_corpus
 
         def find() -> Store | None:
             identity = find_corpus(names, root)
@@ -301,6 +304,7 @@ class Rank:
     def _answers(self, spec: Any, names: job.Identities, root: Store) -> Any:
         """The answers that the corpus is made of; those that are missing are made first."""
         from trainer.responses.make import collect, finish, make_job, open_answers
+        from trainer.run_task import run_task
 
         identity = self.after(lambda: names.responses)
         answers = open_answers(root, identity)
@@ -308,9 +312,8 @@ class Rank:
             return answers
         began = time.time()
         if spec.responses.origin == "teacher":
-            facts = make_job(spec, answers, batch_tokens="auto", publish_seconds=SHARD_SECONDS).run(
-                self.worker
-            )
+            task = make_job(spec, answers, batch_tokens="auto", publish_seconds=SHARD_SECONDS)
+            facts = run_task(task, self.worker)
         else:
             facts = self.after(lambda: collect(spec, answers, self.worker.hooks))
         self.after(lambda: finish(spec, answers, identity, facts, began))

@@ -110,7 +110,7 @@ class Identities:
     @cached_property
     def corpus(self) -> dict[str, Any]:
         """Everything that decides the sequences; not how often they are read. With responses: as
-        far as it is known before there are answers (see `trainer.responses.make.corpus_of`)."""
+        far as it is known before there are answers (see `trainer.job.corpus_of`)."""
         from trainer.corpus.given import given_identity
         from trainer.corpus.prepare import corpus_identity
         from trainer.responses.identity import corpus_of_answers

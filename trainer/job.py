@@ -24,6 +24,9 @@ from trainer.identity import Identities
 from trainer.lossspec import LossesSpec
 from trainer.models import absolute, find_model, width_of
 from trainer.processor import DtypeName, this_device
+from trainer.responses.identity import corpus_of_content
+from trainer.responses.make import open_answers
+from trainer.responses.store import AnswerStore
 from trainer.rules import Sections
 from trainer.spec import (
     AnswersFile,
@@ -175,6 +178,21 @@ def learnt_data(spec: Sections) -> DataSpec:
         return data
     given = SourceSpec(source=spec.responses.origin.file, format="prompt_completion")
     return data.model_copy(update={"train": [given]})
+
+
+def corpus_of(names: Identities, answers: AnswerStore) -> dict[str, Any]:
+    """The identity of the corpus of the answers that are there; they must be complete."""
+    manifest = answers.manifest()
+    assert manifest is not None
+    return corpus_of_content(names.corpus, manifest)
+
+
+def find_corpus(names: Identities, root: Store) -> dict[str, Any] | None:
+    """The identity of a job's corpus, None while its answers are missing. root: the storage's."""
+    if names.responses_spec is None:
+        return names.corpus
+    answers = open_answers(root, names.responses)
+    return None if answers.manifest() is None else corpus_of(names, answers)
 
 
 def schedule_inputs(spec: Sections) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from cluster.storage import Store
 from trainer.corpus.corpus import Corpus
 from trainer.schedule import Schedule
 from trainer.spec import CacheSpec, DataSpec, DistillSpec, StudentSpec, TeacherSpec
-from trainer.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,6 @@ class Training:
     def schedule(self, corpus: Corpus) -> Schedule:
         """The order in which this training reads the train part."""
         return make_schedule(corpus, self.data, self.distill, self.seed)
-
-    def run(self, worker: Worker) -> dict[str, Any]:
-        """Trains on the ranks of `worker`; collective."""
-        from trainer.loop import train
-
-        return train(self, worker)
 
 
 def make_schedule(corpus: Corpus, data: DataSpec, distill: DistillSpec, seed: int) -> Schedule:

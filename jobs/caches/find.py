@@ -11,7 +11,7 @@ from typing import Any
 from cluster.storage import Store, open_store
 from jobs.dtypes import local_dtypes
 from jobs.errors import SpecErrors
-from jobs.inputs import Inputs
+from jobs.inputs import Inputs, capture_of
 from jobs.load import load_spec, recipes
 from jobs.rundir import RunDir
 from jobs.spec import JobSpec
@@ -19,7 +19,7 @@ from jobs.todo import is_current
 from trainer.dtypes import recorded_dtypes
 from trainer.fingerprint import fingerprint
 from trainer.identity import Identities
-from trainer.job import CACHES, CORPORA, identities, make_capture, resolve
+from trainer.job import CACHES, CORPORA, find_corpus, identities, resolve
 from trainer.logits.store import IDENTITY, SHARDS
 
 # Fewer characters of a fingerprint are taken for a mistake.
@@ -41,8 +41,6 @@ class Asked:
     @property
     def corpus(self) -> Store:
         """The corpus of the spec, which need not be there yet: of its run, if that has enough."""
-        from trainer.responses.make import find_corpus
-
         assert self.spec is not None and self.made_of is not None
         root = open_store(self.spec.storage)
         record = RunDir(root.sub(self.spec.name)).record("prepare")
@@ -56,14 +54,6 @@ class Asked:
         """The capture (`trainer.teacher.Capture`) that fills the cache of the spec."""
         assert self.spec is not None
         return capture_of(self.spec, self.corpus, self.cache)
-
-
-def capture_of(spec: JobSpec, corpus: Store, cache: Store) -> Any:
-    """The capture (`trainer.teacher.Capture`) of a spec, with the resources that it asks for."""
-    asked = spec.resources.capture
-    return make_capture(
-        spec, corpus, cache, batch_tokens=asked.batch_tokens, shard_seconds=asked.shard_seconds
-    )
 
 
 def caches_in(storage: Store) -> list[Store]:

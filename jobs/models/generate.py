@@ -104,7 +104,7 @@ def model_of(
         raise SpecErrors([f"--bits {spec.bits}: {found.name} {_is_quantized(found)}"])
     from jobs.models.quantize import check_fits, fitted, load_and_quantize
     from quant.kernels import use_kernels
-    from quant.quantize import cast_stored
+    from quant.weight import cast_stored
 
     if fit:
         spec = fitted(found.folder, spec)

@@ -5,18 +5,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.session import Cluster
 from cluster.storage import Attempt, EventTail, EventWriter, Store, open_store
+from cluster.workers import Group, Launch
 from jobs.inputs import Inputs, Outputs
 from jobs.live.beacon import Beacon
 from jobs.progress import Reporter
 from jobs.rundir import RunDir
 from jobs.spec import JobSpec
 
-if TYPE_CHECKING:
-    from jobs.stages.ranks import Waiting
+
+@dataclass(frozen=True)
+class WaitingGroup:
+    """A group that has done its stage and waits for the work of another one."""
+
+    launch: Launch
+    group: Group
+    stage: str
+
+    def fits(self, stage: str, group: Group) -> bool:
+        """Whether it is for this stage, as large as that needs it, and still there."""
+        return (self.stage, self.group) == (stage, group) and not self.launch.wait(0)
 
 
 @dataclass
@@ -36,7 +47,7 @@ class Context:
     saves_asked: int = 0  # checkpoints out of turn
     forced: bool = False  # the user asked for this stage again, from its beginning
     todo: Sequence[str] = ()  # the stages of this attempt
-    waiting: Waiting | None = None  # workers of a stage that are there for the next one
+    waiting: WaitingGroup | None = None  # workers of a stage that are there for the next one
 
     @property
     def attempt(self) -> Attempt:

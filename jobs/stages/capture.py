@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.storage import Store, open_store
-from jobs.inputs import Outputs
+from jobs.inputs import Outputs, capture_of
 from jobs.spec import JobSpec
 from jobs.stages.base import Context
 from jobs.stages.ranks import run_ranks
@@ -41,8 +41,6 @@ def count_lacking(spec: JobSpec, outputs: Outputs) -> int:
 
 def _capture(spec: JobSpec, corpus: Store, cache: Store, outputs: Outputs) -> Any:
     """What the stages to come read: once the student is trained, records for evaluation alone."""
-    from jobs.caches.find import capture_of
-
     job = capture_of(spec, corpus, cache)
     return replace(job, distill=None) if "distill" in outputs else job
 

@@ -28,7 +28,8 @@ def run(context: Context) -> dict[str, Any]:
     from trainer.corpus.prepare import prepare
     from trainer.corpus.tokenizer import load_tokenizer
     from trainer.fingerprint import fingerprint
-    from trainer.responses.make import answered, corpus_of, on_answers
+    from trainer.job import corpus_of
+    from trainer.responses.make import answered, on_answers
 
     spec, identities = context.spec, context.inputs.identities
     assert spec.data is not None

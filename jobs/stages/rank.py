@@ -24,6 +24,7 @@ from cluster.storage import Attempt, Fenced, Store
 from jobs.live.requests import Requests
 
 if TYPE_CHECKING:
+    from trainer.run_task import Task
     from trainer.worker import Worker
 
 
@@ -33,10 +34,10 @@ class RanksApart(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """What the ranks do for one stage: `run(worker)` of each of `work`, one after the other."""
+    """What the ranks do for one stage: each task of `work`, one after the other."""
 
     stage: str
-    work: Sequence[Any]
+    work: Sequence[Task]
     attempt: Attempt
     outcome: str
     threads: int
@@ -125,6 +126,7 @@ def _free_memory() -> None:
 
 def _run(ranks: Ranks, worker: Worker) -> str:
     """One stage; the status of its outcome, also of one that was there before a restart."""
+    from trainer.run_task import run_task
     from trainer.worker import Stopped
 
     store = ranks.attempt.store
@@ -133,7 +135,7 @@ def _run(ranks: Ranks, worker: Worker) -> str:
         return str(before)
     worker.emit("at_work", stage=ranks.stage, world=worker.world)
     try:
-        results = [job.run(worker) for job in ranks.work]
+        results = [run_task(task, worker) for task in ranks.work]
         outcome: dict[str, Any] = {"status": "done", "results": results}
     except Stopped as stopped:
         outcome = {"status": "stopped", "why": str(stopped)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from cluster.storage import Fenced, Store
 from cluster.workers import Group, Launch, NotEnough, fit_group
 from jobs.errors import Interrupted, SpecErrors
 from jobs.live.requests import ask_save, ask_stop
-from jobs.stages.base import Context
+from jobs.stages.base import Context, WaitingGroup
 from jobs.stages.placement import Placement
 from jobs.stages.rank import Ranks, rank_main, tell_loss
 
@@ -27,19 +26,6 @@ OUTCOME_SECONDS = 1.0
 
 class GroupFailed(RuntimeError):
     """The workers failed; the message is one line for the user."""
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """A group that has done its stage and waits for the work of another one."""
-
-    launch: Launch
-    group: Group
-    stage: str
-
-    def fits(self, stage: str, group: Group) -> bool:
-        """Whether it is for this stage, as large as that needs it, and still there."""
-        return (self.stage, self.group) == (stage, group) and not self.launch.wait(0)
 
 
 def run_ranks(
@@ -81,7 +67,7 @@ def run_ranks(
     if found["status"] == "failed":
         raise GroupFailed(f"{found['kind']}: {found['why']}") from failure
     if follower is not None:
-        context.waiting = Waiting(launch, group, follower)
+        context.waiting = WaitingGroup(launch, group, follower)
     return found["results"], group
 
 

@@ -46,7 +46,7 @@ from quant.export.hf_folder import check_folders, write_folder
 from quant.export.report import ExportReport
 from quant.export.trial import Reference, importance, put, quantized_inputs, stock_model
 from quant.linear import QuantEmbedding, quant_weights
-from quant.quantize import cast_stored
+from quant.weight import cast_stored
 
 SHARD_BYTES = 5_000_000_000
 

@@ -13,7 +13,6 @@ from quant.bytes import PARTS
 from quant.kernels import Preference, use_kernels
 from quant.linear import QuantEmbedding, QuantLinear, QuantWeight
 from quant.model import mark_quantized
-from quant.quantize import cast_stored
 from quant.stored.description import (
     AGAIN,
     DESCRIPTION,
@@ -34,6 +33,7 @@ from quant.stored.skeleton import (
     read_config,
 )
 from quant.stored.strict_json import broken
+from quant.weight import cast_stored
 
 
 def load_quantized(

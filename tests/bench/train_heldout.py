@@ -52,6 +52,7 @@ def capture_main(root: str) -> None:
     """A process: captures what the trainings will read, once for each cache."""
     from tests.ranks import start
     from trainer.job import make_capture
+    from trainer.run_task import run_task
 
     worker = start()
     for cache in ({"method": "sample", "draws": 50}, {"method": "topk", "k": 64}):
@@ -61,9 +62,8 @@ def capture_main(root: str) -> None:
         spec = spec.model_copy(
             update={"data": spec.data.model_copy(update={"max_tokens": 1 << 40})}
         )
-        make_capture(spec, corpus_of_demo(), store, batch_tokens=4096, shard_seconds=1e9).run(
-            worker
-        )
+        task = make_capture(spec, corpus_of_demo(), store, batch_tokens=4096, shard_seconds=1e9)
+        run_task(task, worker)
 
 
 def cache_store(root: str, cache: dict[str, Any]) -> Any:
@@ -76,6 +76,7 @@ def cache_store(root: str, cache: dict[str, Any]) -> Any:
 def train_main(root: str, way: str, seed: int) -> float:
     """A process: one training; returns its held-out loss."""
     from tests.ranks import start
+    from trainer.run_task import run_task
     from trainer.training import Training
 
     mode, losses, cache = WAYS[way]
@@ -99,7 +100,7 @@ def train_main(root: str, way: str, seed: int) -> float:
         output=folder.sub("student"),
         last=folder.sub("student-last"),
     )
-    return float(job.run(start())["select_ce"])
+    return float(run_task(job, start())["select_ce"])
 
 
 def replace_control(distill: Any) -> Any:

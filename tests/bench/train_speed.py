@@ -108,6 +108,7 @@ def ours(name: str, world: World, worker: Any, turns: Turns) -> None:
     """Training as `stillhouse run` does it."""
     from dataclasses import replace
 
+    from trainer.run_task import run_task
     from trainer.worker import Hooks
 
     def emit(event: str, **fields: Any) -> None:
@@ -117,7 +118,7 @@ def ours(name: str, world: World, worker: Any, turns: Turns) -> None:
     mode, losses, cache = OURS[name]
     job = world.training(name, mode, losses, cache, WARM_UP + STEPS * TURNS)
     turns.started()
-    job.run(replace(worker, hooks=Hooks(emit=emit)))
+    run_task(job, replace(worker, hooks=Hooks(emit=emit)))
 
 
 def plain_cross_entropy(world: World, worker: Any, turns: Turns) -> None:

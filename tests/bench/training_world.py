@@ -115,8 +115,10 @@ class World:
 
     def capture_all(self, worker: Any) -> None:
         """Fills both caches."""
+        from trainer.run_task import run_task
+
         for cache in METHODS:
-            self.capture(cache).run(worker)
+            run_task(self.capture(cache), worker)
 
 
 def make(root: Path) -> World:

@@ -51,6 +51,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 def train(data: dict[str, Any], root: str) -> dict[str, Any]:
     """The metrics of the training of a spec; on every rank."""
+    from trainer.run_task import run_task
+
     worker = start()
     from transformers import AutoModelForCausalLM  # noqa: F401 - before the memory is looked at
     from transformers.models.llama import modeling_llama  # noqa: F401
@@ -61,7 +63,7 @@ def train(data: dict[str, Any], root: str) -> dict[str, Any]:
 
     store = open_store(root)
     (job,) = make_trainings(resolve(spec_of(data)), {}, store, store.sub("corpus"), None)
-    return job.run(worker)
+    return run_task(job, worker)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -34,13 +34,14 @@ def all_ways(captures: dict[Any, Any], trainings: dict[Any, Any]) -> dict[str, d
     """Runs captures and trainings on a rank, which verifies the caches if it is the first."""
     from trainer.corpus.corpus import open_corpus
     from trainer.logits.faithful import faithfulness
+    from trainer.run_task import run_task
 
     worker = start()
     done: dict[str, dict[Any, Any]] = {"captures": {}, "trainings": {}, "faithful": {}}
     for jobs, into in ((captures, done["captures"]), (trainings, done["trainings"])):
         for name, job in jobs.items():
             log = Log()
-            metrics = job.run(replace(worker, hooks=log.hooks()))
+            metrics = run_task(job, replace(worker, hooks=log.hooks()))
             into[name] = Told(log.events, metrics)
     if worker.is_main:
         for name, job in captures.items():

@@ -37,6 +37,7 @@ HOW = {
 def answer_all(jobs: list[tuple[Any, int | None]]) -> list[dict[str, Any]]:
     """Runs each job, with a stop asked for at question so-and-so (None: no stop)."""
     from trainer.responses import job as module
+    from trainer.run_task import run_task
     from trainer.worker import Stopped
 
     worker = start()
@@ -46,7 +47,7 @@ def answer_all(jobs: list[tuple[Any, int | None]]) -> list[dict[str, Any]]:
         module.MAX_SHARDED_PARAMETERS = 10_000 if "too-large" in job.store.url else 8_000_000_000
         result: dict[str, Any] = {"events": log.events}
         try:
-            result["facts"] = job.run(replace(worker, hooks=log.hooks()))
+            result["facts"] = run_task(job, replace(worker, hooks=log.hooks()))
         except (Stopped, ValueError) as error:
             result["error"] = f"{type(error).__name__}: {error}"
         told.append(result)
@@ -55,6 +56,7 @@ def answer_all(jobs: list[tuple[Any, int | None]]) -> list[dict[str, Any]]:
 
 def partly(job: Any, pieces: Path) -> None:
     """Runs a job that stands still once something is published, to be killed there."""
+    from trainer.run_task import run_task
     from trainer.worker import Hooks
 
     def pause() -> bool:
@@ -62,15 +64,17 @@ def partly(job: Any, pieces: Path) -> None:
             time.sleep(600)
         return False
 
-    job.run(replace(start(), hooks=Hooks(stop_requested=pause, attempt=1)))
+    run_task(job, replace(start(), hooks=Hooks(stop_requested=pause, attempt=1)))
 
 
 def learn(capture: Any, training: Any) -> list[Any]:
     """Captures the teacher, then trains."""
+    from trainer.run_task import run_task
+
     log = Log()
     worker = replace(start(), hooks=log.hooks())
-    metrics = capture.run(worker)
-    training.run(worker)
+    metrics = run_task(capture, worker)
+    run_task(training, worker)
     return [metrics, log.events]
 
 

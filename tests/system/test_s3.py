@@ -27,11 +27,13 @@ POOL = 12  # sequences that are read, over more than three epochs
 
 def run_all(jobs: list[Any]) -> list[Told]:
     """Runs captures and trainings one after the other."""
+    from trainer.run_task import run_task
+
     worker, results = start(), []
     for job in jobs:
         log = Log()
         told = Told(log.events)
-        told.metrics = job.run(replace(worker, hooks=log.hooks()))
+        told.metrics = run_task(job, replace(worker, hooks=log.hooks()))
         results.append(told)
     return results
 

@@ -71,101 +71,105 @@ class Answers:
     publish_seconds: float
     store: Store
 
-    def run(self, worker: Worker) -> dict[str, Any]:
-        """Generates what is missing on the ranks of `worker`; collective; returns facts.
 
-        Raises Stopped after a clean stop, ValueError for prompts or a teacher that do not serve.
-        """
-        began = time.time()
-        answers = AnswerStore(self.store)
-        folder = find_model("teacher.model", self.teacher.model, self.teacher.revision)
-        tokenizer = load_tokenizer(folder)
-        settings = make_settings(self.responses, folder, tokenizer)
-        prompts = read_prompts(self.data)
-        config = read_config(folder)
-        items, long = self._items(prompts, tokenizer, max_length(config))
-        there: set[str] = worker.share(answers.keys() if worker.is_main else None)
-        work = [
-            left
-            for batch in batches(items, self.batch_tokens, settings.max_new_tokens)
-            if (left := [item for item in batch if item.key not in there])
-        ]
-        tokens = 0
-        if work:
-            tokens = self._generate(worker, config, work, tokenizer, settings, answers, len(items))
-        worker.barrier()
-        seconds = time.time() - began
-        failed = [f"{long} prompts leave no room for an answer"] if long else []
-        return {
-            "counts": {"prompts": len(prompts), "failed": long * self.responses.samples},
-            "failed": failed,
-            "generated": {"tokens": tokens, "seconds": seconds, "world": worker.world},
-        }
+def generate_answers(job: Answers, worker: Worker) -> dict[str, Any]:
+    """Generates what is missing on the ranks of `worker`; collective; returns facts.
 
-    def _items(
-        self, prompts: list[Prompt], tokenizer: Any, positions: int | None
-    ) -> tuple[list[Item], int]:
-        """All answers to be made, and how many prompts have no room for one."""
-        room = None if positions is None else positions - self.responses.max_new_tokens
-        items, long = [], 0
-        for prompt in prompts:
-            ids = prompt_ids(tokenizer, prompt)
-            if not ids or (room is not None and len(ids) > room):
-                long += 1
-                continue
-            items += [Item(prompt, sample, ids) for sample in range(self.responses.samples)]
-        if not items or too_many(long, len(prompts)):
-            raise ValueError(
-                f"responses.max_new_tokens: got {self.responses.max_new_tokens}; {long} of "
-                f"{len(prompts)} prompts do not leave so much room in the teacher's {positions} "
-                f"positions, and {FAILING:.0%} may; lower it, or remove the long ones"
-            )
-        return items, long
+    Raises Stopped after a clean stop, ValueError for prompts or a teacher that do not serve.
+    """
+    began = time.time()
+    answers = AnswerStore(job.store)
+    folder = find_model("teacher.model", job.teacher.model, job.teacher.revision)
+    tokenizer = load_tokenizer(folder)
+    settings = make_settings(job.responses, folder, tokenizer)
+    prompts = read_prompts(job.data)
+    config = read_config(folder)
+    items, long = items_of(job, prompts, tokenizer, max_length(config))
+    there: set[str] = worker.share(answers.keys() if worker.is_main else None)
+    work = [
+        left
+        for batch in batches(items, job.batch_tokens, settings.max_new_tokens)
+        if (left := [item for item in batch if item.key not in there])
+    ]
+    tokens = 0
+    if work:
+        tokens = _generate(job, worker, config, work, tokenizer, settings, answers, len(items))
+    worker.barrier()
+    seconds = time.time() - began
+    failed = [f"{long} prompts leave no room for an answer"] if long else []
+    return {
+        "counts": {"prompts": len(prompts), "failed": long * job.responses.samples},
+        "failed": failed,
+        "generated": {"tokens": tokens, "seconds": seconds, "world": worker.world},
+    }
 
-    def _generate(
-        self,
-        worker: Worker,
-        config: Any,
-        work: list[list[Item]],
-        tokenizer: Any,
-        settings: Settings,
-        answers: AnswerStore,
-        total: int,
-    ) -> int:
-        closing = worker.patient_group()
-        vocab = vocabulary_size(tokenizer)
-        self._check_sharded(worker, config)
-        teacher = load_teacher(self.teacher, vocab, worker, TeacherWithAnswers, stage="prepare")
-        try:
-            run = _Run(self, worker, teacher, tokenizer, settings, answers)
-            left = sum(map(len, work))
-            run.all(work, total - left, total)
-        finally:
-            teacher.close()
-        tokens, stopped = worker.sum([run.tokens, float(run.stopped)], closing)
-        if stopped:
-            raise Stopped("prepare stopped; the answers are saved")
-        return int(tokens)
 
-    def _check_sharded(self, worker: Worker, config: Any) -> None:
-        """Raises ValueError, one line, for a teacher too large to generate while it is sharded;
-        before its weights are read; collective."""
-        shape = meta_model(config)
-        parameters, size = count_parameters(shape), torch_dtype(self.teacher.dtype).itemsize
-        if parameters <= MAX_SHARDED_PARAMETERS:
-            return
-        memory = worker.gather(memory_of(worker))
-        layer = largest_layer(shape) * size
-        nodes = worker.nodes()
-        groups = groups_for(self.teacher.sharding, parameters * size, layer, memory, nodes)
-        if len(groups) == worker.world:
-            return
+def items_of(
+    job: Answers, prompts: list[Prompt], tokenizer: Any, positions: int | None
+) -> tuple[list[Item], int]:
+    """All answers to be made, and how many prompts have no room for one."""
+    room = None if positions is None else positions - job.responses.max_new_tokens
+    items, long = [], 0
+    for prompt in prompts:
+        ids = prompt_ids(tokenizer, prompt)
+        if not ids or (room is not None and len(ids) > room):
+            long += 1
+            continue
+        items += [Item(prompt, sample, ids) for sample in range(job.responses.samples)]
+    if not items or too_many(long, len(prompts)):
         raise ValueError(
-            f"responses.from: got teacher, which has {parameters / 1e9:.3g} billion parameters and "
-            "is sharded over workers; to generate, a sharded one may have at most "
-            f"{MAX_SHARDED_PARAMETERS / 1e9:.3g}, as all weights move for every token; serve it "
-            "with an OpenAI-compatible server and give from: {endpoint: http://..., model: ...}"
+            f"responses.max_new_tokens: got {job.responses.max_new_tokens}; {long} of "
+            f"{len(prompts)} prompts do not leave so much room in the teacher's {positions} "
+            f"positions, and {FAILING:.0%} may; lower it, or remove the long ones"
         )
+    return items, long
+
+
+def _generate(
+    job: Answers,
+    worker: Worker,
+    config: Any,
+    work: list[list[Item]],
+    tokenizer: Any,
+    settings: Settings,
+    answers: AnswerStore,
+    total: int,
+) -> int:
+    closing = worker.patient_group()
+    vocab = vocabulary_size(tokenizer)
+    _check_sharded(job, worker, config)
+    teacher = load_teacher(job.teacher, vocab, worker, TeacherWithAnswers, stage="prepare")
+    try:
+        run = _Run(job, worker, teacher, tokenizer, settings, answers)
+        left = sum(map(len, work))
+        run.all(work, total - left, total)
+    finally:
+        teacher.close()
+    tokens, stopped = worker.sum([run.tokens, float(run.stopped)], closing)
+    if stopped:
+        raise Stopped("prepare stopped; the answers are saved")
+    return int(tokens)
+
+
+def _check_sharded(job: Answers, worker: Worker, config: Any) -> None:
+    """Raises ValueError, one line, for a teacher too large to generate while it is sharded;
+    before its weights are read; collective."""
+    shape = meta_model(config)
+    parameters, size = count_parameters(shape), torch_dtype(job.teacher.dtype).itemsize
+    if parameters <= MAX_SHARDED_PARAMETERS:
+        return
+    memory = worker.gather(memory_of(worker))
+    layer = largest_layer(shape) * size
+    nodes = worker.nodes()
+    groups = groups_for(job.teacher.sharding, parameters * size, layer, memory, nodes)
+    if len(groups) == worker.world:
+        return
+    raise ValueError(
+        f"responses.from: got teacher, which has {parameters / 1e9:.3g} billion parameters and "
+        "is sharded over workers; to generate, a sharded one may have at most "
+        f"{MAX_SHARDED_PARAMETERS / 1e9:.3g}, as all weights move for every token; serve it "
+        "with an OpenAI-compatible server and give from: {endpoint: http://..., model: ...}"
+    )
 
 
 def batches(items: list[Item], batch_tokens: int, new: int) -> list[list[Item]]:

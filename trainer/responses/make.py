@@ -2,7 +2,8 @@
 
 answers = open_answers(root, identity)                # identity: `Identities.responses`
 if answers.manifest() is None:
-    facts = make_job(spec, answers, ...).run(worker)  # from: teacher, on a group of ranks
+    task = make_job(spec, answers, ...)                # from: teacher
+    facts = run_task(task, worker)                     # ... on a group of ranks
     facts = collect(spec, answers, hooks)             # from a file or a server, in one process
     finish(spec, answers, identity, facts, began)
 data = answered(spec.data, answers)
@@ -21,13 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from cluster.storage import Store
 from trainer.auto import BATCH_TOKENS
 from trainer.fingerprint import fingerprint
-from trainer.responses.identity import corpus_of_content
 from trainer.responses.store import FILES, AnswerStore
 from trainer.spec import AnswersFile, DataSpec, ResponsesSpec, SourceSpec
-from trainer.worker import Hooks
 
 if TYPE_CHECKING:
-    from trainer.identity import Identities
+    from trainer.worker import Hooks
 
 RESPONSES = "_responses"
 Each = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
@@ -116,21 +115,6 @@ def answered(data: DataSpec, answers: AnswerStore) -> DataSpec:
         for index, weight in enumerate(weights)
     ]
     return data.model_copy(update={"train": train})
-
-
-def corpus_of(names: Identities, answers: AnswerStore) -> dict[str, Any]:
-    """The identity of the corpus of the answers that are there; they must be complete."""
-    manifest = answers.manifest()
-    assert manifest is not None
-    return corpus_of_content(names.corpus, manifest)
-
-
-def find_corpus(names: Identities, root: Store) -> dict[str, Any] | None:
-    """The identity of a job's corpus, None while its answers are missing. root: the storage's."""
-    if names.responses_spec is None:
-        return names.corpus
-    answers = open_answers(root, names.responses)
-    return None if answers.manifest() is None else corpus_of(names, answers)
 
 
 def on_answers(each: Each, answers: AnswerStore) -> Each:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from cluster.storage import Store
 from trainer.auto import auto_batch_tokens
@@ -14,7 +14,6 @@ from trainer.logits.coding import train_kinds
 from trainer.logits.reader import CacheReader
 from trainer.spec import CacheSpec, DataSpec, DistillSpec, TeacherSpec
 from trainer.training import make_schedule
-from trainer.worker import Worker
 
 # A codebook is fitted on the records of at least so many tokens, where there are so many.
 SAMPLE_TOKENS = 4096
@@ -33,12 +32,6 @@ class Capture:
     shard_seconds: float
     corpus: Store
     cache: Store
-
-    def run(self, worker: Worker) -> dict[str, Any]:
-        """Captures on the ranks of `worker`; collective."""
-        from trainer.teacher.run import capture
-
-        return capture(self, worker)
 
 
 def wanted(job: Capture, corpus: Corpus) -> Iterator[tuple[str, Part, list[int]]]:

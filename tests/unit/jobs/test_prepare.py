@@ -20,8 +20,8 @@ from tests.material import save_model
 from trainer.corpus.corpus import is_complete
 from trainer.corpus.prepare import serial
 from trainer.corpus.tokenizer import train_tokenizer
-from trainer.job import resolve
-from trainer.responses.make import find_corpus, open_answers
+from trainer.job import find_corpus, resolve
+from trainer.responses.make import open_answers
 from trainer.responses.prompts import read_prompts
 from trainer.responses.store import Answer, AnswerStore
 

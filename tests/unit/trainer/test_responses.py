@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cluster.storage import open_store
 from tests.material import config_values
 from trainer.corpus.sources import RENDERING
+from trainer.responses import job as answers_job
 from trainer.responses.faults import responses_fault, world_faults
 from trainer.responses.generate import Settings, TeacherWithAnswers, UnderWay
 from trainer.responses.given import copy_file
@@ -350,10 +351,10 @@ def test_prompts_without_room_are_failures_and_may_not_be_many(tmp_path, monkeyp
     store = open_store(tmp_path)
     job = Answers(TeacherSpec(model="m"), spec, DataSpec(train=[]), 100, 1.0, store)
     prompts = [Prompt(0, "x" * size, prompt_key("x" * size)) for size in (5, 6, 7, 11)]
-    items, long = job._items(prompts, None, 20)
+    items, long = answers_job.items_of(job, prompts, None, 20)
     assert long == 1 and len(items) == 6
     with pytest.raises(ValueError, match="2 of 4 prompts do not leave so much room"):
-        job._items(prompts, None, 16)
+        answers_job.items_of(job, prompts, None, 16)
 
 
 # Sampling.
