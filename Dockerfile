@@ -53,6 +53,6 @@ COPY trainer trainer
 COPY quant quant
 COPY cluster cluster
 # As `make setup` does: the op for quantized layers on CPUs, and what numba compiles.
-RUN python -m quant.build_ops && python -m jobs.build_kernels
+RUN python -m jobs.build_kernels
 # As a command: docker run --rm stillhouse:0.1.0-cpu schema. KubeRay has commands of its own.
 CMD ["python", "-m", "jobs", "--help"]

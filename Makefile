@@ -39,7 +39,6 @@ install:
 	$(INSTALL) torch
 	$(INSTALL) --editable '.[s3]'
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m trainer.build_ops
-	$(BIN)/python -m quant.build_ops
 	$(BIN)/python -m jobs.build_kernels
 
 # pytest, emulated servers, lm-eval.

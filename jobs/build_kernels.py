@@ -1,16 +1,22 @@
-"""Compiles the numba kernels once, so that no job waits for a compiler.
+"""Compiles the kernels for CPUs once, so that no job waits for a compiler.
 
     python -m jobs.build_kernels
 
 numba compiles a function at its first call and keeps the code beside the sources; each process that
 finds none compiles for itself. Takes 20 to 40 seconds the first time; later calls find it done.
+
+So is the C++ op for quantized layers on CPUs, which needs g++ and takes 15 seconds. Where it cannot
+be built nothing fails: layers then use torch's own kernels, and say so.
 """
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 
+from quant.kernels import native
 from quant.methods import quantize_weight
 from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import decode, encode
@@ -42,3 +48,5 @@ def build() -> None:
 
 if __name__ == "__main__":
     build()
+    if reason := native.unavailable():
+        print(f"quantized layers will use torch's own kernels: {reason}", file=sys.stderr)

@@ -8,9 +8,9 @@ from typing import Any
 
 from cluster.storage import open_store
 from jobs.spec import JobSpec
-from quant.spec import CHANNEL, QuantSpec
-from quant.sweepspec import SweepSpec
-from quant.wording import Wording
+from quant.quant_spec import CHANNEL, QuantSpec
+from quant.spec import SweepSpec
+from quant.unsupported import Wording
 from trainer.checks import faults_in, has_student, student_config, world_faults
 from trainer.identity import Identities
 from trainer.job import identities
@@ -92,7 +92,7 @@ def _task_faults(sweep: SweepSpec) -> list[str]:
     """Benchmark tasks must be there, and so must lm-eval."""
     if not sweep.tasks:
         return []
-    from quant.tasks import check_tasks
+    from quant.evaluation.lm_eval import check_tasks
 
     return check_tasks(sweep.tasks)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.spec import JobSpec
-from quant.spec import CHANNEL, DYNAMIC, GroupSize, QuantSpec
+from quant.quant_spec import CHANNEL, DYNAMIC, GroupSize, QuantSpec
 
 SINGLE = 64  # the group size of one model, where it fits
 

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cluster.spec import ResourcesSpec
-from quant.sweepspec import SweepSpec
+from quant.spec import SweepSpec
 from trainer.rules import NAME, Rule, faults_of, is_hub_id, plain_name, raise_faults
 from trainer.rules import RULES as TRAINER_RULES
 from trainer.spec import (

@@ -1,5 +1,12 @@
 """A weight matrix in integer codes with one scale and zero point per group: the seam between the
-methods that make codes and the layers, files and exports that use them."""
+methods that make codes and the layers, files and exports that use them.
+
+Tight bit packing of integer codes: 8 codes of b bits fill exactly b bytes, for every b in 1..8.
+
+Code i of a block of 8 takes the bits [i*b, (i+1)*b) of the block's b bytes, least significant
+first (a little-endian bit stream). A block is held in one 64-bit word while its codes are spread
+to one per byte, or drawn together, in three steps of halves.
+"""
 
 from __future__ import annotations
 
@@ -69,3 +76,111 @@ def row_chunks(rows: int, columns: int, device: torch.device, multiple: int = 1)
     step = max(1, weights // max(1, columns) // multiple) * multiple
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+BLOCK = 8  # codes per block: the smallest count that fills whole bytes for every width
+HALVES = (32, 16, 8)  # width in bits of the fields of a word after each step of spreading
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # of a block's bytes
+
+
+def packed_width(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take. Raises ValueError as `pack` does."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"codes of {bits} bits cannot be packed; bits may be 1 to 8")
+    if count % BLOCK:
+        raise ValueError(f"{count} codes per row cannot be packed; must be a multiple of {BLOCK}")
+    return count * bits // 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes `[..., n]`, each below 2**bits, into uint8 `[..., n * bits / 8]`.
+
+    Raises ValueError when bits is not 1..8, n is no multiple of 8, or a code is too large.
+    """
+    width = packed_width(codes.shape[-1], bits)
+    packed = codes.new_empty(*codes.shape[:-1], width, dtype=torch.uint8)
+    pack_into(packed, codes, bits)
+    return packed
+
+
+def pack_into(packed: Tensor, codes: Tensor, bits: int) -> None:
+    """`pack` into a contiguous tensor that is there already, rows at a time: on the way each step
+    takes as many bytes again as there are codes. Nothing is written when it raises, as `pack` does.
+    """
+    count = codes.shape[-1]
+    width = packed_width(count, bits)
+    if codes.dtype != torch.uint8:
+        raise ValueError(f"codes are {codes.dtype}; must be torch.uint8")
+    if packed.shape != (*codes.shape[:-1], width):
+        raise ValueError(
+            f"codes {list(codes.shape)} do not fit into packed ones {list(packed.shape)}"
+        )
+    if bits == 8:
+        packed.copy_(codes)
+        return
+    if codes.numel() and int(codes.max()) >= 1 << bits:
+        raise ValueError(f"code {int(codes.max())} does not fit into {bits} bits")
+    rows = codes.shape[:-1].numel()
+    source, target = codes.reshape(rows, count), packed.view(rows, width)
+    for part in row_chunks(rows, count, codes.device):
+        target[part] = _packed(source[part], bits).reshape(-1, width)
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """The bytes of the codes' blocks, `[blocks, bits]`."""
+    words = codes.contiguous().view(-1, BLOCK).view(torch.int64)
+    for half in reversed(HALVES):
+        used = bits * half // 8
+        low = _fields(used, 2 * half)
+        words = (words & low) | (words >> (half - used) & low << used)
+    if bits in WORDS:  # the low bytes of each word, all at once
+        return words.to(WORDS[bits]).view(torch.uint8)
+    return words.view(torch.uint8)[:, :bits]
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of `pack`: uint8 `[..., m]` to uint8 codes `[..., m * 8 / bits]`.
+
+    Raises ValueError when bits is not 1..8 or m is no multiple of bits.
+    """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"codes of {bits} bits cannot be unpacked; bits may be 1 to 8")
+    if packed.dtype != torch.uint8:
+        raise ValueError(f"packed codes are {packed.dtype}; must be torch.uint8")
+    if packed.shape[-1] % bits:
+        raise ValueError(f"rows of {packed.shape[-1]} bytes do not hold codes of {bits} bits")
+    if bits == 8:
+        return packed.clone(memory_format=torch.contiguous_format)
+    count = packed.shape[-1] * BLOCK // bits
+    rows = packed.shape[:-1].numel()
+    parts = [] if torch.compiler.is_compiling() else [*row_chunks(rows, count, packed.device)]
+    if len(parts) < 2:
+        return _unpacked(packed, bits).view(*packed.shape[:-1], count)
+    codes = packed.new_empty(*packed.shape[:-1], count)
+    source, target = packed.reshape(rows, packed.shape[-1]), codes.view(rows, count)
+    for part in parts:
+        target[part] = _unpacked(source[part], bits).view(-1, count)
+    return codes
+
+
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """The codes of whole blocks, `[blocks, 8]`."""
+    blocks = packed.reshape(-1, bits)
+    aligned = torch.compiler.is_compiling() or not blocks.storage_offset() % bits
+    if bits in WORDS and aligned:
+        words = blocks.view(WORDS[bits]).to(torch.int64)
+    else:
+        words = torch.zeros(len(blocks), 1, dtype=torch.int64, device=packed.device)
+        room = words.view(torch.uint8)
+        for byte in range(bits):
+            room[:, byte] = blocks[:, byte]
+    for half in HALVES:
+        used = bits * half // 8
+        low = _fields(used, 2 * half)
+        words = (words & low) | (words << (half - used) & low << half)
+    return words.view(torch.uint8)
+
+
+def _fields(used: int, width: int) -> int:
+    """The mask of the lowest `used` bits of each field of `width` bits in a word."""
+    return sum(((1 << used) - 1) << at for at in range(0, 64, width))

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from quant.spec import QuantSpec
-from quant.sweepspec import SweepSpec
+from quant.quant_spec import QuantSpec
+from quant.spec import SweepSpec
 
 RECOVERED = "-recovered"
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quant.linear import QuantEmbedding, QuantLinear, QuantWeight, quant_weights
+from quant.artifact.quantized_model import mark_quantized
+from quant.layers.linear import QuantEmbedding, QuantLinear, QuantWeight, quant_weights
+from quant.layers.weight import cast_stored
 from quant.methods import quantize_weight
-from quant.model import mark_quantized
-from quant.spec import DYNAMIC, QuantSpec
+from quant.quant_spec import DYNAMIC, QuantSpec
 from quant.targets import Layers, Target, Targets, check_group_size, find_targets
-from quant.weight import cast_stored
 
 __all__ = ["check_group_size", "quantize", "stored_dtype"]
 

@@ -14,14 +14,7 @@ from cluster.storage import Store
 from trainer.fingerprint import flatten
 from trainer.logits.records import VERSION as CACHE_FORMAT
 from trainer.models import find_model, identity, tokenizer_identity
-from trainer.spec import (
-    CacheSpec,
-    DataSpec,
-    ResponsesSpec,
-    StudentSpec,
-    TeacherSpec,
-    TokenizerSpec,
-)
+from trainer.spec import CacheSpec, DataSpec, ResponsesSpec, StudentSpec, TeacherSpec, TokenizerSpec
 
 
 @dataclass(frozen=True)

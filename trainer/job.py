@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cluster.storage import Store, open_store
-from trainer.auto import (
-    auto_activation_checkpointing,
-    auto_learning_rate,
-    auto_micro_batch,
-)
+from trainer.auto import auto_activation_checkpointing, auto_learning_rate, auto_micro_batch
 from trainer.checkpoints.names import DONE, INPUTS, records, step_of
 from trainer.dtypes import with_dtypes
 from trainer.fingerprint import fingerprint, flatten
@@ -28,13 +24,7 @@ from trainer.responses.identity import corpus_of_content
 from trainer.responses.make import open_answers
 from trainer.responses.store import AnswerStore
 from trainer.rules import Sections
-from trainer.spec import (
-    AnswersFile,
-    DataSpec,
-    SourceSpec,
-    StudentSpec,
-    TeacherSpec,
-)
+from trainer.spec import AnswersFile, DataSpec, SourceSpec, StudentSpec, TeacherSpec
 
 # Folders below the storage that all runs share, and the one of a run with a folder per training.
 CORPORA, CACHES, CHECKPOINTS = "_corpora", "_logits", "checkpoints"

@@ -36,7 +36,7 @@ class Advance:
             self._report(done / self._total, words)
 
     def part(self, name: str, sequences: int) -> Callable[[str, float], None]:
-        """What a `quant.measured.Part` calls; phases are e.g. "evaluation/report"."""
+        """What a `quant.evaluation.measure.Part` calls; phases are e.g. "evaluation/report"."""
 
         def tell(what: str, done: float) -> None:
             words = f"{_WORDS[what]} {name}: {int(done)} of {sequences} sequences"
@@ -45,11 +45,11 @@ class Advance:
         return tell
 
     def quantized(self, done: int, total: int) -> None:
-        """What `quant.cell.run_cell` calls."""
+        """What `quant.evaluation.cell.run_cell` calls."""
         self.at("quantize", done / total, f"quantizing: {100 * done / total:.0f} %")
 
     def answered(self, share: float, task: str, done: int, total: int) -> None:
-        """What `quant.tasks.run_tasks` calls."""
+        """What `quant.evaluation.lm_eval.run_tasks` calls."""
         self.at("tasks", share, f"benchmark task {task}: {done} of {total} answers")
 
     def steps(self, done: int, total: int) -> None:

@@ -18,8 +18,8 @@ from jobs.cells.needs import Needs
 from jobs.cells.prints import common
 from jobs.inputs import Outputs
 from quant.grid import Cell, allocated_keys, uniform
-from quant.spec import BITS, CHANNEL, DYNAMIC, QuantSpec
-from quant.sweepspec import SweepSpec
+from quant.quant_spec import BITS, CHANNEL, DYNAMIC, QuantSpec
+from quant.spec import SweepSpec
 from trainer.fingerprint import fingerprint
 
 # Part of every decision's fingerprint: raise it when the same inputs would be decided otherwise.
@@ -105,7 +105,7 @@ class Allocations:
     def first(self, anew: bool = False) -> list[Item]:
         """The first tasks of the budgets that are not decided: sensitivities, or candidates where
         those are known and not to be measured anew."""
-        from quant.allocate import layer_options, pieces_of
+        from quant.allocation import layer_options, pieces_of
 
         todo = [key for key in self.keys if key not in self.decided]
         if not todo:
@@ -168,7 +168,7 @@ class Allocations:
         return self._candidates()
 
     def _candidates(self) -> list[Item]:
-        from quant.allocate import candidates
+        from quant.allocation import candidates
 
         items = []
         for key, budget in self.budgets.items():
@@ -200,7 +200,7 @@ class Allocations:
 
     def _next_round(self, budget: _Budget) -> tuple[list[Item], list[Cell]]:
         """Neighbours of the best so far; the decision when they bring nothing more."""
-        from quant.allocate import neighbours
+        from quant.allocation import neighbours
 
         kl, best = min(budget.measured)
         if budget.rounds < ROUNDS and best in budget.latest:
@@ -240,7 +240,7 @@ class Allocations:
 
     def _controls(self, size: int, budget: int) -> list[QuantSpec]:
         """Uniform cells of the same or the next larger size, and the largest within the budget."""
-        from quant.allocate import uniform_bytes, uniform_controls
+        from quant.allocation import uniform_bytes, uniform_controls
 
         specs = [
             QuantSpec(bits, group, self.base.method, self.base.embeddings, self.base.head)
@@ -293,8 +293,8 @@ def sensitivity_task(
     """KL on select of the 16-bit model with one layer quantized, for each of `pieces`."""
     import torch
 
-    from quant.allocate import sensitivity
-    from quant.reference import open_reference
+    from quant.allocation import sensitivity
+    from quant.evaluation.reference import open_reference
 
     torch.set_num_threads(material.threads)
     folder = source.folder()
@@ -314,7 +314,7 @@ def sensitivity_task(
 
 def candidate_task(material: Material, source: Source, cell: Cell) -> dict[str, Any]:
     """KL on select of the model quantized by an allocation."""
-    from quant.cell import select_kl
+    from quant.evaluation.cell import select_kl
 
     work = {
         "quantize": QUANTIZE_TOKENS / material.sequence_length,

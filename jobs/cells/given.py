@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.spec import JobSpec
-from quant.sweepspec import ExtraModel, Task
+from quant.spec import ExtraModel, Task
 from trainer.models import absolute, find_model, identity
 
 

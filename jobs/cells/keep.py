@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.storage import Attempt, Store
 from jobs.report.front import front_keys
-from quant.sweepspec import SweepSpec
+from quant.spec import SweepSpec
 
 
 def complete(sweep: SweepSpec, result: dict[str, Any], store: Store, key: str) -> bool:

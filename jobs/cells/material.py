@@ -16,7 +16,7 @@ import numpy as np
 from cluster.progress import Report, silent
 from cluster.storage import Attempt, Store
 from jobs.cells.advance import Advance
-from quant.sweepspec import SweepSpec
+from quant.spec import SweepSpec
 from trainer.corpus.corpus import Batch, open_corpus
 from trainer.logits.positions import read_along
 from trainer.logits.reader import CacheReader
@@ -107,13 +107,13 @@ class Material:
         return len(open_corpus(self.corpus).part(part))
 
     def part(self, name: str, source: Source | None = None, advance: Advance | None = None) -> Any:
-        """A `quant.measured.Part`; with the stored reference of `source` if one is given.
+        """A `quant.evaluation.measure.Part`; with the stored reference of `source` if one is given.
 
         advance: hears how far passes over it are.
         """
         from functools import partial
 
-        from quant.measured import Part
+        from quant.evaluation.measure import Part
 
         reference = None
         if source is not None:
@@ -123,10 +123,10 @@ class Material:
         return Part(partial(self.batches, name), records, reference, progress)
 
     def setting(self, advance: Advance | None = None) -> Any:
-        """A `quant.measured.Setting`. advance: hears how far benchmark tasks are."""
-        from quant.measured import Setting
+        """How models are evaluated. advance: hears how far benchmark tasks are."""
+        from quant.evaluation.measure import EvaluationConfig
 
-        return Setting(
+        return EvaluationConfig(
             self.threads,
             self.device,
             self.vocab,

@@ -13,9 +13,9 @@ from cluster.spec import CellResources
 from jobs.cells.material import Source
 from jobs.errors import SpecErrors
 from jobs.stages.base import Context
-from quant.foretold import Forecast
+from quant.evaluation.memory_forecast import MemoryEstimate
 from quant.grid import Cell
-from quant.sweepspec import SweepSpec
+from quant.spec import SweepSpec
 
 # Below so many weights a CPU core is as quick as a GPU, whose kernels take longer to start.
 GPU_WEIGHTS = 100_000_000
@@ -62,7 +62,7 @@ class Needs:
     @staticmethod
     def of(context: Context, sources: dict[str, Source]) -> Needs:
         """Those of a run on its cluster. Raises SpecErrors if no cell could ever start."""
-        from quant.bytes import parameter_count
+        from quant.artifact.sizes import parameter_count
 
         spec = context.spec
         assert spec.sweep is not None and spec.data is not None
@@ -107,9 +107,9 @@ class Needs:
             return int(self.asked.memory_gb_per_cell * 1e9)
         return self.forecast(cell, source).host
 
-    def forecast(self, cell: Cell | None, source: Source) -> Forecast:
+    def forecast(self, cell: Cell | None, source: Source) -> MemoryEstimate:
         """What a cell takes; of evaluating the 16-bit model where there is no cell."""
-        from quant.memory import cell_memory
+        from quant.evaluation.memory import cell_memory
 
         kept = dict.fromkeys(self.sweep.keep_16bit)
         return cell_memory(
@@ -131,7 +131,7 @@ class Needs:
 
     def model_cost(self, source: Source) -> float:
         """How long a task takes that evaluates a 16-bit model, or tries an allocation of it."""
-        from quant.bytes import parameter_count
+        from quant.artifact.sizes import parameter_count
 
         return float(parameter_count(self.meta(source)))
 

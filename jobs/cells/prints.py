@@ -8,7 +8,7 @@ from jobs.cells.given import extra_identity, task_identity
 from jobs.inputs import EVALUATION, Outputs
 from jobs.spec import JobSpec
 from quant.grid import Cell
-from quant.sweepspec import ExtraModel, SweepSpec
+from quant.spec import ExtraModel, SweepSpec
 from trainer.fingerprint import fingerprint
 from trainer.job import capture_inputs
 

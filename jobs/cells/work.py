@@ -26,9 +26,9 @@ from jobs.cells.advance import (
     Advance,
 )
 from jobs.cells.material import PARTS, Material, Source
-from quant.foretold import Forecast
+from quant.evaluation.memory_forecast import MemoryEstimate
 from quant.grid import Cell
-from quant.sweepspec import ExtraModel
+from quant.spec import ExtraModel
 from trainer.models import find_model
 from trainer.spec import TeacherSpec
 
@@ -43,7 +43,7 @@ def model_task(
 
     references: cells are made of it, so its final hidden states are stored too, before that.
     """
-    from quant.beside import evaluate_model
+    from quant.evaluation.baselines import evaluate_model
 
     store = material.attempt.store
     with tempfile.TemporaryDirectory(prefix="stillhouse-reference-") as temporary:
@@ -73,7 +73,7 @@ def teacher_task(
     material: Material, name: str, teacher: TeacherSpec, print_: str
 ) -> dict[str, Any]:
     """Evaluates the teacher from its records alone and publishes evaluations/teacher.json."""
-    from quant.beside import evaluate_model
+    from quant.evaluation.baselines import evaluate_model
 
     advance = Advance(material.report, _tasks(material))
     result = evaluate_model(
@@ -93,7 +93,7 @@ def extra_task(
     material: Material, extra: ExtraModel, source: Source, print_: str
 ) -> dict[str, Any]:
     """Evaluates a model quantized elsewhere and publishes evaluations/extra-<name>.json."""
-    from quant.beside import evaluate_extra
+    from quant.evaluation.baselines import evaluate_extra
 
     work = _evaluations(material, EVALUATE) | _tasks(material)
     advance = Advance(material.report, work)
@@ -112,14 +112,14 @@ def extra_task(
 
 
 def cell_task(
-    material: Material, cell: Cell, print_: str, source: Source, need: Forecast
+    material: Material, cell: Cell, print_: str, source: Source, need: MemoryEstimate
 ) -> dict[str, Any]:
     """One cell: quantizes, publishes the model, evaluates it, publishes its result.json.
 
     A model that an earlier start of the same cell has published is not made again. need: what it
     is estimated to take. Raises MemoryError, with the numbers, where the GPU has less.
     """
-    from quant.cell import run_cell
+    from quant.evaluation.cell import run_cell
     from quant.tokenizer_files import copy_tokenizer
 
     began = time.perf_counter()
@@ -227,8 +227,8 @@ def _cell_advance(material: Material, cell: Cell, quantized: bool) -> Advance:
 def _recover(
     material: Material, source: Source, advance: Advance, model: PreTrainedModel
 ) -> dict[str, Any]:
-    """Trains the scales of a quantized model; see `jobs.cells.recovery`."""
-    from jobs.cells.recovery import recover
+    """Trains the scales of a quantized model; see `quant.recovery.recover`."""
+    from quant.recovery.recover import recover
 
     assert material.sweep.recover is not None
     return recover(
@@ -249,7 +249,7 @@ def _recover(
     )
 
 
-def _check_gpu(material: Material, need: Forecast) -> None:
+def _check_gpu(material: Material, need: MemoryEstimate) -> None:
     """Raise MemoryError unless the GPU can hold the cell: better now than in its middle."""
     if not material.gpus:
         return
@@ -307,8 +307,8 @@ def speed_task(
     material.report(0.0, keys[0])
     import torch
 
-    from quant.cell import measure_cell
-    from quant.speed import load_baseline
+    from quant.evaluation.cell import measure_cell
+    from quant.evaluation.speed import load_baseline
 
     store, sweep = material.attempt.store, material.sweep
     tokens = sweep.speed_prompt_tokens, sweep.speed_decode_tokens

@@ -349,7 +349,7 @@ def generate(
     from jobs.models.generate import model_of, write_text
     from jobs.models.load import enough_memory, load_tokenizer
     from jobs.models.options import check_device
-    from quant.generate import stream
+    from quant.generation.stream import stream
 
     place = check_device(device.value)
     if threads is not None:

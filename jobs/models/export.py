@@ -18,7 +18,7 @@ from jobs.models.show import bits, size
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quant.export.report import ExportReport
+    from quant.export import ExportReport
 
 # Of the run's select part, to choose between formats on; several candidates are measured on it.
 CALIBRATION_TOKENS = 8_192
@@ -69,7 +69,7 @@ def export_to(
     quiet()
     tokenizer = load_tokenizer(found)
     if format == "gguf":
-        from quant.export.gguf import export_gguf
+        from quant.export.gguf.export import export_gguf
 
         name = file_name(found)
         file = out / f"{name}.gguf"
@@ -78,7 +78,7 @@ def export_to(
         yield from _lines(report, model, file, [])
         yield f"run it: llama-cli -m {file}"
         return
-    from quant.export.hf import export_hf
+    from quant.export.hf.export import export_hf
 
     model = load_any(found, "cpu", "plain")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -103,7 +103,7 @@ def export_to(
 
 def file_name(found: Found) -> str:
     """What a file of the model is called."""
-    from quant.export.gguf import model_name
+    from quant.export.gguf.export import model_name
 
     if found.run is not None:
         return f"{found.run.name}-{found.cell}"
@@ -195,7 +195,7 @@ def _original(run: Store, notes: list[str]) -> Path | None:
 
 
 def _lines(report: ExportReport, model: Any, written: Path, notes: list[str]) -> Iterator[str]:
-    from quant.bytes import parameter_count
+    from quant.artifact.sizes import parameter_count
 
     yield f"wrote {written}"
     yield f"format: {report.format}"

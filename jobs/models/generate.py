@@ -13,11 +13,11 @@ from jobs.models.load import compute_dtype, load_any, quiet
 from jobs.models.show import rate, size
 
 if TYPE_CHECKING:
-    from quant.generate import Statistics, Stream
-    from quant.spec import QuantSpec
+    from quant.generation.stream import Statistics, Stream
+    from quant.quant_spec import QuantSpec
 
 DONE, INTERRUPTED = 0, 130
-ENDS = {  # by what `quant.generate` calls it
+ENDS = {  # by what `quant.generation.stream` calls it
     "end of text": "up to the end of text",
     "length": "as many as asked for",
     "positions": "up to the model's last position",
@@ -46,11 +46,11 @@ def read_prompt(given: str | None) -> str:
 
 def draw_faults(temperature: float | None, top_p: float | None, seed: int | None) -> list[str]:
     """A line for each option that is out of range or would do nothing."""
-    from quant import drawing
+    from quant.generation import stream
 
     faults = [
         f"--{name.replace('_', '-')}: {fault}"
-        for name, fault in drawing.draw_faults(temperature or 0.0, top_p, seed)
+        for name, fault in stream.sampling_faults(temperature or 0.0, top_p, seed)
     ]
     idle = [name for name, value in (("--top-p", top_p), ("--seed", seed)) if value is not None]
     if idle and not temperature:
@@ -104,7 +104,7 @@ def model_of(
         raise SpecErrors([f"--bits {spec.bits}: {found.name} {_is_quantized(found)}"])
     from jobs.models.quantize import check_fits, fitted, load_and_quantize
     from quant.kernels import use_kernels
-    from quant.weight import cast_stored
+    from quant.layers.weight import cast_stored
 
     if fit:
         spec = fitted(found.folder, spec)
@@ -120,7 +120,7 @@ def _is_quantized(found: Found) -> str:
     hint = "leave --bits away, or give the 16-bit model"
     if found.kind == "artifact":
         from quant.artifact import read_description
-        from quant.spec import QuantSpec
+        from quant.quant_spec import QuantSpec
 
         key = QuantSpec(**read_description(found.folder)["spec"]).key
         return f"is quantized already ({key}); {hint}"

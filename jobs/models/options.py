@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import SpecErrors
-from quant.spec import BITS, CHANNEL, DYNAMIC, METHODS, GroupSize, QuantSpec, is_group_size
+from quant.quant_spec import BITS, CHANNEL, DYNAMIC, METHODS, GroupSize, QuantSpec, is_group_size
 
 DYNAMIC_ONLY = f"--method {DYNAMIC}: has --bits 8 and --group-size {CHANNEL}, no others"
 ONE_OUT = "--out writes one model; leave it away to compare several"

@@ -14,7 +14,7 @@ from jobs.models.find import Found, find
 from jobs.models.load import load_unquantized, quiet, short_of_memory
 from jobs.models.patience import progress_bar, terminable
 from jobs.models.show import bits, seconds, size
-from quant.spec import QuantSpec
+from quant.quant_spec import QuantSpec
 from quant.tokenizer_files import copy_tokenizer, has_tokenizer
 
 COMMAND = "quantize"
@@ -113,7 +113,7 @@ def kept_line(
 
     Reads the model's config alone. Raises ValueError for what `find_targets` refuses.
     """
-    from quant.bytes import sixteen_bit_share
+    from quant.artifact.sizes import sixteen_bit_share
     from trainer.models import meta_model, read_config
 
     share = sixteen_bit_share(meta_model(read_config(folder)), spec, layers)
@@ -136,8 +136,8 @@ def quantize_to(
     An interrupt before it is written ends with `Interrupted`.
     """
     from quant.artifact import save_quantized
-    from quant.bytes import dense_bytes, folder_bytes, true_bits_per_weight, true_bytes
-    from quant.stored.folder import whole_folder
+    from quant.artifact.atomic_folder import whole_folder
+    from quant.artifact.sizes import dense_bytes, folder_bytes, true_bits_per_weight, true_bytes
 
     with (
         terminable(),
@@ -168,7 +168,7 @@ def fastest_kernels(model: Any, device: str) -> str:
     from torch import nn
 
     from quant.kernels import kernel_names, use_kernels
-    from quant.linear import QuantLinear, quant_linears
+    from quant.layers.linear import QuantLinear, quant_linears
 
     smallest: dict[Any, QuantLinear] = {}
     # A head that shares the embedding's codes is copied with them: only if no other layer will do.

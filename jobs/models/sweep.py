@@ -13,7 +13,7 @@ from jobs.models.find import Found
 from jobs.models.options import Grid
 from jobs.models.quantize import fitted, kept_line
 from jobs.spec import JobSpec
-from quant.spec import QuantSpec
+from quant.quant_spec import QuantSpec
 
 DATA = "builtin:python-docs"
 # Of text that the models are measured on; a run that is worth more time may ask for more.

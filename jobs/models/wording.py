@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from quant.wording import Wording
+from quant.unsupported import Wording
 
 
 class OptionWording(Wording):

@@ -14,7 +14,7 @@ from jobs.plan.needs import Models, swept
 from jobs.plan.shape import Shape, shape_of
 from jobs.spec import JobSpec
 from quant.grid import grid
-from quant.spec import CHANNEL
+from quant.quant_spec import CHANNEL
 from trainer.checks import faults_in
 from trainer.models import find_model
 from trainer.student.families import check_family

@@ -11,9 +11,9 @@ from jobs.plan.need import Need
 from jobs.plan.place import Place
 from jobs.plan.shape import Matrix, Shape
 from jobs.spec import JobSpec
-from quant.foretold import LAYER_TENSORS, Sizes, foretell
+from quant.evaluation.memory_forecast import LAYER_TENSORS, Sizes, estimate_memory
 from quant.grid import Cell, grid
-from quant.spec import CHANNEL, QuantSpec
+from quant.quant_spec import CHANNEL, QuantSpec
 from trainer.auto import auto_batch_tokens
 from trainer.logits.coding import EVAL_IDS
 from trainer.teacher.placement import groups_for, training_bytes
@@ -214,7 +214,7 @@ def cell_need(models: Models, spec: JobSpec, place: Place) -> tuple[str, Need]:
 
 def _cell(cell: Cell, shape: Shape, spec: JobSpec, cuda: bool) -> dict[str, float]:
     assert spec.sweep is not None and spec.data is not None
-    parts = foretell(
+    parts = estimate_memory(
         Sizes(
             2 * shape.parameters, shape.hidden, shape.inner, shape.heads, shape.layers, shape.vocab
         ),
@@ -231,7 +231,7 @@ def _cell(cell: Cell, shape: Shape, spec: JobSpec, cuda: bool) -> dict[str, floa
 
 
 def code_bytes(shape: Shape, spec: QuantSpec) -> int:
-    """Bytes of codes, scales and zeros of a model's weights, as `quant.bytes.layer_slots`."""
+    """Bytes of a model's codes, scales and zeros, as `quant.artifact.sizes.layer_slots`."""
     total = 0
     for matrix in _quantized(shape, spec):
         size = matrix.columns if spec.group_size == CHANNEL else int(spec.group_size)

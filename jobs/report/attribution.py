@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.report.front import model_of, sums_of
 from jobs.report.source import RunData
-from quant.intervals import Interval, difference_interval, relative_reduction
+from quant.evaluation.bootstrap import Interval, difference_interval, relative_reduction
 
 
 @dataclass(frozen=True)

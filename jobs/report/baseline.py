@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.report.front import model_of, sums_of
 from jobs.report.source import number
-from quant.intervals import Interval, relative_reduction
+from quant.evaluation.bootstrap import Interval, relative_reduction
 
 
 @dataclass(frozen=True)

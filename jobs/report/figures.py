@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs.report.rows import Row, StageCost, is_recovered
 from jobs.report.source import number
-from quant.intervals import Interval
+from quant.evaluation.bootstrap import Interval
 
 NOTHING = "–"
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jobs.report.source import number
-from quant.intervals import FEW, Interval, difference_interval, mean_interval
+from quant.evaluation.bootstrap import FEW, Interval, difference_interval, mean_interval
 
 CLEAR = 25  # standard errors
 OWN, TEACHER = "kl_to_reference", "kl_to_teacher"  # as `per_sequence` calls them

@@ -14,14 +14,7 @@ from jobs.report.curves import Curve, curve_picture
 from jobs.report.detail import detail
 from jobs.report.parts import dot, heading, simple_table
 from jobs.report.rows import Row, StageCost, cost, is_allocated, rows_of
-from jobs.report.source import (
-    TRAININGS,
-    RunData,
-    curve,
-    evaluations,
-    number,
-    training_metrics,
-)
+from jobs.report.source import TRAININGS, RunData, curve, evaluations, number, training_metrics
 
 STYLE = Path(__file__).with_name("style.css")
 HELD_OUT = {

@@ -7,7 +7,7 @@ from jobs.report.front import TEACHER, Candidate, OnFront
 from jobs.report.rows import CELLS, Row, is_allocated, is_recovered
 from jobs.report.scatter import Point, Shape, over_size
 from jobs.report.source import number
-from quant.spec import CHANNEL, DYNAMIC, METHODS
+from quant.quant_spec import CHANNEL, DYNAMIC, METHODS
 
 SHAPES: dict[str, tuple[Shape, float]] = {
     "teacher": ("square", 6),

@@ -15,8 +15,8 @@ from jobs.report.parts import Field, heading, named, note, section, simple_table
 from jobs.report.pictures import width_class
 from jobs.report.rows import Row, is_allocated, is_recovered, widths
 from jobs.report.source import RunData, number
+from quant.evaluation.bootstrap import Interval
 from quant.grid import RECOVERED
-from quant.intervals import Interval
 
 OWN, TEACHER = "kl_to_reference", "kl_to_teacher"
 NUMBERED = re.compile(r"^(?P<stack>.*?)\.(?P<block>\d+)\.(?P<name>.+)$")

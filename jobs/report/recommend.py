@@ -11,15 +11,7 @@ from dataclasses import dataclass, field
 
 from jobs.report import figures as f
 from jobs.report.baseline import Baseline, kept, retention
-from jobs.report.front import (
-    OWN,
-    TEACHER,
-    Candidate,
-    candidates,
-    model_of,
-    tied,
-    yardstick,
-)
+from jobs.report.front import OWN, TEACHER, Candidate, candidates, model_of, tied, yardstick
 from jobs.report.source import RunData, number
 
 __all__ = ["Recommendation", "in_words", "recommend"]

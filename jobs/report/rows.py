@@ -9,7 +9,7 @@ from typing import Any
 from cluster.storage import Store
 from jobs.report.source import ROLES, RunData, load_run, number
 from quant.grid import RECOVERED
-from quant.spec import CHANNEL, DYNAMIC, METHODS
+from quant.quant_spec import CHANNEL, DYNAMIC, METHODS
 
 Row = dict[str, Any]
 

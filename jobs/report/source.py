@@ -12,7 +12,7 @@ import yaml
 
 from cluster.storage import Store, read_events
 from quant.grid import allocated_keys, grid
-from quant.sweepspec import SweepSpec
+from quant.spec import SweepSpec
 
 ROLES = ("teacher", "student", "control")
 TRAININGS = ("distill", "control")

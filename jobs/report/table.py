@@ -13,7 +13,7 @@ from rich.text import Text
 
 from jobs.report import figures as f
 from jobs.report.rows import CELLS, Row, in_words, too, widths
-from quant.spec import DYNAMIC
+from quant.quant_spec import DYNAMIC
 
 FAILED = "failed"
 

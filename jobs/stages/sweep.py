@@ -13,21 +13,10 @@ from jobs.cells.allocation import Allocations, Item
 from jobs.cells.exclusive import measure_speeds
 from jobs.cells.material import Material, Source
 from jobs.cells.needs import Needs
-from jobs.cells.prints import (
-    cell_fingerprint,
-    extra_fingerprint,
-    model_fingerprint,
-)
+from jobs.cells.prints import cell_fingerprint, extra_fingerprint, model_fingerprint
 from jobs.cells.running import Running
 from jobs.cells.sources import sources_of
-from jobs.cells.work import (
-    call,
-    cell_task,
-    extra_task,
-    made_path,
-    model_task,
-    teacher_task,
-)
+from jobs.cells.work import call, cell_task, extra_task, made_path, model_task, teacher_task
 from jobs.errors import Interrupted
 from jobs.stages.base import Context
 from jobs.stages.placement import tasks_wait
@@ -276,7 +265,7 @@ class _Sweep:
         )
 
     def _failed(self, cell: Cell, failure: Failure) -> dict[str, Any]:
-        from quant.cell import failed_cell
+        from quant.evaluation.cell import failed_cell
 
         result = {
             **failed_cell(cell, failure.error),
@@ -305,7 +294,7 @@ class _Sweep:
             self._add_task("model/teacher-records", teacher_task, named)
 
     def _extra_failed(self, name: str, failure: Failure) -> None:
-        from quant.beside import failed_extra
+        from quant.evaluation.baselines import failed_extra
 
         path = f"evaluations/extra-{name}.json"
         self.context.attempt.write_json(path, failed_extra(name, failure.error))

@@ -1,15 +1,18 @@
 """Allocations worth measuring whole: losses of layers do not add up exactly, so the allocation of
-the least predicted sum need not be the best one."""
+the least predicted sum need not be the best one.
+
+Uniform models to hold an allocated one against.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from quant.allocation.knapsack import Losses, knapsack
 from quant.allocation.options import Option, Options
 from quant.allocation.steps import Chosen, Steps
-from quant.spec import QuantSpec
+from quant.quant_spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -117,3 +120,20 @@ def _specs(options: Options) -> list[QuantSpec]:
             o.spec for each in options.layers.values() for o in each if o.spec is not None
         )
     )
+
+
+def uniform_controls(
+    uniform: Mapping[QuantSpec, int], allocation_bytes: int, budget_bytes: int
+) -> list[QuantSpec]:
+    """The uniform specs that an allocation of `allocation_bytes` must beat, one or two.
+
+    uniform: bytes of the model by spec. The smallest one that is no smaller than the allocation,
+    where there is one; and the largest within the budget, which is what a user without allocation
+    would take. Of several of one size the one of most bits.
+    """
+    larger = [
+        (size, -spec.bits, spec) for spec, size in uniform.items() if size >= allocation_bytes
+    ]
+    within = [(-size, -spec.bits, spec) for spec, size in uniform.items() if size <= budget_bytes]
+    found = [min(some, key=lambda item: item[:2])[2] for some in (larger, within) if some]
+    return list(dict.fromkeys(found))

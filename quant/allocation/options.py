@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from quant.bytes import layer_slots, plain_tensors
-from quant.pack import BLOCK
-from quant.spec import CHANNEL, DYNAMIC, GroupSize, QuantSpec
+from quant.artifact.sizes import layer_slots, plain_tensors
+from quant.codes import BLOCK
+from quant.quant_spec import CHANNEL, DYNAMIC, GroupSize, QuantSpec
 from quant.targets import Layers, Target, Targets, find_targets, meta_model
 
 SIXTEEN = "16b"  # key of the option that leaves a layer as it is

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quant.allocation.options import SIXTEEN_BYTES, Option, Options
-from quant.evaluate import Batch, evaluate
+from quant.evaluation.evaluate import Batch, evaluate
 from quant.methods import quantize_weight
-from quant.spec import CHANNEL, QuantSpec
+from quant.quant_spec import CHANNEL, QuantSpec
 from quant.targets import Target, find_targets
 
 Piece = tuple[str, Option]  # a layer, and how it is quantized

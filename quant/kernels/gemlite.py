@@ -2,7 +2,7 @@
 
 github.com/dropbox/gemlite (0.5): `A16Wn.from_weights` takes unpacked codes, scales and zero points
 of any fraction. It keeps the codes as a little-endian bit stream along the columns, in words of 32
-bits, transposed: the bytes that `quant.pack` makes.
+bits, transposed: the bytes that `quant.codes` makes.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.codes import Codes
+from quant.codes import Codes, unpack
 from quant.kernels.kernel import Kernel, Refused, StoredWeight
 from quant.kernels.tinygemm import check_product
-from quant.pack import unpack
 
 BITS = (1, 2, 4, 8)
 

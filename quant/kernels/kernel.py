@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quant.codes import Codes
-from quant.pack import pack, unpack
+from quant.codes import Codes, pack, unpack
 
 
 class Refused(ValueError):
@@ -19,7 +18,7 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A weight `[rows, columns]` as files hold it: codes are packed (see `quant.pack`).
+    """A weight `[rows, columns]` as files hold it: codes are packed (see `quant.codes`).
 
     activations: "int8" where the input is to be quantized to int8 per token, or None.
     shared: the codes stay where they are (an embedding's), so a layout of them comes on top.

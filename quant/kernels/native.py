@@ -1,6 +1,6 @@
 """Compiles and loads the C++ op for CPUs (codes.cpp): `torch.ops.stillhouse_cpu`.
 
-    python -m quant.build_ops
+    python -m jobs.build_kernels
 
 builds it, which takes about 15 seconds and needs g++ (or what CXX names); later calls find it
 built, in the environment's folder of ops (`trainer.ops`), under a name that holds a hash of the

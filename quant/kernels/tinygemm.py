@@ -12,15 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quant.codes import Codes, row_chunks, scaled
-from quant.kernels.kernel import (
-    Kernel,
-    Refused,
-    StoredWeight,
-    kernel_group,
-    repeated,
-    room_above,
-)
-from quant.kernels.offsets import lost_offsets
+from quant.kernels.blocks import lost_offsets
+from quant.kernels.kernel import Kernel, Refused, StoredWeight, kernel_group, repeated, room_above
 
 INNER_TILES = 8  # tiles of 16 columns that a thread reads at once; 8 is torch's own choice
 TILE = (8, 16 * INNER_TILES)  # rows, columns

@@ -9,14 +9,20 @@ from torch import Tensor
 
 from quant.codes import Codes
 from quant.methods.slices import runs
-from quant.spec import CHANNEL, GroupSize, QuantSpec
+from quant.quant_spec import CHANNEL, GroupSize, QuantSpec
 
-METHODS = {"hqq": "hqq", "rtn": "rtn", "int8-dynamic": "int8_dynamic"}
+# Module and function of each method.
+METHODS = {
+    "hqq": ("hqq", "quantize"),
+    "rtn": ("rtn", "quantize"),
+    "int8-dynamic": ("rtn", "quantize_int8"),
+}
 
 
 def load_method(method: str) -> Any:
-    """The module of a method, imported at its first use: hqq alone takes seconds."""
-    return import_module(f"quant.methods.{METHODS[method]}")
+    """The function of a method, imported at its first use: hqq alone takes seconds."""
+    module, function = METHODS[method]
+    return getattr(import_module(f"quant.methods.{module}"), function)
 
 
 def quantize_weight(weight: Tensor, bits: int, group_size: GroupSize, method: str = "hqq") -> Codes:
@@ -42,7 +48,7 @@ def quantize_weight(weight: Tensor, bits: int, group_size: GroupSize, method: st
         )
     if size % 8:
         raise ValueError(f"a width of {columns} is no multiple of 8: it cannot be quantized")
-    made: Codes = load_method(method).quantize(weight, bits, size)
+    made: Codes = load_method(method)(weight, bits, size)
     scale, zero = made.scale.flatten(), made.zero.flatten()
     bad = sum(
         int((~(scale[part].isfinite() & zero[part].isfinite())).sum())

@@ -10,7 +10,7 @@ from hqq.core.quantize import BaseQuantizeConfig, Quantizer
 from torch import Tensor
 
 from quant.codes import Codes
-from quant.methods.search import Search
+from quant.methods.hqq_search import Search
 from quant.methods.slices import Slices, runs
 
 ON_DEVICE = 1 << 28  # weights at once on an accelerator: hqq has about 16 bytes of each in use

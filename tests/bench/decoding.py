@@ -26,11 +26,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quant.artifact import load_quantized
-from quant.export.gguf import export_gguf
+from quant.evaluation.speed import generation_seconds, random_prompt
+from quant.export.gguf.export import export_gguf
 from quant.kernels import kernel_names
+from quant.quant_spec import QuantSpec
 from quant.quantize import quantize
-from quant.spec import QuantSpec
-from quant.speed import generation_seconds, random_prompt
 from tests.bench.docs import figure, fill, table
 from tests.bench.figures import machine, result_file, tables_by_kind, write_result
 from trainer.processor import cpu_dtype

@@ -35,7 +35,7 @@ from typing import Any
 import yaml
 
 from tests.bench.timing import cpu_kind
-from tests.material import CHATML, CONTROLS, WORDS, write_chats, write_texts
+from tests.fixtures.corpora import CHATML, CONTROLS, WORDS, write_chats, write_texts
 
 CACHE = Path.home() / ".cache" / "stillhouse" / "golden"
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,8 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from quant.evaluation.speed import resident_bytes  # noqa: E402
 from quant.kernels import kernel_names, use_kernels  # noqa: E402
-from quant.speed import resident_bytes  # noqa: E402
 from tests.bench.figures import read_result, result_file, write_result  # noqa: E402
 from tests.bench.gpu_models import CASES, SHAPES, config_of, disagreement, make_model  # noqa: E402
 from tests.bench.gpu_steps import Decoder, Prefill  # noqa: E402

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from quant.codes import Codes
-from quant.linear import QuantLinear, quant_linears
+from quant.layers.linear import QuantLinear, quant_linears
 
 DEVIATION = 0.02  # of all weights
 

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from quant.codes import Codes
+from quant.codes import Codes, pack
 from quant.kernels.blocks import Blocks
 from quant.kernels.int4 import Int4
 from quant.kernels.kernel import StoredWeight
-from quant.pack import pack
 from tests.bench.docs import figure, fill, table
 from tests.bench.figures import machine, result_file, tables_by_kind, write_result
 

@@ -29,7 +29,7 @@ from jobs.report.planned import lines
 from jobs.report.source import load_run
 from jobs.rundir import RunDir
 from tests.bench.figures import machine, result_file, write_result
-from tests.unit.jobs.plan.world import LLAMA_8B, LLAMA_70B, folder_of
+from tests.fixtures.forecast_models import LLAMA_8B, LLAMA_70B, folder_of
 
 COMMAND = "make demo && make bench-plan"
 BOUND, TIME_BOUND = 0.10, 1.5

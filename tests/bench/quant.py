@@ -86,7 +86,7 @@ def make(name: str, folder: Path, layers: int, threads: int) -> None:
 
 def sizes(folder: Path) -> dict[str, Any]:
     """Folder sizes and seconds of quantizing."""
-    from quant.bytes import folder_bytes
+    from quant.artifact.sizes import folder_bytes
     from tests.bench.quant_world import BASE, CELLS, facts
 
     whole = folder_bytes(folder / BASE)

@@ -31,12 +31,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from quant.divergence import full_kl
-from quant.export.gguf import export_gguf
-from quant.linear import QuantWeight
+from quant.evaluation.kl import full_kl
+from quant.export.gguf.export import export_gguf
+from quant.layers.linear import QuantWeight
+from quant.quant_spec import QuantSpec
 from quant.quantize import quantize
-from quant.spec import QuantSpec
-from tests.unit.quant.export import gguf_world
+from tests.fixtures import gguf_models
 
 KINDS: dict[str, tuple[QuantSpec | None, str]] = {
     "f32": (None, "f32"),
@@ -105,8 +105,8 @@ def measure(student: str | Path, positions: int = 2000, prompts: int = 16) -> di
 
 def tokenizers(folder: Path) -> dict[str, int]:
     """Of 100 texts, how many each kind of tokenizer splits as llama.cpp does."""
-    made = {kind: gguf_world.byte_level(folder / kind, kind) for kind in gguf_world.BYTE_LEVEL}
-    made["sentencepiece"] = gguf_world.sentence_pieces(folder / "sentencepiece")
+    made = {kind: gguf_models.byte_level(folder / kind, kind) for kind in gguf_models.BYTE_LEVEL}
+    made["sentencepiece"] = gguf_models.sentence_pieces(folder / "sentencepiece")
     found = {}
     for kind, place in made.items():
         tokenizer = AutoTokenizer.from_pretrained(place)
@@ -136,7 +136,7 @@ def architectures(folder: Path) -> dict[str, float]:
         "qwen3, tied": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
         "qwen3, yarn rope": Qwen3Config(**SIZES, head_dim=16, rope_parameters=yarn | short),
     }
-    place = gguf_world.byte_level(folder / "architectures")
+    place = gguf_models.byte_level(folder / "architectures")
     ids = torch.randint(400, (300,), generator=torch.Generator().manual_seed(1))
     found = {}
     for name, config in cases.items():
@@ -265,7 +265,7 @@ def _tokenized(tokenizer: Any, theirs: Any) -> int:
     """Of 100 texts, how many both split into the same ids, special tokens included."""
     return sum(
         tokenizer(text).input_ids == theirs.tokenize(text.encode(), add_bos=True, special=True)
-        for text in gguf_world.texts(100)
+        for text in gguf_models.texts(100)
     )
 
 

@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant.artifact import load_quantized
-from quant.divergence import full_kl
-from quant.export.hf import export_hf
+from quant.evaluation.kl import full_kl
+from quant.export.hf.export import export_hf
+from quant.quant_spec import QuantSpec
 from quant.quantize import quantize
-from quant.spec import QuantSpec
-from tests.unit.quant.export.stock import stock_answers
+from tests.fixtures.stock_transformers import stock_answers
 
 SPECS = (QuantSpec(4, 64), QuantSpec(8, 64), QuantSpec(2, 64))
 CALIBRATION, HELD_OUT = 8, 8  # sequences

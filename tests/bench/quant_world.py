@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quant.artifact import load_quantized
+from quant.quant_spec import QuantSpec
 from quant.quantize import quantize
-from quant.spec import QuantSpec
 
 PROMPTS = (512, 2048)
 DECODE_PROMPT = 32

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage import Store, open_store, read_events
-from quant.intervals import difference_interval, relative_reduction
+from quant.evaluation.bootstrap import difference_interval, relative_reduction
 from tests.bench.docs import fill
 from tests.bench.figures import machine, read_result, result_file, tables_by_kind, write_result
 
@@ -137,7 +137,7 @@ def memory(cells: dict[str, Any]) -> dict[str, Any]:
 
 def tasks(run: Store) -> dict[str, Any]:
     """The demo's student quantized by one command, with a task made from the report part."""
-    from tests.task_material import write_task
+    from tests.fixtures.lm_eval_tasks import write_task
 
     with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as temporary:
         folder = write_task(Path(temporary) / "task", held_out(run), context_words=12)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage import open_store
-from tests.ranks import Ranks
+from tests.fixtures.ranks import Ranks
 
 SEEDS = (11, 12, 13)
 # name: mode, losses, cache
@@ -50,7 +50,7 @@ def corpus_of_demo() -> Any:
 
 def capture_main(root: str) -> None:
     """A process: captures what the trainings will read, once for each cache."""
-    from tests.ranks import start
+    from tests.fixtures.ranks import start
     from trainer.job import make_capture
     from trainer.run_task import run_task
 
@@ -75,7 +75,7 @@ def cache_store(root: str, cache: dict[str, Any]) -> Any:
 
 def train_main(root: str, way: str, seed: int) -> float:
     """A process: one training; returns its held-out loss."""
-    from tests.ranks import start
+    from tests.fixtures.ranks import start
     from trainer.run_task import run_task
     from trainer.training import Training
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.training_world import LENGTH, SEQUENCES, World, make
-from tests.ranks import environment, free_port
+from tests.fixtures.ranks import environment, free_port
 
 # name: mode, losses, cache
 OURS: dict[str, tuple[str, dict[str, float], str]] = {
@@ -77,7 +77,7 @@ def peak_bytes() -> int:
 def way_main(name: str, root: str, pipe: Connection, log: str) -> None:
     """A process: trains `name`'s way, turn by turn."""
     silence(log)
-    from tests.ranks import start
+    from tests.fixtures.ranks import start
 
     turns, world = Turns(pipe), World(Path(root))
     worker = start()
@@ -232,7 +232,7 @@ def job_teacher(world: World) -> str:
 def prepare_main(root: str, log: str) -> None:
     """A process: makes the world and fills its caches."""
     silence(log)
-    from tests.ranks import start
+    from tests.fixtures.ranks import start
 
     make(Path(root)).capture_all(start())
 

@@ -18,8 +18,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster.storage import open_store, read_events  # noqa: E402
-from tests import tiny  # noqa: E402
-from tests.material import stored_records  # noqa: E402
+from tests.fixtures import small_job  # noqa: E402
+from tests.fixtures.corpora import stored_records  # noqa: E402
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -41,17 +41,17 @@ def address() -> Iterator[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory, address: str) -> Path:
     """Where a teacher is that takes long enough to be interrupted."""
     folder = tmp_path_factory.mktemp("kills")
-    spec = tiny.teacher_spec(folder, documents=4000)
-    spec["student"] = {"init": "random", "config": tiny.model(256, 8)}
-    path = str(tiny.write_spec(spec, folder))
-    code, out, err = tiny.stillhouse("run", path, "--address", address, cwd=folder)
+    spec = small_job.teacher_spec(folder, documents=4000)
+    spec["student"] = {"init": "random", "config": small_job.model(256, 8)}
+    path = str(small_job.write_spec(spec, folder))
+    code, out, err = small_job.stillhouse("run", path, "--address", address, cwd=folder)
     assert code == 0, out + err
     return folder
 
 
 def job(folder: Path, storage: str, workers: int = 2) -> dict[str, Any]:
     """A capture in small pieces on so many workers of one CPU."""
-    return tiny.job_spec(
+    return small_job.job_spec(
         folder,
         documents=4000,
         storage=str(folder / storage),
@@ -70,7 +70,7 @@ def job(folder: Path, storage: str, workers: int = 2) -> dict[str, Any]:
 
 def arguments(spec: dict[str, Any], folder: Path, address: str) -> list[str]:
     """The command that captures and stops."""
-    path = str(tiny.write_spec(spec, folder))
+    path = str(small_job.write_spec(spec, folder))
     return ["run", path, "--until", "capture", "--address", address]
 
 
@@ -89,7 +89,7 @@ def content(spec: dict[str, Any]) -> dict[tuple[str, bytes], set[bytes]]:
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path, address: str) -> dict[tuple[str, bytes], set[bytes]]:
     spec = job(folder, "undisturbed")
-    code, out, err = tiny.stillhouse(*arguments(spec, folder, address), cwd=folder)
+    code, out, err = small_job.stillhouse(*arguments(spec, folder, address), cwd=folder)
     assert code == 0, out + err
     found = content(spec)
     assert {kind for kind, _ in found} == {"train", "train1", "eval"}
@@ -102,14 +102,14 @@ def test_a_killed_driver_is_followed_by_more_or_fewer_workers(
     folder: Path, address: str, undisturbed: dict[tuple[str, bytes], set[bytes]], workers: int
 ) -> None:
     spec = job(folder, f"driver-{workers}")
-    run = tiny.run_store(spec)
-    process = tiny.start(*arguments(spec, folder, address), cwd=folder)
-    tiny.wait_for(run, under_way, process)
+    run = small_job.run_store(spec)
+    process = small_job.start(*arguments(spec, folder, address), cwd=folder)
+    small_job.wait_for(run, under_way, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
 
     spec = job(folder, f"driver-{workers}", workers)
-    code, out, err = tiny.stillhouse(*arguments(spec, folder, address), cwd=folder)
+    code, out, err = small_job.stillhouse(*arguments(spec, folder, address), cwd=folder)
     assert code == 0, out + err
     first, second = (e for e in read_events(run) if e["event"] == "capture_start")
     assert len(first["pids"]) == 2 and len(second["pids"]) == workers
@@ -121,9 +121,9 @@ def test_a_killed_worker_is_replaced_within_the_run(
     folder: Path, address: str, undisturbed: dict[tuple[str, bytes], set[bytes]]
 ) -> None:
     spec = job(folder, "worker")
-    run = tiny.run_store(spec)
-    process = tiny.start(*arguments(spec, folder, address), cwd=folder)
-    tiny.wait_for(run, under_way, process)
+    run = small_job.run_store(spec)
+    process = small_job.start(*arguments(spec, folder, address), cwd=folder)
+    small_job.wait_for(run, under_way, process)
     (start,) = (e for e in read_events(run) if e["event"] == "capture_start")
     os.kill(start["pids"][1], signal.SIGKILL)
     out, err = process.communicate(timeout=300)

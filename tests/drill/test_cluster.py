@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster.storage import read_events  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests.fixtures import small_job  # noqa: E402
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -56,21 +56,21 @@ def address(nodes: Nodes) -> str:
 
 
 def test_two_nodes_do_the_job_of_one(address: str, tmp_path: Path) -> None:
-    teacher = tiny.write_spec(tiny.teacher_spec(tmp_path), tmp_path)
-    code, out, err = tiny.stillhouse("run", str(teacher), "--address", address, cwd=tmp_path)
+    teacher = small_job.write_spec(small_job.teacher_spec(tmp_path), tmp_path)
+    code, out, err = small_job.stillhouse("run", str(teacher), "--address", address, cwd=tmp_path)
     assert code == 0, out + err
-    spec = tiny.job_spec(tmp_path)
-    path = str(tiny.write_spec(spec, tmp_path))
-    code, out, err = tiny.stillhouse("run", path, "--address", address, cwd=tmp_path)
+    spec = small_job.job_spec(tmp_path)
+    path = str(small_job.write_spec(spec, tmp_path))
+    code, out, err = small_job.stillhouse("run", path, "--address", address, cwd=tmp_path)
     assert code == 0, out + err
-    rows = tiny.results(tiny.run_store(spec))
+    rows = small_job.results(small_job.run_store(spec))
     assert [row["role"] for row in rows] == ["teacher", "student", "control"] + ["cell"] * 4
     assert all(row["status"] == "done" for row in rows)
 
 
 def test_what_fits_on_no_node_is_refused_with_the_numbers(address: str, tmp_path: Path) -> None:
-    path = str(tiny.write_spec(tiny.teacher_spec(tmp_path), tmp_path))
-    code, _, err = tiny.stillhouse(
+    path = str(small_job.write_spec(small_job.teacher_spec(tmp_path), tmp_path))
+    code, _, err = small_job.stillhouse(
         "run", path, "resources.distill.cpus_per_worker=2", "--address", address, cwd=tmp_path
     )
     assert code == 2
@@ -79,7 +79,7 @@ def test_what_fits_on_no_node_is_refused_with_the_numbers(address: str, tmp_path
 
 def elastic_spec(folder: Path, storage: str) -> dict[str, Any]:
     """Plain training on one or two workers, long enough for a node to be lost in its middle."""
-    spec = tiny.teacher_spec(folder)
+    spec = small_job.teacher_spec(folder)
     distill = {
         **spec["distill"],
         "steps": 120,
@@ -88,7 +88,7 @@ def elastic_spec(folder: Path, storage: str) -> dict[str, Any]:
         "weight_decay": 0.3,
     }
     spec |= {"name": "elastic", "storage": str(folder / storage), "distill": distill}
-    spec["student"] = {"init": "random", "config": tiny.model(128, 4)}
+    spec["student"] = {"init": "random", "config": small_job.model(128, 4)}
     spec["resources"] = {"distill": {"workers": [1, 2]}}
     return spec
 
@@ -96,20 +96,20 @@ def elastic_spec(folder: Path, storage: str) -> dict[str, Any]:
 def test_a_lost_node_leaves_a_smaller_group_that_goes_on(nodes: Nodes, tmp_path: Path) -> None:
     """Last of its file: the node does not come back. Compared with torchrun's two ranks."""
     spec = elastic_spec(tmp_path, "alone")
-    alone = tiny.run_store(spec)
+    alone = small_job.run_store(spec)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node", "2", "-m", "trainer"]
-    command.append(str(tiny.write_spec(spec, tmp_path)))
+    command.append(str(small_job.write_spec(spec, tmp_path)))
     root = str(Path(__file__).resolve().parents[2])
-    environment = tiny.environment(CUDA_VISIBLE_DEVICES="", PYTHONPATH=root)
+    environment = small_job.environment(CUDA_VISIBLE_DEVICES="", PYTHONPATH=root)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
     spec = elastic_spec(tmp_path, "elastic")
-    run = tiny.run_store(spec)
-    path = str(tiny.write_spec(spec, tmp_path))
-    process = tiny.start("run", path, "--address", nodes.cluster.address, cwd=tmp_path)
-    tiny.wait_for(run, lambda e: e["event"] == "step" and 25 <= e["step"] < 90, process)
+    run = small_job.run_store(spec)
+    path = str(small_job.write_spec(spec, tmp_path))
+    process = small_job.start("run", path, "--address", nodes.cluster.address, cwd=tmp_path)
+    small_job.wait_for(run, lambda e: e["event"] == "step" and 25 <= e["step"] < 90, process)
 
     def find(kind: str) -> list[dict[str, Any]]:
         return [event for event in read_events(run) if event["event"] == kind]
@@ -123,7 +123,7 @@ def test_a_lost_node_leaves_a_smaller_group_that_goes_on(nodes: Nodes, tmp_path:
     assert resumed["world"] == 1 and resumed["saved_by"] == 2 and resumed["step"] >= 20
     (stage,) = [e for e in find("stage_done") if e["stage"] == "distill"]
     assert stage["metrics"]["distill"]["world"] == 1 and stage["metrics"]["device_hours"] > 0
-    found, wanted = tiny.losses(run, "distill"), tiny.losses(alone, "distill")
+    found, wanted = small_job.losses(run, "distill"), small_job.losses(alone, "distill")
     assert sorted(found) == sorted(wanted) == list(range(1, 121))
     values = [
         [float.fromhex(losses[step]) for step in sorted(losses)] for losses in (found, wanted)

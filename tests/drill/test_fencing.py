@@ -16,8 +16,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster.storage import Store, read_events  # noqa: E402
-from tests import tiny  # noqa: E402
-from tests.s3 import point_to, s3_server  # noqa: E402
+from tests.fixtures import small_job  # noqa: E402
+from tests.fixtures.s3 import point_to, s3_server  # noqa: E402
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -48,23 +48,23 @@ def results(run: Store) -> dict[str, str]:
 
 
 def test_an_attempt_that_wakes_up_publishes_nothing(storage: str, tmp_path: Path) -> None:
-    spec = tiny.teacher_spec(tmp_path, 1500)
+    spec = small_job.teacher_spec(tmp_path, 1500)
     distill = {**spec["distill"], "steps": 150, "checkpoint_steps": 10}
     spec |= {"name": "fenced", "storage": storage, "distill": distill}
-    spec["student"] = {"init": "random", "config": tiny.model(128, 4)}
-    path, run = str(tiny.write_spec(spec, tmp_path)), tiny.run_store(spec)
-    old = tiny.start("run", path, cwd=tmp_path)
+    spec["student"] = {"init": "random", "config": small_job.model(128, 4)}
+    path, run = str(small_job.write_spec(spec, tmp_path)), small_job.run_store(spec)
+    old = small_job.start("run", path, cwd=tmp_path)
 
     def find(kind: str, attempt: int) -> list[dict[str, Any]]:
         found = read_events(run)
         return [e for e in found if e["event"] == kind and e["attempt"] == attempt]
 
-    tiny.wait_for(run, lambda e: e["event"] == "checkpoint" and e["step"] >= 20, old)
+    small_job.wait_for(run, lambda e: e["event"] == "checkpoint" and e["step"] >= 20, old)
     asleep = [old.pid, *find("training_start", 1)[0]["pids"]]
     for pid in asleep:
         os.kill(pid, signal.SIGSTOP)
 
-    code, out, err = tiny.stillhouse("run", path, cwd=tmp_path)
+    code, out, err = small_job.stillhouse("run", path, cwd=tmp_path)
     assert code == 0, out + err
     assert find("resume", 2)[0]["step"] >= 20
     before = results(run)

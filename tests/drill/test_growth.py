@@ -14,15 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster.rayjobs import RayJobs  # noqa: E402
 from cluster.storage import read_events  # noqa: E402
-from tests import autoscaling, rays, tiny  # noqa: E402
 from tests.drill.test_jobs import ROOT, World  # noqa: E402
-from tests.ranks import free_port  # noqa: E402
+from tests.fixtures import autoscaling, ray_clusters, small_job  # noqa: E402
+from tests.fixtures.ranks import free_port  # noqa: E402
 
 pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture
-def growing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[rays.Rays]:
+def growing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ray_clusters.Rays]:
     """A head of one CPU; the autoscaler starts nodes of one CPU on this machine, at most three."""
     from ray.util import get_node_ip_address
 
@@ -38,19 +38,21 @@ def growing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[rays.Ra
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     }
     options = ["--autoscaling-config", str(path)]
-    with rays.cluster(tmp_path, nodes=0, options=options, **more) as cluster:
+    with ray_clusters.cluster(tmp_path, nodes=0, options=options, **more) as cluster:
         yield cluster
 
 
-def test_a_cluster_grows_for_a_job_and_shrinks_after_it(growing: rays.Rays, tmp_path: Path) -> None:
-    spec = {**tiny.teacher_spec(tmp_path), "name": "large"}
+def test_a_cluster_grows_for_a_job_and_shrinks_after_it(
+    growing: ray_clusters.Rays, tmp_path: Path
+) -> None:
+    spec = {**small_job.teacher_spec(tmp_path), "name": "large"}
     spec["resources"] = {"distill": {"workers": 2, "cpus_per_worker": 1}}
-    run = tiny.run_store(spec)
+    run = small_job.run_store(spec)
     world = World(tmp_path, growing, run)
-    code, out, err = world.submit(str(tiny.write_spec(spec, tmp_path)))
+    code, out, err = world.submit(str(small_job.write_spec(spec, tmp_path)))
     assert code == 2 and "resources.distill" in err and not run.exists("state"), out + err
     spec["resources"]["growth_minutes"] = 3
-    code, out, err = world.submit(str(tiny.write_spec(spec, tmp_path)), "--follow")
+    code, out, err = world.submit(str(small_job.write_spec(spec, tmp_path)), "--follow")
     assert code == 0, out + err
     assert "waiting for the cluster to grow: resources.distill" in out, out
     (began,) = [e for e in read_events(run) if e["event"] == "training_start"]
@@ -60,20 +62,20 @@ def test_a_cluster_grows_for_a_job_and_shrinks_after_it(growing: rays.Rays, tmp_
 
 
 def test_what_a_stopped_job_asked_for_holds_no_longer_than_it(
-    growing: rays.Rays, tmp_path: Path
+    growing: ray_clusters.Rays, tmp_path: Path
 ) -> None:
     """The job is too large for what the cluster may become."""
-    spec = {**tiny.teacher_spec(tmp_path), "name": "too-large"}
+    spec = {**small_job.teacher_spec(tmp_path), "name": "too-large"}
     spec["resources"] = {"distill": {"workers": 9, "cpus_per_worker": 1}, "growth_minutes": 10}
-    run = tiny.run_store(spec)
+    run = small_job.run_store(spec)
     world = World(tmp_path, growing, run)
-    code, out, err = world.submit(str(tiny.write_spec(spec, tmp_path)))
+    code, out, err = world.submit(str(small_job.write_spec(spec, tmp_path)))
     assert code == 0, out + err
     growing.wait_for(4, 120)
     ends = time.monotonic() + 60
     while "only 4 do" not in (found := world.status(run))["why"]:  # it looks now and then
         assert found["status"] == "waiting" and time.monotonic() < ends, found
-    code, out, err = tiny.stillhouse("stop", run.url, cwd=tmp_path)
+    code, out, err = small_job.stillhouse("stop", run.url, cwd=tmp_path)
     assert code == 0, out + err
     assert world.wait(run)["status"] == "stopped"
     growing.wait_for(1, 120)

@@ -21,7 +21,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster.storage import Store, open_store, read_events  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests.fixtures import small_job  # noqa: E402
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -46,13 +46,13 @@ class World:
 
 
 def teacher_job(folder: Path) -> dict[str, Any]:
-    spec = tiny.teacher_spec(folder, DOCUMENTS)
-    spec["student"] = {"init": "random", "config": tiny.model(256, 8)}
+    spec = small_job.teacher_spec(folder, DOCUMENTS)
+    spec["student"] = {"init": "random", "config": small_job.model(256, 8)}
     return spec
 
 
 def job(folder: Path, storage: str) -> dict[str, Any]:
-    spec = tiny.job_spec(folder, DOCUMENTS, **SLOW)
+    spec = small_job.job_spec(folder, DOCUMENTS, **SLOW)
     return {**spec, "name": "drill", "storage": str(folder / storage)}
 
 
@@ -60,13 +60,15 @@ def job(folder: Path, storage: str) -> dict[str, Any]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A teacher, and the job undisturbed on a storage of its own."""
     folder = tmp_path_factory.mktemp("drill")
-    teacher = tiny.write_spec(teacher_job(folder), folder)
-    code, out, err = tiny.stillhouse("run", str(teacher), cwd=folder)
+    teacher = small_job.write_spec(teacher_job(folder), folder)
+    code, out, err = small_job.stillhouse("run", str(teacher), cwd=folder)
     assert code == 0, out + err
     spec = job(folder, "undisturbed")
-    code, out, err = tiny.stillhouse("run", str(tiny.write_spec(spec, folder)), cwd=folder)
+    code, out, err = small_job.stillhouse(
+        "run", str(small_job.write_spec(spec, folder)), cwd=folder
+    )
     assert code == 0, out + err
-    return World(folder, tiny.run_store(spec))
+    return World(folder, small_job.run_store(spec))
 
 
 def interrupt(path: Path, world: World, run: Store, how: signal.Signals, stage: str) -> None:
@@ -83,12 +85,12 @@ def interrupt(path: Path, world: World, run: Store, how: signal.Signals, stage: 
             return kind == "step" and 12 <= event["step"] < 60
         return kind == "cell_done"
 
-    end(tiny.start("run", str(path), cwd=world.folder), run, how, reached)
+    end(small_job.start("run", str(path), cwd=world.folder), run, how, reached)
 
 
 def end(process: Any, run: Store, how: signal.Signals, reached: Callable[..., bool]) -> None:
     """Sends a running job a signal once it has `reached` an event, and checks how it ends."""
-    tiny.wait_for(run, reached, process)
+    small_job.wait_for(run, reached, process)
     if how == signal.SIGINT:  # as a terminal does: to the whole process group
         os.killpg(process.pid, how)
     else:
@@ -116,8 +118,8 @@ def events(run: Store, kind: str, stage: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "ctrl-c"])
 def test_stopped_in_every_stage(world: World, how: signal.Signals) -> None:
     spec = job(world.folder, f"storage-{how.name.lower()}")
-    path = tiny.write_spec(spec, world.folder)
-    run = tiny.run_store(spec)
+    path = small_job.write_spec(spec, world.folder)
+    run = small_job.run_store(spec)
 
     interrupt(path, world, run, how, "capture")
     polite = how == signal.SIGINT
@@ -134,25 +136,25 @@ def test_stopped_in_every_stage(world: World, how: signal.Signals) -> None:
 
     kept = {p: run.read_text(p) for p in run.glob("cells/*/result.json")}
     assert kept
-    code, out, err = tiny.stillhouse("run", str(path), cwd=world.folder)
+    code, out, err = small_job.stillhouse("run", str(path), cwd=world.folder)
     assert code == 0, out + err
 
     for stage in ("distill", "control"):
-        assert tiny.losses(run, stage) == tiny.losses(world.undisturbed, stage)
-        assert sorted(tiny.losses(run, stage)) == list(range(1, STEPS + 1))
+        assert small_job.losses(run, stage) == small_job.losses(world.undisturbed, stage)
+        assert sorted(small_job.losses(run, stage)) == list(range(1, STEPS + 1))
         assert curve(run, stage) == curve(world.undisturbed, stage)
         assert max(curve(run, stage)) == STEPS and len(curve(run, stage)) == 10
         assert chosen(run, stage) == chosen(world.undisturbed, stage)
     assert_same_records(spec, world)
     keep = ("perplexity", "accuracy", "kl_to_student", "kl_to_teacher", "bytes")
     found, wanted = (
-        {row["key"]: [row[name] for name in keep] for row in tiny.results(store)}
+        {row["key"]: [row[name] for name in keep] for row in small_job.results(store)}
         for store in (run, world.undisturbed)
     )
     assert found == wanted
     quality = ("quantize_s", "eval_s", "perplexity")
     for name, text in kept.items():  # finished cells were not made again
-        before, after = (tiny.json.loads(t) for t in (text, run.read_text(name)))
+        before, after = (small_job.json.loads(t) for t in (text, run.read_text(name)))
         assert [before[key] for key in quality] == [after[key] for key in quality]
 
 
@@ -188,15 +190,19 @@ def assert_same_records(spec: dict[str, Any], world: World) -> None:
 
 def test_ctrl_c_before_the_workers_are_at_work(world: World) -> None:
     spec = job(world.folder, "storage-early")
-    process = tiny.start("run", str(tiny.write_spec(spec, world.folder)), cwd=world.folder)
-    end(process, tiny.run_store(spec), signal.SIGINT, lambda e: e["event"] == "launch")
+    process = small_job.start(
+        "run", str(small_job.write_spec(spec, world.folder)), cwd=world.folder
+    )
+    end(process, small_job.run_store(spec), signal.SIGINT, lambda e: e["event"] == "launch")
 
 
 def test_a_lost_worker_is_replaced_without_a_new_run(world: World) -> None:
     spec = job(world.folder, "storage-lost")
-    run = tiny.run_store(spec)
-    process = tiny.start("run", str(tiny.write_spec(spec, world.folder)), cwd=world.folder)
-    tiny.wait_for(
+    run = small_job.run_store(spec)
+    process = small_job.start(
+        "run", str(small_job.write_spec(spec, world.folder)), cwd=world.folder
+    )
+    small_job.wait_for(
         run,
         lambda e: e["event"] == "step" and e["stage"] == "distill" and 12 <= e["step"] < 60,
         process,
@@ -207,17 +213,19 @@ def test_a_lost_worker_is_replaced_without_a_new_run(world: World) -> None:
     (resumed,) = events(run, "resume", "distill")
     assert resumed["step"] > 0 and resumed["attempt"] == 1
     for stage in ("distill", "control"):
-        assert tiny.losses(run, stage) == tiny.losses(world.undisturbed, stage)
+        assert small_job.losses(run, stage) == small_job.losses(world.undisturbed, stage)
 
 
 def test_stopped_from_another_terminal_by_force(world: World) -> None:
     """While a third one reads along."""
     spec = job(world.folder, "storage-force")
-    run = tiny.run_store(spec)
-    process = tiny.start("run", str(tiny.write_spec(spec, world.folder)), cwd=world.folder)
-    tiny.wait_for(run, lambda e: e["event"] == "step" and e["step"] >= 12, process)
-    reader = tiny.start("logs", run.url, "--follow", cwd=world.folder)
-    code, out, err = tiny.stillhouse(
+    run = small_job.run_store(spec)
+    process = small_job.start(
+        "run", str(small_job.write_spec(spec, world.folder)), cwd=world.folder
+    )
+    small_job.wait_for(run, lambda e: e["event"] == "step" and e["step"] >= 12, process)
+    reader = small_job.start("logs", run.url, "--follow", cwd=world.folder)
+    code, out, err = small_job.stillhouse(
         "stop", "drill", "--storage", spec["storage"], "--wait", "0", "--force", cwd=world.folder
     )
     assert code == 0 and "drill: stopped, ended by force" in out, out + err
@@ -225,11 +233,11 @@ def test_stopped_from_another_terminal_by_force(world: World) -> None:
     assert process.returncode == 130
     text, err = reader.communicate(timeout=60)
     assert reader.returncode == 0 and "RayTrainWorker" in text, err
-    code, out, err = tiny.stillhouse(
+    code, out, err = small_job.stillhouse(
         "status", "drill", "--storage", spec["storage"], cwd=world.folder
     )
     assert code == 0 and "continue   stillhouse run SPEC" in out, out + err
-    code, out, err = tiny.stillhouse("run", str(world.folder / "drill.yaml"), cwd=world.folder)
+    code, out, err = small_job.stillhouse("run", str(world.folder / "drill.yaml"), cwd=world.folder)
     assert code == 0, out + err
     assert events(run, "resume", "distill")[0]["step"] > 0
-    assert tiny.losses(run, "distill") == tiny.losses(world.undisturbed, "distill")
+    assert small_job.losses(run, "distill") == small_job.losses(world.undisturbed, "distill")

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.rayjobs import RayJobs  # noqa: E402
 from cluster.storage import Store, open_store, read_events  # noqa: E402
 from jobs.live.status import status_of  # noqa: E402
-from tests import rays, tiny  # noqa: E402
+from tests.fixtures import ray_clusters as rays  # noqa: E402
+from tests.fixtures import small_job
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -50,23 +51,23 @@ class World:
 
     def quick(self, name: str, **changes: Any) -> tuple[str, Store, dict[str, Any]]:
         """A short one."""
-        return self.spec(tiny.job_spec(self.folder, 1500), name, **changes)
+        return self.spec(small_job.job_spec(self.folder, 1500), name, **changes)
 
     def spec(
         self, spec: dict[str, Any], name: str, **changes: Any
     ) -> tuple[str, Store, dict[str, Any]]:
         spec = {**spec, "name": name, "storage": str(self.folder / f"storage-{name}"), **changes}
-        return str(tiny.write_spec(spec, self.folder)), tiny.run_store(spec), spec
+        return str(small_job.write_spec(spec, self.folder)), small_job.run_store(spec), spec
 
     def submit(self, path: str, *more: str, **env: str) -> tuple[int, str, str]:
-        return tiny.stillhouse(*self.submission(path, *more), cwd=self.folder, **env)
+        return small_job.stillhouse(*self.submission(path, *more), cwd=self.folder, **env)
 
     def submission(self, path: str, *more: str) -> list[str]:
         options = ["--address", self.rays.address, "--shared", str(self.folder)]
         return ["submit", path, *options, *more]
 
     def status(self, run: Store) -> dict[str, Any]:
-        code, out, err = tiny.stillhouse("status", run.url, "--json", cwd=self.folder)
+        code, out, err = small_job.stillhouse("status", run.url, "--json", cwd=self.folder)
         assert code == 0, err
         found: dict[str, Any] = json.loads(out)
         return found
@@ -84,22 +85,22 @@ class World:
 
 def slow(folder: Path) -> dict[str, Any]:
     """A job with something to interrupt in every stage."""
-    spec = tiny.job_spec(folder, 1500, **SLOW)
-    spec["student"] = {"init": "random", "config": tiny.model(128, 4)}
+    spec = small_job.job_spec(folder, 1500, **SLOW)
+    spec["student"] = {"init": "random", "config": small_job.model(128, 4)}
     return spec
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("jobs")
-    for spec in (tiny.teacher_spec(folder, 1500), {**slow(folder), "name": "undisturbed"}):
-        path = str(tiny.write_spec(spec, folder))
-        code, out, err = tiny.stillhouse("run", path, cwd=folder)
+    for spec in (small_job.teacher_spec(folder, 1500), {**slow(folder), "name": "undisturbed"}):
+        path = str(small_job.write_spec(spec, folder))
+        code, out, err = small_job.stillhouse("run", path, cwd=folder)
         assert code == 0, out + err
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_STATE_HOME", str(folder / "state"))
     with rays.cluster(folder) as found:
-        yield World(folder, found, tiny.run_store(spec))
+        yield World(folder, found, small_job.run_store(spec))
     patch.undo()
 
 
@@ -121,7 +122,9 @@ def find(run: Store, kind: str, stage: str) -> list[dict[str, Any]]:
 def quality(run: Store) -> dict[str, list[Any]]:
     """What the sweep found of every cell, without times."""
     keep = ("perplexity", "accuracy", "kl_to_student", "kl_to_teacher", "bytes")
-    return {row["key"]: [row[name] for name in keep] for row in tiny.results(run) if row.get("key")}
+    return {
+        row["key"]: [row[name] for name in keep] for row in small_job.results(run) if row.get("key")
+    }
 
 
 def test_a_submitted_recipe_does_what_the_local_one_does(world: World) -> None:
@@ -136,12 +139,12 @@ def test_a_submitted_recipe_does_what_the_local_one_does(world: World) -> None:
         where = f"storage={world.folder / name}"
         if way == "here":
             short_teacher = [o for o in short if not o.startswith("sweep")]
-            code, out, err = tiny.stillhouse(
+            code, out, err = small_job.stillhouse(
                 "run", "demo-teacher", where, *short_teacher, cwd=world.folder
             )
             assert code == 0, out + err
             short.append(f"teacher.model={world.folder / name / 'demo-teacher' / 'student'}")
-            code, out, err = tiny.stillhouse("run", "demo", where, *short, cwd=world.folder)
+            code, out, err = small_job.stillhouse("run", "demo", where, *short, cwd=world.folder)
         elif way == "there":
             code, out, err = world.submit("demo", where, *short, "--follow")
             assert "distill: 20/20" in out and "demo: done" in out
@@ -149,7 +152,7 @@ def test_a_submitted_recipe_does_what_the_local_one_does(world: World) -> None:
             code, out, err = ray_job_submit(world, "demo", where, *short)
         assert code == 0, out + err
         runs[way] = open_store(str(world.folder / name)).sub("demo")
-    losses = {way: tiny.losses(run, "distill") for way, run in runs.items()}
+    losses = {way: small_job.losses(run, "distill") for way, run in runs.items()}
     assert losses["here"] == losses["there"] == losses["ray"]
     assert sorted(losses["here"]) == list(range(1, 21))
     weights = {way: run.read_bytes("student/model.safetensors") for way, run in runs.items()}
@@ -163,7 +166,7 @@ def ray_job_submit(world: World, *arguments: str) -> tuple[int, str, str]:
     environment = {"working_dir": str(ROOT), "excludes": [".git", ".venv", "runs", "wandb"]}
     command += ["--runtime-env-json", json.dumps(environment), "--"]
     command += ["python", "-m", "jobs", "run", *arguments]
-    environ = tiny.environment(RAY_AUTH_MODE="token")
+    environ = small_job.environment(RAY_AUTH_MODE="token")
     done = subprocess.run(command, cwd=world.folder, env=environ, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
@@ -179,7 +182,7 @@ def test_a_node_lost_in_every_stage(world: World) -> None:
     begun = until(run, lambda e: e["event"] == "training_start")
     until(run, lambda e: e["event"] == "step" and e["step"] >= CHECKPOINT_STEPS + 10)
     until(run, lambda e: e["event"] == "checkpoint")
-    reached = max(tiny.losses(run, "distill"))
+    reached = max(small_job.losses(run, "distill"))
     replace(world, *begun["pids"])
     said, ends = [], time.monotonic() + 300
     while not find(run, "resume", "distill"):
@@ -199,7 +202,7 @@ def test_a_node_lost_in_every_stage(world: World) -> None:
     replace(world, int(where["where"].rpartition("pid ")[2].rstrip(")")))
     end = world.wait(run)
     assert end["status"] == "done" and end["attempt"] == 1, end
-    assert tiny.losses(run, "distill") == tiny.losses(world.undisturbed, "distill")
+    assert small_job.losses(run, "distill") == small_job.losses(world.undisturbed, "distill")
     assert quality(run) == quality(world.undisturbed)
 
 
@@ -231,12 +234,12 @@ def test_a_rank_that_hangs_is_given_up_on(world: World) -> None:
     lost = until(run, lambda e: e["event"] == "group_lost")
     assert "resources.collective_minutes (0.2)" in lost["why"], lost
     assert world.wait(run)["status"] == "done"
-    assert tiny.losses(run, "distill") == tiny.losses(world.undisturbed, "distill")
+    assert small_job.losses(run, "distill") == small_job.losses(world.undisturbed, "distill")
 
 
 def test_submitted_twice_it_is_one_job_and_stopped_it_continues(world: World) -> None:
     path, run, _ = world.job("twice")
-    both = [tiny.start(*world.submission(path), cwd=world.folder) for _ in range(2)]
+    both = [small_job.start(*world.submission(path), cwd=world.folder) for _ in range(2)]
     told = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], told
     code, out, err = world.submit(path)
@@ -247,21 +250,21 @@ def test_submitted_twice_it_is_one_job_and_stopped_it_continues(world: World) ->
     assert code == 2 and "distill.steps: 160 -> 170" in err and "stillhouse stop twice" in err
 
     until(run, lambda e: e["event"] == "step" and e["step"] >= 10)
-    code, out, err = tiny.stillhouse("stop", "twice", cwd=world.folder)
+    code, out, err = small_job.stillhouse("stop", "twice", cwd=world.folder)
     assert code == 0 and "twice: stopped" in out, out + err
     found = world.status(run)
     assert found["status"] == "stopped" and found["ray_status"] == "STOPPED", found
     assert run.glob("checkpoints/*/*.json")
-    code, out, err = tiny.stillhouse("stop", "twice", cwd=world.folder)
+    code, out, err = small_job.stillhouse("stop", "twice", cwd=world.folder)
     assert code == 2 and "is not under way" in err
-    code, out, err = tiny.stillhouse("list", "--storage", str(world.folder), cwd=world.folder)
+    code, out, err = small_job.stillhouse("list", "--storage", str(world.folder), cwd=world.folder)
     assert code == 0 and "twice" in out and "stopped" in out, out + err
 
     code, out, err = world.submit(path, "--follow")
     assert code == 0, out + err
     assert find(run, "resume", "distill")[0]["step"] >= 10
-    assert tiny.losses(run, "distill") == tiny.losses(world.undisturbed, "distill")
-    code, out, err = tiny.stillhouse("logs", "twice", cwd=world.folder)
+    assert small_job.losses(run, "distill") == small_job.losses(world.undisturbed, "distill")
+    code, out, err = small_job.stillhouse("logs", "twice", cwd=world.folder)
     assert code == 0 and "RayTrainWorker" in out
 
 
@@ -275,7 +278,7 @@ def test_what_can_never_run_is_refused_with_the_numbers(world: World) -> None:
 
 def test_local_things_are_refused_with_the_way_out(world: World, tmp_path: Path) -> None:
     path, _, _ = world.quick("local")
-    code, _, err = tiny.stillhouse(
+    code, _, err = small_job.stillhouse(
         "submit", path, "--address", world.rays.address, cwd=world.folder
     )
     assert code == 2
@@ -283,9 +286,11 @@ def test_local_things_are_refused_with_the_way_out(world: World, tmp_path: Path)
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines), err
     assert "storage=s3://" in lines[0] and "teacher.model" in lines[1]
     assert "run SPEC --until prepare storage=s3://" in lines[2]
-    code, _, err = tiny.stillhouse("submit", path, cwd=world.folder)
+    code, _, err = small_job.stillhouse("submit", path, cwd=world.folder)
     assert code == 2 and "--address: missing" in err
-    code, _, err = tiny.stillhouse("submit", path, "--address", "http://127.0.0.1:9", cwd=tmp_path)
+    code, _, err = small_job.stillhouse(
+        "submit", path, "--address", "http://127.0.0.1:9", cwd=tmp_path
+    )
     assert code == 2 and "no Ray dashboard answers there" in err
 
 
@@ -328,7 +333,7 @@ def test_before_a_node_is_taken_away_a_checkpoint_is_saved(world: World) -> None
     world.rays.add("--num-cpus", "1")
     assert world.wait(run)["status"] == "done"
     assert find(run, "resume", "distill")[0]["step"] == saved["step"]
-    assert tiny.losses(run, "distill") == tiny.losses(world.undisturbed, "distill")
+    assert small_job.losses(run, "distill") == small_job.losses(world.undisturbed, "distill")
 
 
 def drain(world: World, node: rays.Node) -> None:
@@ -338,7 +343,7 @@ def drain(world: World, node: rays.Node) -> None:
     command = [rays.RAY, "drain-node", "--address", world.rays.gcs, "--node-id", id_]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
     command += ["--deadline-remaining-seconds", "120"]
-    environ = tiny.environment(RAY_AUTH_MODE="token")
+    environ = small_job.environment(RAY_AUTH_MODE="token")
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

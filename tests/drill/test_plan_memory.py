@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.material import WORDS, make_corpus, write_texts
-from tests.ranks import Ranks, start
+from tests.fixtures.corpora import WORDS, make_corpus, write_texts
+from tests.fixtures.ranks import Ranks, start
 
 # Of at least 300 million parameters each, unlike in everything that memory depends on.
 CASES: dict[str, dict[str, Any]] = {

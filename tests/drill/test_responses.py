@@ -11,9 +11,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster.storage import open_store, read_events  # noqa: E402
-from tests import tiny  # noqa: E402
-from tests.loopback import KEY, serving  # noqa: E402
-from tests.material import WORDS, data_spec, make_corpus, save_model, write_texts  # noqa: E402
+from tests.fixtures import small_job  # noqa: E402
+from tests.fixtures.corpora import WORDS, data_spec, make_corpus, save_model, write_texts  # noqa: E402
+from tests.fixtures.loopback import KEY, serving  # noqa: E402
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -29,7 +29,7 @@ def test_from_prompts_through_a_server_to_a_student(tmp_path):
     (tmp_path / "prompts.jsonl").write_text(rows)
     script = {prompts[3]: [500, "drop"], prompts[5]: ["garbage"], prompts[7]: [400]}
     with serving(script) as server:
-        spec = tiny.teacher_spec(tmp_path)
+        spec = small_job.teacher_spec(tmp_path)
         spec |= {
             "name": "asked",
             "student": {"model": str(student)},
@@ -49,11 +49,11 @@ def test_from_prompts_through_a_server_to_a_student(tmp_path):
             "sequence_length": 32,
         }
         spec["distill"] |= {"mode": "responses", "steps": 10}
-        path = str(tiny.write_spec(spec, tmp_path))
-        code, out, err = tiny.stillhouse("run", path, cwd=tmp_path, NO_PROXY="127.0.0.1")
+        path = str(small_job.write_spec(spec, tmp_path))
+        code, out, err = small_job.stillhouse("run", path, cwd=tmp_path, NO_PROXY="127.0.0.1")
         assert code == 2 and "DRILL_API_KEY is not set" in out + err
         assert server.asked == []
-        code, out, err = tiny.stillhouse(
+        code, out, err = small_job.stillhouse(
             "run", path, cwd=tmp_path, NO_PROXY="127.0.0.1", DRILL_API_KEY=KEY
         )
         assert code == 0, out + err
@@ -65,7 +65,7 @@ def test_from_prompts_through_a_server_to_a_student(tmp_path):
         "left_out": 0,
     }  # fmt: skip
     assert manifest["identity"]["endpoint"] == server.url
-    events = list(read_events(tiny.run_store(spec)))
+    events = list(read_events(small_job.run_store(spec)))
     assert sum(event["event"] == "step" for event in events) == 10
     assert any(event.get("part") == "answers" for event in events)
     (made,) = [event for event in events if event["event"] == "answers"]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.ranks import Log, Ranks, Told, spawn, start
+from tests.fixtures.ranks import Log, Ranks, Told, spawn, start
+from tests.fixtures.waiting import until
 from tests.system.test_training import KEPT, World, make_world
-from tests.waiting import until
 
 STEPS, FIRST, SECOND = 10, 2, 4
 UPLOADED = "00000008"  # the checkpoint whose upload hangs or fails

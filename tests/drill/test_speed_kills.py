@@ -18,8 +18,8 @@ from cluster.storage import Attempt, Store, open_store
 from jobs.cells.exclusive import measure_speeds
 from jobs.cells.material import Material, Source
 from quant.grid import uniform
-from quant.spec import QuantSpec
-from quant.sweepspec import SweepSpec
+from quant.quant_spec import QuantSpec
+from quant.spec import SweepSpec
 from tests.unit.quant.conftest import tiny_llama
 
 pytestmark = pytest.mark.timeout(180)

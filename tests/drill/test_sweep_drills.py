@@ -23,8 +23,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster.storage import Store, read_events  # noqa: E402
-from tests import tiny  # noqa: E402
-from tests.material import save_model  # noqa: E402
+from tests.fixtures import small_job  # noqa: E402
+from tests.fixtures.corpora import save_model  # noqa: E402
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -36,7 +36,7 @@ def world(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tests.material import WORDS
+    from tests.fixtures.corpora import WORDS
     from trainer.corpus.tokenizer import train_tokenizer
 
     train_tokenizer(iter([" ".join(WORDS)]), 320, folder / "tokenizer")
@@ -50,7 +50,7 @@ def world(folder: Path) -> None:
 
 
 def sweep_spec(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
-    spec = tiny.job_spec(
+    spec = small_job.job_spec(
         folder,
         documents=1500,
         name=name,
@@ -112,8 +112,8 @@ def test_cells_that_raise_or_hang_and_a_lost_node(folder: Path, nodes: Any) -> N
     # Alone and undisturbed, in another order: what every cell's numbers must be.
     bits = [8, 6, 5, 4, 3, 2]
     alone = sweep_spec(folder, "alone", sweep__bits=bits[::-1])
-    path = str(tiny.write_spec(alone, folder))
-    code, out, err = tiny.stillhouse("run", path, cwd=folder)
+    path = str(small_job.write_spec(alone, folder))
+    code, out, err = small_job.stillhouse("run", path, cwd=folder)
     assert code == 0, out + err
 
     spec = sweep_spec(
@@ -123,11 +123,11 @@ def test_cells_that_raise_or_hang_and_a_lost_node(folder: Path, nodes: Any) -> N
         sweep__methods=["hqq", "rtn"],
         resources={"sweep": {"minutes_per_cell": 0.75}},
     )
-    run = tiny.run_store(spec)
-    path = str(tiny.write_spec(spec, folder))
+    run = small_job.run_store(spec)
+    path = str(small_job.write_spec(spec, folder))
     command = ("run", path, "--address", cluster.address)
-    process = tiny.start(*command, cwd=folder)
-    hanging = tiny.wait_for(
+    process = small_job.start(*command, cwd=folder)
+    hanging = small_job.wait_for(
         run, lambda e: e["event"] == "cell_start" and e["key"] == "hqq-4b-g32", process
     )
     os.kill(pid_of(hanging), signal.SIGSTOP)
@@ -171,7 +171,7 @@ def test_cells_that_raise_or_hang_and_a_lost_node(folder: Path, nodes: Any) -> N
 
     # Again: those that failed, and no other.
     before = {name: run.read_text(f"cells/{name}/result.json") for name in results}
-    code, out, err = tiny.stillhouse(*command, cwd=folder)
+    code, out, err = small_job.stillhouse(*command, cwd=folder)
     assert code == 0, out + err
     second = {e["key"] for e in events(run, "cell_start") if e["attempt"] == 2}
     assert second == set(failed)
@@ -181,7 +181,7 @@ def test_cells_that_raise_or_hang_and_a_lost_node(folder: Path, nodes: Any) -> N
     assert run.read_json(f"cells/{hung}/result.json")["status"] == end
 
     # Whatever the order and the node: the numbers of the undisturbed run, to the last digit.
-    other = tiny.run_store(alone)
+    other = small_job.run_store(alone)
     for width in (5, 4, 3, 2):
         name = f"cells/hqq-{width}b-g32/result.json"
         assert untimed(run.read_json(name)) == untimed(other.read_json(name)), width
@@ -205,23 +205,23 @@ def test_a_cell_killed_for_memory_is_recorded(folder: Path) -> None:
         sweep__methods=["hqq", "rtn"],
         resources={"max_failures": 0},  # it is not to blame, and would be tried again
     )
-    run = tiny.run_store(spec)
+    run = small_job.run_store(spec)
     memory = psutil.virtual_memory()
     room = 5 << 30
     threshold = (memory.total - memory.available + room) / memory.total
-    process = tiny.start(
+    process = small_job.start(
         "run",
-        str(tiny.write_spec(spec, folder)),
+        str(small_job.write_spec(spec, folder)),
         cwd=folder,
         RAY_memory_usage_threshold=f"{threshold:.3f}",
         RAY_memory_monitor_refresh_ms="200",
     )
-    tiny.wait_for(run, lambda event: event["event"] == "cell_start", process)
+    small_job.wait_for(run, lambda event: event["event"] == "cell_start", process)
     command = [sys.executable, "-c", BALLOON, str(room), "60"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as balloon:
         try:
             assert balloon.stdout is not None and balloon.stdout.readline() == "full\n"
-            tiny.wait_for(
+            small_job.wait_for(
                 run,
                 lambda e: e["event"] == "cell_done" and "memory" in str(e["error"]),
                 process,
@@ -235,11 +235,11 @@ def test_a_cell_killed_for_memory_is_recorded(folder: Path) -> None:
     assert failed and len(failed) < len(results) == 6, "the others finished"
     for each in failed.values():
         assert each["failure"] == "memory" and "GB" in each["error"], each["error"]
-    code, out, err = tiny.stillhouse("run", str(folder / "memory.yaml"), cwd=folder)
+    code, out, err = small_job.stillhouse("run", str(folder / "memory.yaml"), cwd=folder)
     assert code == 0, out + err
     again = {event["key"] for event in events(run, "cell_start") if event["attempt"] == 2}
     assert again == set(failed)
-    rows = [row for row in tiny.results(run) if row["role"] == "cell"]
+    rows = [row for row in small_job.results(run) if row["role"] == "cell"]
     assert len(rows) == 6 and all(row["status"] == "done" for row in rows)
 
 
@@ -247,6 +247,8 @@ def test_a_cell_that_no_node_can_hold_is_refused_with_the_numbers(folder: Path) 
     spec = sweep_spec(
         folder, "large", sweep__bits=[4], resources={"sweep": {"memory_gb_per_cell": 9000}}
     )
-    code, out, err = tiny.stillhouse("run", str(tiny.write_spec(spec, folder)), cwd=folder)
+    code, out, err = small_job.stillhouse(
+        "run", str(small_job.write_spec(spec, folder)), cwd=folder
+    )
     assert code == 3, "not even the 16-bit model can be evaluated"
     assert "9000.0 GB" in err and "memory" in err, out + err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.ranks import spawn, start
+from tests.fixtures.ranks import spawn, start
 from tests.system.test_sharded_teacher import batch, load, peak, save_kind
 
 

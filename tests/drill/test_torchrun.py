@@ -14,8 +14,15 @@ import pytest
 import yaml
 
 from cluster.storage import Store, open_store, read_events
-from tests.material import LENGTH, VOCAB, config_values, make_corpus, save_model, write_texts
-from tests.ranks import ROOT
+from tests.fixtures.corpora import (
+    LENGTH,
+    VOCAB,
+    config_values,
+    make_corpus,
+    save_model,
+    write_texts,
+)
+from tests.fixtures.ranks import ROOT
 
 STEPS = 250
 

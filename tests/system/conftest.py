@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.ranks import warm_up  # noqa: E402
+from tests.fixtures.ranks import warm_up  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.material import (
+from tests.fixtures.corpora import (
     LENGTH,
     VOCAB,
     data_spec,
@@ -26,7 +26,7 @@ from tests.material import (
     stored_records,
     write_texts,
 )
-from tests.ranks import Log, Ranks, Told, start
+from tests.fixtures.ranks import Log, Ranks, Told, start
 
 K, EVAL_K, DRAWS = 8, 256, 20
 TEMPERATURES = [2.0, 1.0]

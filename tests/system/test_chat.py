@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.material import (
+from tests.fixtures.corpora import (
     chat_tokenizer,
     config_values,
     data_spec,
@@ -18,7 +18,7 @@ from tests.material import (
     write_chats,
     write_texts,
 )
-from tests.ranks import Log, Told, spawn, start
+from tests.fixtures.ranks import Log, Told, spawn, start
 
 CHAT_LENGTH = 96
 STEPS = 4

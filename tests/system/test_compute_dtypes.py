@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from cluster.storage import open_store
-from tests.material import LENGTH, config_values, make_corpus, save_model, write_texts
-from tests.ranks import ROOT
-from tests.tiny import environment
+from tests.fixtures.corpora import LENGTH, config_values, make_corpus, save_model, write_texts
+from tests.fixtures.ranks import ROOT
+from tests.fixtures.small_job import environment
 from trainer.processor import cpu_dtype
 
 WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
@@ -55,7 +55,7 @@ def test_a_default_job_multiplies_in_what_the_processor_is_fast_at(
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump({**values, "storage": str(tmp_path / "runs")}))
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.products", str(path)],
+        [sys.executable, "-m", "tests.fixtures.products", str(path)],
         cwd=ROOT,
         env=environment(**changes),
         capture_output=True,

@@ -10,14 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.material import (
-    LENGTH,
-    load_plain,
-    log_softmax,
-    plain_logits,
-    save_model,
-)
-from tests.ranks import Log, Told, spawn, start
+from tests.fixtures.corpora import LENGTH, load_plain, log_softmax, plain_logits, save_model
+from tests.fixtures.ranks import Log, Told, spawn, start
 from tests.system.test_training import KEPT, World, make_world
 
 # A pool so small, and a rate so high, that the student knows it by heart before the end.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.material import (
+from tests.fixtures.corpora import (
     LENGTH,
     VOCAB,
     config_values,
@@ -26,7 +26,7 @@ from tests.material import (
     save_model,
     write_texts,
 )
-from tests.ranks import Log, Told, spawn, start
+from tests.fixtures.ranks import Log, Told, spawn, start
 
 STEPS = 4
 # The teacher has more rows than the tokenizer has ids; the student has just as many.

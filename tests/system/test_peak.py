@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.ranks import spawn
+from tests.fixtures.ranks import spawn
 
 MB = 1_000_000
 
@@ -11,7 +11,7 @@ def hold(sizes: list[int]) -> tuple[int | None, int | None, int | None]:
     """(peak of this rank before, after it held so much, largest of all ranks) in bytes."""
     import torch
 
-    from tests.ranks import start
+    from tests.fixtures.ranks import start
     from trainer.peak import PeakMemory
 
     worker = start()

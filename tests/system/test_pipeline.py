@@ -17,9 +17,9 @@ import pytest
 
 from cluster.storage import Attempt, Store, open_store, read_events
 from jobs.tracking.plan import run_id
-from tests import tiny
-from tests.ranks import ROOT
-from tests.task_material import write_task
+from tests.fixtures import small_job
+from tests.fixtures.lm_eval_tasks import write_task
+from tests.fixtures.ranks import ROOT
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -62,25 +62,25 @@ class Done:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return tiny.results(self.run)
+        return small_job.results(self.run)
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """A teacher by plain training without Ray, then the job on it: one launch of Ray Train."""
     folder = tmp_path_factory.mktemp("pipeline")
-    teacher = tiny.write_spec(tiny.teacher_spec(folder), folder)
+    teacher = small_job.write_spec(small_job.teacher_spec(folder), folder)
     command = [sys.executable, "-m", "trainer", str(teacher)]
-    environment = tiny.environment(PYTHONPATH=str(ROOT))
+    environment = small_job.environment(PYTHONPATH=str(ROOT))
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     task = write_task(folder / "task", [row["text"] for row in documents(folder)][:120])
     sweep = {**SWEEP, "tasks": [{"folder": str(task), "limit": 60}]}
-    spec = tiny.job_spec(folder, tracking={"mode": "auto"}, sweep=sweep)
-    path = tiny.write_spec(spec, folder)
-    code, out, err = tiny.stillhouse("run", str(path), cwd=folder, WANDB_API_KEY="")
+    spec = small_job.job_spec(folder, tracking={"mode": "auto"}, sweep=sweep)
+    path = small_job.write_spec(spec, folder)
+    code, out, err = small_job.stillhouse("run", str(path), cwd=folder, WANDB_API_KEY="")
     assert code == 0, out + err
-    return Done(folder, spec, path, tiny.run_store(spec), out)
+    return Done(folder, spec, path, small_job.run_store(spec), out)
 
 
 def documents(folder: Path) -> list[dict[str, Any]]:
@@ -248,7 +248,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 def test_again_everything_is_skipped_and_ray_stays_off(done: Done) -> None:
     attempts = Attempt.latest(done.run)
-    code, out, err = tiny.stillhouse("run", str(done.path), cwd=done.folder)
+    code, out, err = small_job.stillhouse("run", str(done.path), cwd=done.folder)
     assert code == 0, err
     for stage in ("prepare", "capture", "distill", "sweep", "summarize"):
         assert f"{stage}: done before, skipped" in out
@@ -257,7 +257,7 @@ def test_again_everything_is_skipped_and_ray_stays_off(done: Done) -> None:
 
 
 def test_a_changed_input_of_a_finished_stage_is_refused(done: Done) -> None:
-    code, _, err = tiny.stillhouse(
+    code, _, err = small_job.stillhouse(
         "run", str(done.path), "distill.learning_rate=0.001", cwd=done.folder
     )
     assert code == 2
@@ -269,7 +269,7 @@ def test_a_changed_input_of_a_finished_stage_is_refused(done: Done) -> None:
 
 def test_a_longer_training_of_a_finished_student_is_refused(done: Done) -> None:
     """Also though the cache could grow for it: a finished student is never replaced unasked."""
-    code, _, err = tiny.stillhouse("run", str(done.path), "distill.steps=40", cwd=done.folder)
+    code, _, err = small_job.stillhouse("run", str(done.path), "distill.steps=40", cwd=done.folder)
     assert code == 2
     assert "error: distill.steps: 30 -> 40 (an input of the stage distill" in err
 
@@ -279,7 +279,7 @@ def test_edited_data_is_refused(done: Done) -> None:
     before = text.read_text()
     text.write_text(before + '{"text": "one more document"}\n')
     try:
-        code, _, err = tiny.stillhouse("run", str(done.path), cwd=done.folder)
+        code, _, err = small_job.stillhouse("run", str(done.path), cwd=done.folder)
     finally:
         text.write_text(before)
     assert code == 2
@@ -327,14 +327,14 @@ def test_references_are_gone_when_the_sweep_is_done(done: Done) -> None:
 
 
 def test_a_cell_is_recommended_and_can_be_exported(done: Done, tmp_path: Path) -> None:
-    code, out, err = tiny.stillhouse(
+    code, out, err = small_job.stillhouse(
         "report", str(done.run.local()), "--max-mb", "0.04", cwd=tmp_path
     )
     assert code == 0, err
     (command,) = [line for line in out.splitlines() if line.startswith("stillhouse export")]
-    code, out, err = tiny.stillhouse(*shlex.split(command)[1:], cwd=tmp_path)
+    code, out, err = small_job.stillhouse(*shlex.split(command)[1:], cwd=tmp_path)
     assert code == 0, out + err
-    code, out, err = tiny.stillhouse(
+    code, out, err = small_job.stillhouse(
         "report", str(done.run.local()), "--max-mb", "0.001", cwd=tmp_path
     )
     assert code == 2 and "the nearest is" in err
@@ -345,12 +345,12 @@ def test_a_new_bit_width_and_an_extra_model_run_alone(done: Done, tmp_path: Path
     before = {key: done.run.read_text(f"cells/{key}/result.json") for key in keys}
     student = str(done.run.local("student"))
     other = str(tmp_path / "other")
-    code, out, err = tiny.stillhouse(
+    code, out, err = small_job.stillhouse(
         "quantize", student, "--bits", "3", "--group-size", "32", "--out", other, cwd=tmp_path
     )
     assert code == 0, out + err
     # Its own bits and layers are those of an earlier decision: an allocated cell is decided anew.
-    code, out, err = tiny.stillhouse(
+    code, out, err = small_job.stillhouse(
         "run",
         str(done.path),
         "sweep.bits=[8,4,3]",
@@ -384,11 +384,11 @@ def test_a_plain_folder_is_swept_by_one_command_and_a_failing_cell_is_a_result(
     settings = ["data.report_sequences=8", "data.select_sequences=8", "tracking.mode=disabled"]
     recover = "sweep.recover={steps: 2, bits: [1]}"
     texts = ["--data", str(done.folder / "texts" / "*.jsonl"), "--name", "alone"]
-    code, out, err = tiny.stillhouse(*command, *settings, recover, *texts, cwd=tmp_path)
+    code, out, err = small_job.stillhouse(*command, *settings, recover, *texts, cwd=tmp_path)
     assert code == 0, out + err
     assert "hqq 1-bit g32, recovered (2 steps)" in out and "1 failed" in out
     run = open_store(tmp_path / "runs" / "alone")
-    rows = {row["key"]: row for row in tiny.results(run) if row["key"]}
+    rows = {row["key"]: row for row in small_job.results(run) if row["key"]}
     assert rows["hqq-1b-g32"]["status"] == rows["hqq-1b-g32-recovered"]["status"] == "done"
     recovered = run.read_json("cells/hqq-1b-g32-recovered/result.json")["recovered"]
     assert recovered["target"] == "student"
@@ -417,11 +417,15 @@ def test_no_process_of_ray_is_left(done: Done) -> None:
 
 
 def test_the_cache_is_whole_and_says_what_the_teacher_says(done: Done) -> None:
-    code, out, err = tiny.stillhouse("cache", "verify", str(done.path), "--json", cwd=done.folder)
+    code, out, err = small_job.stillhouse(
+        "cache", "verify", str(done.path), "--json", cwd=done.folder
+    )
     told = json.loads(out)
     assert code == 0 and told["ok"], err
     assert {kind["kind"] for kind in told["kinds"]} == {"train", "eval"}
-    code, out, err = tiny.stillhouse("cache", "info", str(done.path), "--json", cwd=done.folder)
+    code, out, err = small_job.stillhouse(
+        "cache", "info", str(done.path), "--json", cwd=done.folder
+    )
     told = json.loads(out)
     assert code == 0 and told["used_by"] == ["job"], err
     assert all(item["present"] == item["wanted"] > 0 for item in told["coverage"])

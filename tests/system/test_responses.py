@@ -11,9 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.material import WORDS, data_spec, load_plain, make_corpus, save_model, write_texts
-from tests.ranks import Log, Ranks, spawn, start
-from tests.waiting import until
+from tests.fixtures.corpora import (
+    WORDS,
+    data_spec,
+    load_plain,
+    make_corpus,
+    save_model,
+    write_texts,
+)
+from tests.fixtures.ranks import Log, Ranks, spawn, start
+from tests.fixtures.waiting import until
 
 NEW = 12
 ENDS = list(range(0, 320, 8))

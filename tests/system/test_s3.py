@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.material import (
+from tests.fixtures.corpora import (
     LENGTH,
     config_values,
     data_spec,
@@ -18,8 +18,8 @@ from tests.material import (
     save_model,
     write_texts,
 )
-from tests.ranks import Log, Told, spawn, start
-from tests.s3 import point_to, s3_server
+from tests.fixtures.ranks import Log, Told, spawn, start
+from tests.fixtures.s3 import point_to, s3_server
 
 STEPS = 5
 POOL = 12  # sequences that are read, over more than three epochs

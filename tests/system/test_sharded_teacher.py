@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.material import LENGTH, VOCAB, data_spec, make_corpus, save_model, write_texts
-from tests.ranks import Log, spawn, start
+from tests.fixtures.corpora import LENGTH, VOCAB, data_spec, make_corpus, save_model, write_texts
+from tests.fixtures.ranks import Log, spawn, start
 
 SIZES = {
     "hidden_size": 48,

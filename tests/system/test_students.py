@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.material import (
+from tests.fixtures.corpora import (
     config_values,
     data_spec,
     load_plain,
@@ -20,7 +20,7 @@ from tests.material import (
     save_model,
     write_texts,
 )
-from tests.students import KEPT, STEPS, STOP_AT, Seen, World, deepen, run
+from tests.fixtures.students import KEPT, STEPS, STOP_AT, Seen, World, deepen, run
 
 LORA_RATE = 5e-2  # four steps from zero
 BEST_RATE = 0.2  # too high: the last weights are not the best

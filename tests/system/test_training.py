@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.material import (
+from tests.fixtures.corpora import (
     LENGTH,
     VOCAB,
     config_values,
@@ -26,7 +26,7 @@ from tests.material import (
     save_model,
     write_texts,
 )
-from tests.ranks import Log, Told, spawn, start
+from tests.fixtures.ranks import Log, Told, spawn, start
 
 STEPS = 6
 # So fine that the losses can be compared with float64.

@@ -16,19 +16,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.logits.model import (
-    CENTROIDS,
-    CONTEXTS,
-    TAIL_BUCKETS,
-    UNIT,
-)
-from trainer.logits.rans import (
-    PRECISION,
-    SYMBOLS,
-    check_frequencies,
-    code_table,
-    decode_tables,
-)
+from trainer.logits.model import CENTROIDS, CONTEXTS, TAIL_BUCKETS, UNIT
+from trainer.logits.rans import PRECISION, SYMBOLS, check_frequencies, code_table, decode_tables
 from trainer.logits.records import MAX_VOCABULARY, Coding
 
 _MAGIC = b"SHCB"

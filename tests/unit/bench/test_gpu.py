@@ -13,14 +13,7 @@ import torch
 from pytest import CaptureFixture, MonkeyPatch
 
 from tests.bench import gpu, gpu_decode
-from tests.bench.gpu_models import (
-    CASES,
-    DEVIATION,
-    Case,
-    config_of,
-    make_model,
-    random_codes,
-)
+from tests.bench.gpu_models import CASES, DEVIATION, Case, config_of, make_model, random_codes
 from tests.bench.gpu_steps import Decoder
 
 ROOT = Path(__file__).parents[3]

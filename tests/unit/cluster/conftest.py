@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.storage import Store, open_store
-from tests.s3 import point_to, s3_server
+from tests.fixtures.s3 import point_to, s3_server
 
 
 @pytest.fixture(scope="session")

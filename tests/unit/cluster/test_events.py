@@ -19,7 +19,7 @@ import pytest
 import cluster
 from cluster.storage import EventTail, EventWriter, Store, open_store, read_events
 from cluster.storage.events import flush_interval
-from tests.waiting import until
+from tests.fixtures.waiting import until
 
 ROOT = Path(cluster.__file__).parents[1]
 NEVER_S = 25.0  # a timer that does not fire within a test

@@ -10,17 +10,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from cluster.manifest import (
-    GRACE_S,
-    STOP_S,
-    Job,
-    Pods,
-    Secret,
-    Volume,
-    config_map,
-    ray_job,
-)
-from tests.unit.cluster import rayjob_fields as fields
+from cluster.manifest import GRACE_S, STOP_S, Job, Pods, Secret, Volume, config_map, ray_job
+from tests.fixtures import rayjob_fields as fields
 
 PLAIN = Job("a-run", "reg.example.com/s:1", "python -m jobs run x", "name: a-run\n", "2.60.0",
             Pods(1, 0, 4, "32Gi", 1 << 30))  # fmt: skip

@@ -20,7 +20,7 @@ from cluster.storage import Store, open_store
 from jobs.cache import app
 from jobs.caches import show
 from jobs.cli import main
-from tests.s3 import point_to, s3_server
+from tests.fixtures.s3 import point_to, s3_server
 from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import VERSION, encode
 from trainer.logits.reader import CacheReader

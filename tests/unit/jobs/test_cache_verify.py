@@ -21,7 +21,7 @@ from jobs.caches.find import Asked, find
 from jobs.cli import main
 from jobs.inputs import Inputs
 from jobs.rundir import RunDir
-from tests.material import (
+from tests.fixtures.corpora import (
     LENGTH,
     config_values,
     data_spec,

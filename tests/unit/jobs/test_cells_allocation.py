@@ -16,7 +16,7 @@ from cluster.storage import Attempt, open_store
 from jobs.cells.allocation import Allocations
 from jobs.cells.material import Material, Source
 from jobs.cells.needs import Needs
-from quant.sweepspec import SweepSpec
+from quant.spec import SweepSpec
 from quant.targets import meta_model
 
 MODEL = meta_model(

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.storage import Attempt, open_store
 from jobs.cells import keep
-from quant.sweepspec import SweepSpec
+from quant.spec import SweepSpec
 
 
 def result(size: int, kl: list[float], **more: Any) -> dict[str, Any]:

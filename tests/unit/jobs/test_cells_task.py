@@ -10,14 +10,14 @@ import pytest
 from cluster.storage import Attempt, Store, open_store
 from jobs.cells.material import Material, Source
 from jobs.cells.work import call, cell_task, made_path, model_task
-from quant.foretold import Forecast
+from quant.evaluation.memory_forecast import MemoryEstimate
 from quant.grid import uniform
-from quant.spec import QuantSpec
-from quant.sweepspec import SweepSpec
-from tests.material import data_spec, make_corpus, save_model, write_texts
+from quant.quant_spec import QuantSpec
+from quant.spec import SweepSpec
+from tests.fixtures.corpora import data_spec, make_corpus, save_model, write_texts
 
 CELL = uniform(QuantSpec(4, 16))
-NEED = Forecast(1, 0, 0, {})
+NEED = MemoryEstimate(1, 0, 0, {})
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +73,12 @@ def test_a_cell_that_is_stopped_while_it_is_evaluated_is_not_quantized_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("quant.cell.measured", stopped)
+        patched.setattr("quant.evaluation.cell.measure", stopped)
         with pytest.raises(KeyboardInterrupt):
             run(world, "two")
     assert store_of(world).read_json(made_path(CELL.key))["fingerprint"] == "two"
     with monkeypatch.context() as patched:
-        patched.setattr("quant.cell.quantize", stopped)
+        patched.setattr("quant.evaluation.cell.quantize", stopped)
         with pytest.raises(KeyboardInterrupt):  # another cell by now: it is made anew
             run(world, "three")
         continued = run(world, "two")

@@ -15,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from jobs.cli import main  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests.fixtures import small_job  # noqa: E402
 
 Run = Callable[..., list[str]]
 
@@ -23,7 +23,7 @@ Run = Callable[..., list[str]]
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random teacher of 64 positions with its tokenizer, where job_spec expects it."""
-    from tests.material import save_model, write_texts
+    from tests.fixtures.corpora import save_model, write_texts
     from trainer.corpus.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("world")
@@ -40,8 +40,8 @@ def faults(teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) 
     monkeypatch.chdir(teacher)
 
     def run(*overrides: str, **changes: Any) -> list[str]:
-        spec = tiny.job_spec(teacher, **{"data__sequence_length": 32, **changes})
-        path = tiny.write_spec(spec, teacher)
+        spec = small_job.job_spec(teacher, **{"data__sequence_length": 32, **changes})
+        path = small_job.write_spec(spec, teacher)
         capsys.readouterr()  # what fixtures said
         with monkeypatch.context() as without:
             for name in [name for name in sys.modules if name.partition(".")[0] == "ray"]:
@@ -85,7 +85,7 @@ def test_one_of_two_tied_ends_of_the_student(faults: Run) -> None:
 
 
 def test_a_student_with_fused_experts(faults: Run, teacher: Path) -> None:
-    from tests.unit.quant.families import tiny as tiny_model
+    from tests.fixtures.model_families import tiny as tiny_model
 
     folder = teacher / "experts"
     tiny_model("mixtral", vocab_size=400, max_position_embeddings=64).save_pretrained(folder)
@@ -110,7 +110,7 @@ def test_a_student_with_fused_experts(faults: Run, teacher: Path) -> None:
 
 
 def test_a_student_of_odd_width(faults: Run, teacher: Path) -> None:
-    from tests.unit.quant.families import tiny as tiny_model
+    from tests.fixtures.model_families import tiny as tiny_model
 
     folder = teacher / "odd"
     model = tiny_model("llama", vocab_size=400, max_position_embeddings=64, intermediate_size=100)
@@ -134,7 +134,7 @@ def test_a_source_without_the_column(faults: Run, teacher: Path) -> None:
 
 
 def test_teacher_and_student_of_different_vocabularies(faults: Run, teacher: Path) -> None:
-    from tests.material import save_model
+    from tests.fixtures.corpora import save_model
     from trainer.corpus.tokenizer import train_tokenizer
 
     train_tokenizer(iter(["another language " * 50]), 270, teacher / "other-tokenizer")
@@ -236,7 +236,7 @@ def test_a_family_that_is_not_verified(faults: Run) -> None:
 
 
 def test_conversations_without_a_chat_template(faults: Run, teacher: Path) -> None:
-    from tests.material import write_chats
+    from tests.fixtures.corpora import write_chats
 
     source = {"source": write_chats(teacher / "chats"), "format": "messages"}
     line = only(faults(data__train=[source]))

@@ -9,8 +9,8 @@ from jobs.load import load_spec
 from jobs.pipeline import prepare_job
 from jobs.remote.portable import portable
 from jobs.spec import JobSpec
-from tests import tiny
-from tests.material import LENGTH, make_corpus, save_model, write_texts
+from tests.fixtures import small_job
+from tests.fixtures.corpora import LENGTH, make_corpus, save_model, write_texts
 from trainer.dtypes import recorded_dtypes
 from trainer.processor import cpu_dtype
 
@@ -27,10 +27,10 @@ def spec(tmp_path: Path) -> JobSpec:
     held = {"select_sequences": 4, "report_sequences": 4}
     corpus = make_corpus(open_store(tmp_path).sub("corpus"), DataSpec(**data, **held))
     teacher = save_model(tmp_path / "teacher", corpus.tokenizer_folder())
-    values = tiny.job_spec(tmp_path, data={**data, **held})
+    values = small_job.job_spec(tmp_path, data={**data, **held})
     values["teacher"] = {"model": str(teacher)}
     del values["distill"]["dtype"]
-    return load_spec(tiny.write_spec(values, tmp_path))
+    return load_spec(small_job.write_spec(values, tmp_path))
 
 
 def resources(spec: JobSpec, **changes: dict) -> JobSpec:
@@ -96,7 +96,7 @@ def test_on_a_cluster_the_nodes_decide(spec: JobSpec, tmp_path: Path) -> None:
 
 
 def test_a_micro_batch_is_for_where_the_student_is_trained(spec: JobSpec, tmp_path: Path) -> None:
-    large = {**tiny.model(1024, 24), "intermediate_size": 4096}
+    large = {**small_job.model(1024, 24), "intermediate_size": 4096}
     student = spec.student.model_copy(update={"config": large})
     spec = spec.model_copy(update={"student": student})
     sequences = {}

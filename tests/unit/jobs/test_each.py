@@ -10,12 +10,12 @@ import yaml
 
 from jobs.each import each_spec, run_each, slug
 from jobs.errors import SpecErrors, StageFailed
-from tests import tiny
+from tests.fixtures import small_job
 
 
 @pytest.fixture
 def spec(tmp_path: Path) -> str:
-    return str(tiny.write_spec(tiny.job_spec(tmp_path, documents=4), tmp_path))
+    return str(small_job.write_spec(small_job.job_spec(tmp_path, documents=4), tmp_path))
 
 
 def test_a_run_for_each_value_with_shared_corpus_and_cache(spec: str) -> None:

@@ -10,8 +10,8 @@ import pytest
 from jobs.groupsizes import resolve_group_sizes, single_group_size
 from jobs.schema import spec_of
 from jobs.spec import JobSpec
-from quant.spec import CHANNEL, GroupSize, QuantSpec
-from tests.material import save_model
+from quant.quant_spec import CHANNEL, GroupSize, QuantSpec
+from tests.fixtures.corpora import save_model
 from trainer.corpus.tokenizer import train_tokenizer
 
 

@@ -15,8 +15,8 @@ from jobs.rundir import RunDir
 from jobs.schema import spec_of
 from jobs.stages.base import Context
 from jobs.todo import Plan
-from tests import tiny
-from tests.material import save_model
+from tests.fixtures import small_job
+from tests.fixtures.corpora import save_model
 from trainer.corpus.corpus import is_complete
 from trainer.corpus.prepare import serial
 from trainer.corpus.tokenizer import train_tokenizer
@@ -57,7 +57,7 @@ class Run:
         prompts = folder / "prompts.jsonl"
         rows = [{"prompt": f"number {n} of many words " * 4} for n in range(200)]
         prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        values = tiny.teacher_spec(folder, 10)
+        values = small_job.teacher_spec(folder, 10)
         values["data"]["train"] = [{"source": str(prompts), "format": "prompt_completion"}]
         values["distill"] |= {"mode": "responses", "losses": {"ce": 1.0}}
         train_tokenizer((row["prompt"] for row in rows), 300, folder / "tokenizer")

@@ -15,7 +15,7 @@ from jobs.report.front import OWN, TEACHER, candidates, difference, front, front
 from jobs.report.recommend import in_words, recommend
 from jobs.report.routes import answer, hours_in_words, routes
 from jobs.report.source import RunData, load_run
-from tests.swept_run import GPU, SEQUENCES, swept_run
+from tests.fixtures.swept_run import GPU, SEQUENCES, swept_run
 
 TOKENS = [200.0] * SEQUENCES
 

@@ -14,15 +14,15 @@ import torch
 
 from cluster.storage import Store, open_store
 from jobs.cells.material import teacher_batch
-from jobs.cells.recovery import recover
 from quant.artifact import save_quantized
-from quant.linear import quant_weights
-from quant.measured import Part, load_model
+from quant.evaluation.measure import Part, load_model
+from quant.evaluation.reference import write_reference
+from quant.layers.linear import quant_weights
+from quant.quant_spec import QuantSpec
 from quant.quantize import quantize
-from quant.reference import write_reference
-from quant.spec import QuantSpec
-from quant.sweepspec import RecoverSpec
-from tests.material import (
+from quant.recovery.recover import recover
+from quant.spec import RecoverSpec
+from tests.fixtures.corpora import (
     LENGTH,
     VOCAB,
     data_spec,

@@ -16,9 +16,9 @@ from jobs.report.figures import headline
 from jobs.report.pictures import size_picture
 from jobs.report.table import remarks
 from jobs.tracking.plan import plan
-from quant.cell import failed_cell
+from quant.evaluation.cell import failed_cell
 from quant.grid import grid
-from quant.sweepspec import SweepSpec
+from quant.spec import SweepSpec
 
 FAST, SLOW = "int4pack", "dequantize+matmul"
 GRID: dict[str, Any] = {

@@ -13,7 +13,7 @@ from jobs.report.build import build_report
 from jobs.report.planned import TITLE, lines
 from jobs.report.source import load_run
 from jobs.schema import spec_of
-from tests.unit.jobs.plan.world import spec_data
+from tests.fixtures.forecast_models import spec_data
 
 CAPTURED = {
     "sequences": 900,

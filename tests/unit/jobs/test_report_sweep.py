@@ -17,8 +17,8 @@ from jobs.report import figures as f
 from jobs.report.figures import headline
 from jobs.report.html import page
 from jobs.tracking.plan import plan
-from quant.intervals import Interval
-from tests.swept_run import swept_run
+from quant.evaluation.bootstrap import Interval
+from tests.fixtures.swept_run import swept_run
 
 EVIL = '<img src="x" onerror="alert(1)">'
 SECTIONS = (

@@ -17,10 +17,10 @@ from jobs.rundir import RunDir, StageRecord
 from jobs.schema import spec_of
 from jobs.todo import is_current
 from quant.grid import Cell, uniform
-from quant.spec import QuantSpec
-from quant.sweepspec import Task
-from tests import tiny
-from tests.material import save_model
+from quant.quant_spec import QuantSpec
+from quant.spec import Task
+from tests.fixtures import small_job
+from tests.fixtures.corpora import save_model
 from trainer.corpus.tokenizer import train_tokenizer
 from trainer.job import resolve
 
@@ -120,7 +120,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     save_model(folder / "runs" / "teacher" / "student", folder / "tokenizer", width=64)
     (folder / "texts").mkdir()
     (folder / "texts" / "0.jsonl").write_text('{"text": "some words"}\n')
-    return Inputs(resolve(spec_of(tiny.job_spec(folder))))
+    return Inputs(resolve(spec_of(small_job.job_spec(folder))))
 
 
 def test_a_finished_sweep_of_an_older_evaluation_is_not_skipped(

@@ -16,8 +16,8 @@ from jobs.schema import spec_of
 from jobs.spec import JobSpec
 from jobs.stages.capture import count_lacking
 from jobs.todo import Plan
-from tests import tiny
-from tests.material import save_model, write_texts
+from tests.fixtures import small_job
+from tests.fixtures.corpora import save_model, write_texts
 from trainer.corpus.corpus import open_corpus
 from trainer.corpus.prepare import prepare
 from trainer.corpus.tokenizer import load_tokenizer, train_tokenizer
@@ -38,7 +38,7 @@ class Run:
         texts = (folder / "texts" / "0.jsonl").read_text().splitlines()
         train_tokenizer(iter(texts), 400, folder / "tokenizer")
         save_model(folder / "runs" / "teacher" / "student", folder / "tokenizer", width=64)
-        self.values = tiny.job_spec(folder, cache={"method": "sample", "draws": 5, **cache})
+        self.values = small_job.job_spec(folder, cache={"method": "sample", "draws": 5, **cache})
         self.spec = self.load()
         self.inputs = Inputs(self.spec)
         self.store = open_store(self.spec.storage)

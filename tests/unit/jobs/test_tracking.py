@@ -21,7 +21,7 @@ from cluster.storage import Attempt, EventWriter, Store, open_store
 from jobs.report import build_report, load_run
 from jobs.tracking import Follower, launch, mode, project_run, publish, writers
 from jobs.tracking.plan import plan, run_id
-from tests.waiting import until
+from tests.fixtures.waiting import until
 
 STEPS = 6
 SPEC: dict[str, Any] = {

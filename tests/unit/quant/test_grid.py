@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from quant.grid import allocated_keys, grid, uniform
-from quant.spec import QuantSpec
-from quant.sweepspec import SweepSpec
+from quant.quant_spec import QuantSpec
+from quant.spec import SweepSpec
 
 
 def keys(**settings: Any) -> list[str]:

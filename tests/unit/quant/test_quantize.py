@@ -11,12 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from quant.linear import QuantEmbedding, QuantLinear, quant_linears, quant_weights
+from quant.artifact.load import load_quantized
+from quant.layers.linear import QuantEmbedding, QuantLinear, quant_linears, quant_weights
 from quant.methods import quantize_weight
+from quant.quant_spec import CHANNEL, QuantSpec
 from quant.quantize import quantize, stored_dtype
-from quant.spec import CHANNEL, QuantSpec
-from quant.stored.load import load_quantized
-from tests.unit.quant.families import tiny
+from tests.fixtures.model_families import tiny
 
 IDS = torch.arange(40).view(2, 20) * 37 % 256
 BOTH = QuantSpec(4, 32, "rtn", embeddings=True, head=True)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
+from quant.quant_spec import CHANNEL, QuantSpec
 from quant.quantize import check_group_size
-from quant.spec import CHANNEL, QuantSpec
 from quant.targets import find_targets
-from tests.unit.quant.families import tiny
+from tests.fixtures.model_families import tiny
 
 FOUR = QuantSpec(4, 32)
 BOTH = QuantSpec(4, 32, embeddings=True, head=True)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from cluster.storage import Store, open_store
-from tests.material import LENGTH, VOCAB, data_spec, make_corpus, write_texts
-from tests.waiting import Clock, until
+from tests.fixtures.corpora import LENGTH, VOCAB, data_spec, make_corpus, write_texts
+from tests.fixtures.waiting import Clock, until
 from trainer.logits.coding import coding_of
 from trainer.logits.reader import CacheReader
 from trainer.logits.store import read_codebook

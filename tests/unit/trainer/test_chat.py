@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cluster.storage import open_store
-from tests.material import CHATML, CHATML_MARKED, chat_tokenizer, write_chats, write_texts
+from tests.fixtures.corpora import CHATML, CHATML_MARKED, chat_tokenizer, write_chats, write_texts
 from trainer.corpus.chat import chat_faults, prompt_ids, render
 from trainer.corpus.corpus import open_corpus
 from trainer.corpus.prepare import corpus_identity, prepare

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cluster.storage import Attempt, Fenced, Store, open_store
-from tests.waiting import Clock, until
+from tests.fixtures.waiting import Clock, until
 from trainer.checkpoints.checkpoint import (
     CheckpointFailed,
     CheckpointMisfit,

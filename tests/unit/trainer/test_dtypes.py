@@ -7,7 +7,7 @@ import yaml
 
 from cluster.storage import EventWriter, open_store
 from jobs.spec import JobSpec
-from tests import tiny
+from tests.fixtures import small_job
 from trainer.dtypes import recorded_dtypes, undecided_dtypes, with_auto, with_dtypes
 from trainer.job import resolve
 from trainer.processor import cpu_dtype
@@ -15,7 +15,7 @@ from trainer.processor import cpu_dtype
 
 @pytest.fixture
 def spec(tmp_path: Path) -> JobSpec:
-    values = tiny.job_spec(tmp_path)
+    values = small_job.job_spec(tmp_path)
     del values["teacher"]["dtype"], values["distill"]["dtype"]
     return JobSpec(**values)
 

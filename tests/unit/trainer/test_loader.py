@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.storage import open_store
-from tests.waiting import Clock, until
+from tests.fixtures.waiting import Clock, until
 from trainer.cached import CachedTeacher
 from trainer.corpus import pack, tables
 from trainer.corpus.corpus import Part

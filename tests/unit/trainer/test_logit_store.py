@@ -18,7 +18,7 @@ import pytest
 from cluster.storage import Store, open_store
 from cluster.storage.remote import RemoteObjects
 from tests.bench.opening import measure
-from tests.s3 import REGION, s3_server
+from tests.fixtures.s3 import REGION, s3_server
 from trainer.fingerprint import fingerprint
 from trainer.logits.codebook import Codebook
 from trainer.logits.codebook_fit import fit_codebook

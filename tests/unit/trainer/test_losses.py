@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.unit.trainer.loss_truth import (
+from tests.fixtures.loss_reference import (
     DEFINITIONS,
     TOKENS,
     VOCAB,

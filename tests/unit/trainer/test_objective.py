@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from tests.unit.trainer.loss_truth import (
+from tests.fixtures.loss_reference import (
     DEFINITIONS,
     TOKENS,
     VOCAB,

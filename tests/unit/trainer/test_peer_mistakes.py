@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.trainer.loss_truth import (
+from tests.fixtures.loss_reference import (
     DEFINITIONS,
     TOKENS,
     VOCAB,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.material import config_values
+from tests.fixtures.corpora import config_values
 from trainer.progress import layer_progress
 
 

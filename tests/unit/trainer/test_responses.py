@@ -12,17 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluster.storage import open_store
-from tests.material import config_values
+from tests.fixtures.corpora import config_values
 from trainer.corpus.sources import RENDERING
 from trainer.responses import job as answers_job
 from trainer.responses.faults import responses_fault, world_faults
 from trainer.responses.generate import Settings, TeacherWithAnswers, UnderWay
 from trainer.responses.given import copy_file
-from trainer.responses.identity import (
-    corpus_of_answers,
-    corpus_of_content,
-    responses_identity,
-)
+from trainer.responses.identity import corpus_of_answers, corpus_of_content, responses_identity
 from trainer.responses.job import Answers
 from trainer.responses.make import answered, on_answers, open_answers
 from trainer.responses.prompts import Prompt, prompt_key, read_prompts

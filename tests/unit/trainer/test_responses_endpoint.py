@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.storage import open_store
-from tests.loopback import KEY, Server, serving
+from tests.fixtures.loopback import KEY, Server, serving
 from trainer.responses import client
 from trainer.responses.ask import ask_all
 from trainer.responses.limits import RateLimit, Stop

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.material import save_model
-from tests.unit.jobs.models.commands import run
+from tests.fixtures.corpora import save_model
+from tests.fixtures.model_commands import run
 from trainer.corpus.tokenizer import train_tokenizer
 
 

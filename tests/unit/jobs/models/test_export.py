@@ -20,7 +20,7 @@ from jobs.cli import main
 from jobs.models.export import _original
 from jobs.runs import cells_of
 from quant.artifact import load_quantized
-from tests.material import data_spec, make_corpus, save_model, write_texts
+from tests.fixtures.corpora import data_spec, make_corpus, save_model, write_texts
 
 KEY = "hqq-4b-g32"
 
@@ -115,7 +115,7 @@ def test_a_cell_becomes_a_gguf_file(here: Path, capsys: pytest.CaptureFixture[st
 def test_a_cell_becomes_a_folder_chosen_on_the_runs_select_part(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import quant.export.hf as hf
+    import quant.export.hf.export as hf
 
     seen: dict[str, Any] = {}
     whole = hf.export_hf
@@ -162,7 +162,7 @@ def test_a_cell_runs_by_its_key(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_lone_artifact_is_measured_on_prose(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import quant.export.hf as hf
+    import quant.export.hf.export as hf
 
     seen: list[torch.Tensor] = []
     whole = hf.export_hf

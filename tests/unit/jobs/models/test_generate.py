@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from quant.artifact import load_quantized
-from tests.material import chat_tokenizer, save_model
-from tests.unit.jobs.models.commands import WIDTHS, run, told
+from tests.fixtures.corpora import chat_tokenizer, save_model
+from tests.fixtures.model_commands import WIDTHS, run, told
 from trainer.processor import fast_dtype
 
 

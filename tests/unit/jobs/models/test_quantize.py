@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from jobs.cli import main
 from quant.artifact import load_quantized, read_description, save_quantized
-from quant.bytes import true_bits_per_weight
+from quant.artifact.sizes import true_bits_per_weight
+from quant.quant_spec import QuantSpec
 from quant.quantize import quantize
-from quant.spec import QuantSpec
-from tests.material import save_model
-from tests.unit.jobs.models.commands import WIDTHS, run, sizes, told
+from tests.fixtures.corpora import save_model
+from tests.fixtures.model_commands import WIDTHS, run, sizes, told
 
 
 def test_what_quantize_prints_is_what_it_wrote(
@@ -233,7 +233,7 @@ def test_the_kernels_are_those_of_the_whole_model(folder: Path) -> None:
     """Told by a few small layers, which leaves the model as it was."""
     from jobs.models.quantize import fastest_kernels
     from quant.kernels import kernel_names, use_kernels
-    from quant.linear import quant_linears
+    from quant.layers.linear import quant_linears
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
     spec = QuantSpec(4, 32, embeddings=True, head=True)

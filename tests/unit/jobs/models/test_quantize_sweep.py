@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from tests.unit.jobs.models.commands import run, told
+from tests.fixtures.model_commands import run, told
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from jobs.errors import SpecErrors
 from jobs.plan.command import plan
 from jobs.plan.gpus import GPUS
-from tests.unit.jobs.plan.world import LLAMA_8B, plan_of, spec_data
+from tests.fixtures.forecast_models import LLAMA_8B, plan_of, spec_data
 
 ROOT = Path(__file__).resolve().parents[4]
 H200 = ("--gpu", "h200", "--gpus", "16")

@@ -15,8 +15,7 @@ from jobs.plan.forecast import forecast
 from jobs.plan.place import cluster_place, named_place
 from jobs.plan.record import record
 from jobs.schema import spec_of
-from tests import tiny
-from tests.unit.jobs.plan import world
+from tests.fixtures import forecast_models, small_job
 from trainer.processor import Kind, cpu_dtype, cpu_kind
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -83,8 +82,8 @@ def test_a_core_of_half_the_speed_takes_twice_the_time(
 
 
 def test_gpus_in_float32_have_another_peak(tmp_path: Path) -> None:
-    half = world.plan_of(tmp_path / "a")["stages"]
-    whole = world.plan_of(tmp_path / "b", distill__dtype="float32")["stages"]
+    half = forecast_models.plan_of(tmp_path / "a")["stages"]
+    whole = forecast_models.plan_of(tmp_path / "b", distill__dtype="float32")["stages"]
     assert half["distill"]["peak_flops"] == 989e12 and whole["distill"]["peak_flops"] == 67e12
     assert half["capture"]["peak_flops"] == whole["capture"]["peak_flops"] == 989e12
     assert whole["distill"]["seconds"] > 10 * half["distill"]["seconds"]
@@ -95,14 +94,16 @@ def test_a_plan_for_named_gpus_measures_nothing(
 ) -> None:
     monkeypatch.setattr(cores, "_measure", lambda kind: pytest.fail("measured"))
     place = named_place("h200", 8, None)
-    plan = forecast(spec_of(world.spec_data(tmp_path)), place)
+    plan = forecast(spec_of(forecast_models.spec_data(tmp_path)), place)
     assert plan["place"]["core"]["measured"] is False
 
 
 def test_a_run_keeps_the_core_that_its_plan_was_made_for(tmp_path: Path) -> None:
-    spec = tiny.job_spec(tmp_path)
-    spec["teacher"]["model"] = world.folder_of(tiny.model(64, 2), tmp_path / "teacher")
-    job = load_spec(tiny.write_spec(spec, tmp_path))
+    spec = small_job.job_spec(tmp_path)
+    spec["teacher"]["model"] = forecast_models.folder_of(
+        small_job.model(64, 2), tmp_path / "teacher"
+    )
+    job = load_spec(small_job.write_spec(spec, tmp_path))
     found = record(job, [(2, 0)], host_memory=16e9, core=AVX2)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["place"]["core"] == {

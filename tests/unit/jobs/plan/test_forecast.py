@@ -15,7 +15,7 @@ from jobs.plan.forecast import forecast
 from jobs.plan.place import named_place
 from jobs.plan.record import record
 from jobs.schema import spec_of
-from tests.unit.jobs.plan.world import plan_of, spec_data
+from tests.fixtures.forecast_models import plan_of, spec_data
 from trainer.corpus.given import settings
 from trainer.models import tokenizer_identity
 
@@ -128,7 +128,7 @@ def test_a_corpus_is_guessed_from_its_files_and_then_known(tmp_path) -> None:
 
 
 def test_a_corpus_that_is_named_is_counted_without_its_sources(tmp_path) -> None:
-    from tests.material import data_spec, make_corpus, write_texts
+    from tests.fixtures.corpora import data_spec, make_corpus, write_texts
     from trainer.fingerprint import fingerprint
 
     made = data_spec(write_texts(tmp_path / "texts"))

@@ -14,8 +14,8 @@ from jobs.plan.needs import cell_bytes, cell_need, swept
 from jobs.plan.place import Place, cluster_place, named_place
 from jobs.plan.shape import shape_of
 from jobs.schema import spec_of
-from quant.spec import QuantSpec
-from tests.unit.jobs.plan.world import LLAMA_8B, folder_of, plan_of, spec_data
+from quant.quant_spec import QuantSpec
+from tests.fixtures.forecast_models import LLAMA_8B, folder_of, plan_of, spec_data
 
 SMALL = {**LLAMA_8B, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
@@ -26,7 +26,7 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
 def test_a_cell_takes_what_the_sweep_itself_foretells(tmp_path, cuda, sweep) -> None:
     from transformers import AutoConfig
 
-    from quant.memory import cell_memory
+    from quant.evaluation.memory import cell_memory
 
     data = spec_data(tmp_path, data__sequence_length=256)
     data["student"] = {"model": folder_of(SMALL, tmp_path / "small")}
@@ -54,7 +54,7 @@ def test_bytes_of_a_cell_are_those_of_its_file(bits, size) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from quant.bytes import true_bytes
+    from quant.artifact.sizes import true_bytes
     from quant.quantize import quantize
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL), dtype=torch.bfloat16)

@@ -12,7 +12,7 @@ import yaml
 from jobs.load import load_spec
 from jobs.plan.forecast import forecast
 from jobs.plan.place import named_place
-from tests.unit.jobs.plan.world import spec_data
+from tests.fixtures.forecast_models import spec_data
 
 CASES: dict[str, dict[str, Any]] = {
     "activations": {"gpu": "a100-80", "gpus": 8, "distill__activation_checkpointing": False},

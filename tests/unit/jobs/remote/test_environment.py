@@ -18,7 +18,7 @@ from ray.runtime_env import RuntimeEnv
 from jobs.load import load_spec
 from jobs.remote.environment import locked_environment, requirements
 from jobs.spec import JobSpec
-from tests import tiny
+from tests.fixtures import small_job
 
 ROOT = Path(__file__).resolve().parents[4]
 # The cluster's own; of pydantic; only where the spec has tasks; the checkout.
@@ -26,7 +26,7 @@ NOT_ALWAYS = {"ray", "pydantic-core", "lm-eval", "stillhouse"}
 
 
 def spec_of(folder: Path, **changes: Any) -> JobSpec:
-    return load_spec(tiny.write_spec({**tiny.job_spec(folder), **changes}, folder))
+    return load_spec(small_job.write_spec({**small_job.job_spec(folder), **changes}, folder))
 
 
 def names(lines: list[str]) -> set[str]:
@@ -65,7 +65,7 @@ def test_storage_has_its_driver(tmp_path: Path, change: dict[str, Any], package:
 
 
 def test_tasks_have_lm_eval(tmp_path: Path) -> None:
-    spec = tiny.job_spec(tmp_path)
+    spec = small_job.job_spec(tmp_path)
     found = requirements(spec_of(tmp_path, sweep={**spec["sweep"], "tasks": ["arc_easy"]}), ROOT)
     assert "lm-eval" in names(found)
 

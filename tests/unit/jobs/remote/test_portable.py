@@ -14,7 +14,7 @@ from jobs.inputs import Inputs
 from jobs.load import load_spec
 from jobs.pipeline import Job, prepare_job
 from jobs.remote.portable import portable
-from tests import tiny
+from tests.fixtures import small_job
 from trainer.corpus.prepare import prepare
 from trainer.fingerprint import fingerprint
 from trainer.job import identities
@@ -22,11 +22,11 @@ from trainer.job import identities
 
 def job(folder: Path, **changes: Any) -> Job:
     """A plain training whose student is a config file, below `folder`."""
-    spec = {**tiny.teacher_spec(folder), **changes}
+    spec = {**small_job.teacher_spec(folder), **changes}
     config = folder / "student.json"
-    config.write_text(json.dumps(tiny.model(64, 2)))
+    config.write_text(json.dumps(small_job.model(64, 2)))
     spec["student"] = {"init": "random", "config": str(config)}
-    return prepare_job(load_spec(tiny.write_spec(spec, folder)))
+    return prepare_job(load_spec(small_job.write_spec(spec, folder)))
 
 
 def faults(*arguments: Any) -> list[str]:
@@ -48,15 +48,16 @@ def test_what_lies_below_a_shared_folder_stays_as_it_is(tmp_path: Path) -> None:
     given = job(tmp_path)
     spec = portable(given, [str(tmp_path)])
     assert spec.storage == str(tmp_path / "runs") and spec.data == given.spec.data
-    assert spec.student.config == tiny.model(64, 2)  # a file of this machine no longer
+    assert spec.student.config == small_job.model(64, 2)  # a file of this machine no longer
 
 
 def test_relative_paths_mean_the_same_in_the_folder_of_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = job(tmp_path, storage="./runs", data={**tiny.teacher_spec(tmp_path)["data"], "train": [
-        {"source": "texts/*.jsonl"}, {"source": "builtin:python-docs"}]})  # fmt: skip
+    train = [{"source": "texts/*.jsonl"}, {"source": "builtin:python-docs"}]
+    data = {**small_job.teacher_spec(tmp_path)["data"], "train": train}
+    given = job(tmp_path, storage="./runs", data=data)
     spec = portable(given, [str(tmp_path)])
     assert spec.storage == str(tmp_path / "runs")
     assert spec.data is not None

@@ -20,7 +20,7 @@ from jobs.live.submissions import (
     take_back,
 )
 from jobs.remote import submit as module
-from tests import tiny
+from tests.fixtures import small_job
 
 
 def sending(number: int) -> Submission:
@@ -62,7 +62,7 @@ def test_values_of_variables_are_taken_from_here_and_never_shown(
 def test_a_value_on_the_command_line_is_told_by_its_name_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = str(tiny.write_spec(tiny.teacher_spec(tmp_path), tmp_path))
+    path = str(small_job.write_spec(small_job.teacher_spec(tmp_path), tmp_path))
     options = ["--address", "http://127.0.0.1:9", "--forward-env", "HF_TOKEN=abc-secret"]
     assert main(["submit", path, *options]) == 2
     said = capsys.readouterr()
