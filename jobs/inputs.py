@@ -15,7 +15,8 @@ from cluster.storage import Store
 from jobs.cells.given import extra_identity, task_identity
 from jobs.spec import JobSpec
 from trainer.fingerprint import fingerprint, flatten
-from trainer.job import capture_inputs, identities, make_capture, training_inputs
+from trainer.job import capture_inputs, identities, training_inputs
+from trainer.tasks import make_capture
 
 Outputs = dict[str, dict[str, Any]]
 

@@ -29,6 +29,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cluster.storage import Attempt, EventWriter, Fenced, Store, open_store
 from trainer import job
+from trainer.auto import resolve
 from trainer.dtypes import DTYPE_SECTIONS, recorded_dtypes
 from trainer.faultlines import SpecReader
 from trainer.news import is_out_of_memory, line_of, why_of
@@ -235,6 +236,7 @@ class Rank:
         """Prepare, capture, distill, control."""
         from trainer.logits.store import open_cache
         from trainer.run_task import run_task
+        from trainer.tasks import make_capture, make_trainings
 
         spec = self._resolved()
         self.emit("run_start", name=spec.name, spec=spec.model_dump(mode="json"))
@@ -245,11 +247,11 @@ class Rank:
         cache = None
         if spec.teacher is not None:
             cache = self.after(lambda: open_cache(root.sub(job.CACHES), names.cache))
-            capture = job.make_capture(
+            capture = make_capture(
                 spec, corpus, cache, batch_tokens="auto", shard_seconds=SHARD_SECONDS
             )
             run_task(capture, self.worker)
-        for training in job.make_trainings(spec, inputs, self.store, corpus, cache):
+        for training in make_trainings(spec, inputs, self.store, corpus, cache):
             run_task(training, self.worker)
 
     def _resolved(self) -> Any:
@@ -258,7 +260,7 @@ class Rank:
         dtype: DtypeName = "bfloat16" if set(fast) == {"bfloat16"} else "float32"
         dtypes = dict.fromkeys(DTYPE_SECTIONS, dtype)
         known = {**dtypes, **recorded_dtypes(self.store)}
-        return self.after(lambda: job.resolve(self.spec, known, self.worker.device.type))
+        return self.after(lambda: resolve(self.spec, known, self.worker.device.type))
 
     def _inputs(self, spec: Any, names: job.Identities, corpus: Store) -> dict[str, Any]:
         """Of the trainings. Raises ValueError if an unfinished one would be passed over."""

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trainer.dtypes import with_dtypes
+from trainer.models import absolute, find_model, width_of
+from trainer.processor import DtypeName, this_device
+from trainer.rules import Sections
+from trainer.spec import AnswersFile, StudentSpec, TeacherSpec
 
 # Activations of a micro-batch, in bytes, from which on they are recomputed: without and with LoRA,
 # which leaves the room that gradients and optimizer state would take.
@@ -98,3 +107,82 @@ class _Sizes:
 
 def _size(config: dict[str, Any], names: tuple[str, ...], default: int) -> int:
     return next((int(config[name]) for name in names if config.get(name)), default)
+
+
+Spec = TypeVar("Spec", bound=Sections)
+
+
+def resolve(
+    spec: Spec, dtypes: Mapping[str, DtypeName] | None = None, device: str | None = None
+) -> Spec:
+    """The spec with local models named absolutely and `auto` resolved.
+
+    dtypes: what `dtype: auto` means, by section; None: what this machine is fast at. device: "cpu"
+    or "cuda", where the student is trained; None: this machine's.
+    Workers run in directories of their own, so a relative name would mean nothing there. Raises
+    ValueError, one line, if the student's config cannot be read.
+    """
+    spec = with_dtypes(_absolute(spec), dtypes)
+    distill, data, student = spec.distill, spec.data, spec.student
+    if distill is None:
+        return spec
+    assert data is not None
+    changes: dict[str, Any] = {}
+    lora, micro_batch = student.lora is not None, distill.micro_batch
+    config: dict[str, Any] = {}
+    if "auto" in (micro_batch, distill.learning_rate, distill.activation_checkpointing):
+        config = _raw_config(spec)
+    if micro_batch == "auto":
+        micro_batch = auto_micro_batch(data.sequence_length, config, device or this_device())
+        changes["micro_batch"] = micro_batch
+    if distill.learning_rate == "auto":
+        changes["learning_rate"] = auto_learning_rate(student.init, width_of(config), lora)
+    if distill.activation_checkpointing == "auto":
+        tokens = micro_batch * data.sequence_length
+        changes["activation_checkpointing"] = auto_activation_checkpointing(config, tokens, lora)
+    if distill.evaluate_steps == "auto":
+        changes["evaluate_steps"] = max(1, distill.steps // 10)
+    update: dict[str, Any] = {"distill": distill.model_copy(update=changes)}
+    if data.max_tokens == "auto":
+        tokens = distill.steps * distill.tokens_per_step
+        update["data"] = data.model_copy(update={"max_tokens": tokens})
+    return spec.model_copy(update=update)
+
+
+def _absolute(spec: Spec) -> Spec:
+    update: dict[str, Any] = {}
+    if spec.teacher is not None:
+        model = absolute(spec.teacher.model)
+        update["teacher"] = spec.teacher.model_copy(update={"model": model})
+    student: dict[str, Any] = {}
+    if spec.student.model is not None:
+        student["model"] = absolute(spec.student.model)
+    if isinstance(spec.student.config, str):
+        student["config"] = absolute(spec.student.config)
+    if spec.responses is not None and isinstance(spec.responses.origin, AnswersFile):
+        origin = AnswersFile(file=absolute(spec.responses.origin.file))
+        update["responses"] = spec.responses.model_copy(update={"origin": origin})
+    update["student"] = spec.student.model_copy(update=student)
+    return spec.model_copy(update=update)
+
+
+def _raw_config(spec: Sections) -> dict[str, Any]:
+    """The student's config as it is written; of a student cut from its teacher with its layers."""
+    student = spec.student
+    if isinstance(student.config, dict):
+        return student.config
+    if student.config is not None:
+        path = Path(student.config)
+    else:
+        key = "student.model"
+        model: StudentSpec | TeacherSpec | None = student if student.model is not None else None
+        if student.init == "slice":
+            key, model = "teacher.model", spec.teacher
+        assert model is not None
+        folder = find_model(key, str(model.model), model.revision, weights=False)
+        path = folder / "config.json"
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"student.config: {path} cannot be read as JSON ({error})") from None
+    return raw if student.layers is None else {**raw, "num_hidden_layers": student.layers}

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.cached import CachedTeacher
-from trainer.corpus.corpus import Part
+from trainer.corpus.corpus import Part, next_tokens
 
 
 class Order(Protocol):
@@ -79,13 +79,6 @@ class Step:
     micros: list[MicroBatch]
     tokens: int
     wait_s: float = 0.0
-
-
-def next_tokens(input_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Labels [batch, seq]: the token after each position (0 after the last, which never counts)."""
-    labels = np.zeros_like(input_ids)
-    labels[:, :-1] = input_ids[:, 1:]
-    return labels
 
 
 def deal(indices: NDArray[np.int64], rank: int, world: int, multiple: int) -> NDArray[np.int64]:

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from trainer.corpus.corpus import open_corpus
 from trainer.corpus.tokenizer import load_tokenizer
+from trainer.head import last_hidden
 from trainer.models import count_parameters, find_model, meta_model, new_config, read_config
 from trainer.spec import LoraSpec, TeacherSpec
 from trainer.student import features
-from trainer.student.module import last_hidden
 from trainer.student.slicing import sliced_config
 from trainer.teacher.engine import Teacher, load_teacher
 from trainer.teacher.placement import training_bytes

@@ -14,6 +14,9 @@ from math import floor
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.corpus.corpus import Corpus
+from trainer.spec import DataSpec, DistillSpec
+
 CACHED_EPOCHS = 2  # a step lies in one epoch or across two
 
 
@@ -181,3 +184,16 @@ def shuffle(count: int, *key: int) -> NDArray[np.int64]:
 def _share(weight: float, members: int, epochs: int) -> int:
     """How many numbers the fraction of a weight gives a source in its first `epochs` epochs."""
     return floor((weight - floor(weight)) * members * epochs)
+
+
+def make_schedule(corpus: Corpus, data: DataSpec, distill: DistillSpec, seed: int) -> Schedule:
+    """Which sequences each step reads: a function of corpus, spec and seed alone."""
+    assert isinstance(data.max_tokens, int)
+    return Schedule(
+        sources=corpus.part("train").sources,
+        weights=[source.weight for source in data.train],
+        seed=seed,
+        sequences_per_step=distill.tokens_per_step // data.sequence_length,
+        steps=distill.steps,
+        max_sequences=-(-data.max_tokens // data.sequence_length),
+    )

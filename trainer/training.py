@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.storage import Store
 from trainer.corpus.corpus import Corpus
-from trainer.schedule import Schedule
+from trainer.schedule import Schedule, make_schedule
 from trainer.spec import CacheSpec, DataSpec, DistillSpec, StudentSpec, TeacherSpec
 
 
@@ -43,16 +43,3 @@ class Training:
     def schedule(self, corpus: Corpus) -> Schedule:
         """The order in which this training reads the train part."""
         return make_schedule(corpus, self.data, self.distill, self.seed)
-
-
-def make_schedule(corpus: Corpus, data: DataSpec, distill: DistillSpec, seed: int) -> Schedule:
-    """Which sequences each step reads: a function of corpus, spec and seed alone."""
-    assert isinstance(data.max_tokens, int)
-    return Schedule(
-        sources=corpus.part("train").sources,
-        weights=[source.weight for source in data.train],
-        seed=seed,
-        sequences_per_step=distill.tokens_per_step // data.sequence_length,
-        steps=distill.steps,
-        max_sequences=-(-data.max_tokens // data.sequence_length),
-    )

@@ -16,10 +16,11 @@ from jobs.load import load_spec, recipes
 from jobs.rundir import RunDir
 from jobs.spec import JobSpec
 from jobs.todo import is_current
+from trainer.auto import resolve
 from trainer.dtypes import recorded_dtypes
 from trainer.fingerprint import fingerprint
 from trainer.identity import Identities
-from trainer.job import CACHES, CORPORA, find_corpus, identities, resolve
+from trainer.job import CACHES, CORPORA, find_corpus, identities
 from trainer.logits.store import IDENTITY, SHARDS
 
 # Fewer characters of a fingerprint are taken for a mistake.

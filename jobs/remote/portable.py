@@ -68,7 +68,7 @@ def portable(job: Job, shared: Sequence[str]) -> JobSpec:
 def _absolute(spec: JobSpec) -> JobSpec:
     """The spec with storage and sources named absolutely: a job runs in a folder of its own.
 
-    Models and other files have been made so by `trainer.job.resolve`.
+    Models and other files have been made so by `trainer.auto.resolve`.
     """
     update: dict[str, Any] = {}
     if open_store(spec.storage).local() is not None:

@@ -9,7 +9,8 @@ from cluster.workers import Group
 from jobs.stages.base import Context
 from jobs.stages.capture import devices
 from jobs.stages.ranks import run_ranks
-from trainer.job import make_trainings, unfinished_trainings
+from trainer.job import unfinished_trainings
+from trainer.tasks import make_trainings
 
 
 def run(context: Context) -> dict[str, Any]:

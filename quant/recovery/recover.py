@@ -32,14 +32,12 @@ from trainer.cached import CachedTeacher
 from trainer.corpus.corpus import Corpus, open_corpus
 from trainer.feed import threads_for
 from trainer.fused import fused_loss
-from trainer.head import head_of
+from trainer.head import check_head, head_of, last_hidden
 from trainer.loader import MicroBatch, Step, StepLoader
 from trainer.losses import ForwardKL, Target
 from trainer.optimizer import learning_rate
-from trainer.schedule import Schedule
+from trainer.schedule import Schedule, make_schedule
 from trainer.spec import CacheSpec, DataSpec, DistillSpec
-from trainer.student.module import check_head, last_hidden
-from trainer.training import make_schedule
 
 AUTO_RATE = 5e-3  # log-scales, zero points in steps of the codes, and vectors alike
 WARMUP, CLIP, BETAS = 0.05, 1.0, (0.9, 0.95)

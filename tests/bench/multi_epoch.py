@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from tests.bench.signals import SPECS, Teacher
-from trainer.corpus.corpus import Batch, Part
+from trainer.corpus.corpus import Batch, Part, next_tokens
 from trainer.fused import fused_loss, head_of
-from trainer.loader import next_tokens
+from trainer.head import last_hidden
 from trainer.losses import CrossEntropy, ForwardKL, Loss, Target
 from trainer.models import build_model, new_config
 from trainer.optimizer import learning_rate, make_optimizer
 from trainer.spec import DistillSpec
-from trainer.student.module import last_hidden
 
 SEQUENCES = 16  # per optimizer step
 LOSSES: dict[str, tuple[float, Loss]] = {

@@ -14,10 +14,10 @@ from cluster.storage import Store, open_store, read_events
 from tests.bench.synthetic import Positions
 from trainer.corpus.corpus import Corpus, open_corpus
 from trainer.fused import head_of
+from trainer.head import last_hidden
 from trainer.job import CACHES, CORPORA
 from trainer.logits.reader import CacheReader
 from trainer.models import load_model
-from trainer.student.module import last_hidden
 from trainer.worker import torch_dtype
 
 CHUNK = 1024  # tokens whose float64 softmax is held at once

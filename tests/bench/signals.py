@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.corpus.corpus import Batch
+from trainer.corpus.corpus import Batch, next_tokens
 from trainer.fused import head_of
-from trainer.loader import next_tokens
+from trainer.head import last_hidden
 from trainer.logits.codebook import Codebook
 from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import decode_many, encode
@@ -25,7 +25,6 @@ from trainer.logits.coding import coding_of
 from trainer.logits.records import Draws, Records
 from trainer.losses import Target
 from trainer.spec import CacheSpec
-from trainer.student.module import last_hidden
 from trainer.teacher.draws import draw, stream, uniforms
 
 SPECS = {

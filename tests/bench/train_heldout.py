@@ -31,7 +31,7 @@ WAYS: dict[str, tuple[str, dict[str, float], dict[str, Any]]] = {
 def demo_spec(cache: dict[str, Any], storage: Path) -> Any:
     """The demo's recipe with another cache, everything resolved."""
     from jobs.load import load_spec
-    from trainer.job import resolve
+    from trainer.auto import resolve
 
     spec = load_spec("demo", [])
     from trainer.spec import CacheSpec
@@ -51,8 +51,8 @@ def corpus_of_demo() -> Any:
 def capture_main(root: str) -> None:
     """A process: captures what the trainings will read, once for each cache."""
     from tests.fixtures.ranks import start
-    from trainer.job import make_capture
     from trainer.run_task import run_task
+    from trainer.tasks import make_capture
 
     worker = start()
     for cache in ({"method": "sample", "draws": 50}, {"method": "topk", "k": 64}):

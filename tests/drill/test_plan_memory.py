@@ -59,7 +59,8 @@ def train(data: dict[str, Any], root: str) -> dict[str, Any]:
 
     from cluster.storage import open_store
     from jobs.schema import spec_of
-    from trainer.job import make_trainings, resolve
+    from trainer.auto import resolve
+    from trainer.tasks import make_trainings
 
     store = open_store(root)
     (job,) = make_trainings(resolve(spec_of(data)), {}, store, store.sub("corpus"), None)

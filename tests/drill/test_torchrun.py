@@ -160,9 +160,10 @@ def test_the_pipeline_finds_everything_where_torchrun_left_it(spec, finished, mo
     """`stillhouse run` of the same spec has nothing to prepare, to capture, or to train."""
     from jobs.inputs import Inputs
     from jobs.load import load_spec
+    from trainer.auto import resolve
     from trainer.corpus.corpus import is_complete, open_corpus
     from trainer.fingerprint import fingerprint
-    from trainer.job import make_capture, make_trainings, resolve
+    from trainer.tasks import make_capture, make_trainings
     from trainer.teacher import missing
 
     job = resolve(load_spec(str(spec), []))

@@ -107,7 +107,7 @@ def wrapper(seen: list[int]) -> Any:
     from torch import nn
 
     from trainer.fused import head_of
-    from trainer.student.module import last_hidden
+    from trainer.head import last_hidden
 
     class Logits(nn.Module):
         engine: Any = SimpleNamespace(held=lambda: 0)

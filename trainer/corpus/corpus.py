@@ -165,3 +165,10 @@ def open_corpus(store: Store) -> Corpus:
             f"{FORMAT}; delete it and run the prepare stage again"
         )
     return Corpus(store, manifest)
+
+
+def next_tokens(input_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Labels [batch, seq]: the token after each position (0 after the last, which never counts)."""
+    labels = np.zeros_like(input_ids)
+    labels[:, :-1] = input_ids[:, 1:]
+    return labels

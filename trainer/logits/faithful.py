@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.corpus.corpus import Corpus, Part
-from trainer.loader import next_tokens
+from trainer.corpus.corpus import Corpus, Part, next_tokens
 from trainer.logits.coding import train_kinds
 from trainer.logits.errors import (
     Faithfulness,

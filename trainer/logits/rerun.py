@@ -15,8 +15,8 @@ from torch import Tensor
 
 from trainer.corpus.corpus import Part
 from trainer.fused import Head, chunk_tokens, head_of
+from trainer.head import check_head, last_hidden
 from trainer.models import count_parameters, load_model, meta_model, read_config
-from trainer.student.module import check_head, last_hidden
 from trainer.worker import torch_dtype
 
 # Share of the free memory that the weights may take.

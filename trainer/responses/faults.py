@@ -8,50 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from trainer.spec import AnswersEndpoint, AnswersFile, ResponsesSpec, TeacherSpec
-
-GENERATED = ("max_new_tokens", "temperature", "top_p", "samples", "seed")
-
-
-def responses_fault(responses: ResponsesSpec | None) -> str | None:
-    """One line if keys of `responses` do not go together, else None."""
-    if responses is None:
-        return None
-    origin = responses.origin
-    if isinstance(origin, AnswersFile):
-        for name in GENERATED:
-            value = getattr(responses, name)
-            if value != type(responses).model_fields[name].default:
-                return (
-                    f"responses.{name}: got {value}; is for answers that are generated, and those "
-                    f"of from: {{file: ...}} are there; remove {name}"
-                )
-        return None
-    if responses.temperature == 0:
-        if responses.samples > 1:
-            return (
-                f"responses.samples: got {responses.samples}; may be 1 with temperature: 0, where "
-                "all answers to a prompt are the same"
-            )
-        if responses.top_p < 1:
-            return (
-                f"responses.top_p: got {responses.top_p}; may be 1 with temperature: 0, which does "
-                "not sample"
-            )
-    if isinstance(origin, AnswersEndpoint):
-        if "@" in urlsplit(origin.endpoint).netloc:
-            return (
-                "responses.from.endpoint: has credentials in the URL; remove them, and name the "
-                "variable that holds the key with api_key_env"
-            )
-        if "?" in origin.endpoint or "#" in origin.endpoint:
-            return (
-                "responses.from.endpoint: may be a base URL such as https://api.example.com/v1, "
-                "without ? and #"  # what follows them may be a key, and is not repeated
-            )
-    return None
 
 
 def world_faults(

@@ -10,12 +10,13 @@ from typing import Any
 from trainer.corpus.corpus import Corpus
 from trainer.corpus.tokenizer import load_tokenizer
 from trainer.engineconfig import training_config
+from trainer.head import check_head
 from trainer.models import build_model, find_model, new_config, read_config
 from trainer.optimizer import make_optimizer
 from trainer.student import features
 from trainer.student.families import check_family
 from trainer.student.lora import add_adapters, is_adapter
-from trainer.student.module import StudentWithLoss, check_head
+from trainer.student.module import StudentWithLoss
 from trainer.student.slicing import slice_model
 from trainer.training import Training
 from trainer.worker import Worker, torch_dtype

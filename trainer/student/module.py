@@ -14,18 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.fused import Head, fused_loss, head_of
+from trainer.head import last_hidden
 from trainer.losses import Loss, Target
 from trainer.student.features import HiddenLoss, HiddenPlan, collected
-
-
-def last_hidden(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Final hidden states [tokens, hidden] of sequences [batch, seq].
-
-    Positions that restart make transformers keep the documents of a sequence apart.
-    """
-    output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    hidden = output.last_hidden_state
-    return hidden.reshape(-1, hidden.shape[-1])
 
 
 class StudentWithLoss(nn.Module):
@@ -87,25 +78,4 @@ class StudentWithLoss(nn.Module):
         return (
             loss + hidden_weight * distance.float(),
             torch.cat([sums.double(), distance.detach().unsqueeze(0)]),
-        )
-
-
-def check_head(model: Any, vocab: int) -> None:
-    """Raises ValueError if our head does not give the model's own logits.
-
-    Guards against architectures that do more after the last hidden state than `head_of` knows.
-    """
-    ids = torch.arange(4, device=next(model.parameters()).device).unsqueeze(0) % vocab
-    positions = torch.arange(4, device=ids.device).unsqueeze(0)
-    training = model.training
-    model.eval()  # dropout would make any two passes differ
-    with torch.no_grad():
-        own = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
-        hidden = last_hidden(model, ids, positions)
-        ours = head_of(model).logits(hidden)  # last: under ZeRO-3 this gathers the head
-    model.train(training)
-    if not torch.allclose(own, ours, atol=1e-3, rtol=1e-2):
-        raise ValueError(
-            f"{type(model).__name__} makes its logits in a way this version does not know "
-            f"(largest difference {float((own - ours).abs().max()):.3g})"
         )

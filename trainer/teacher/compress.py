@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.fused import Head, head_of
+from trainer.head import last_hidden
 from trainer.logits.records import Coding
-from trainer.student.module import last_hidden
 from trainer.teacher.draws import draw, uniforms
 from trainer.teacher.topk import BLOCK, largest, log_tails
 

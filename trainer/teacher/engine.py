@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from trainer.fused import Head, head_of
+from trainer.head import check_head
 from trainer.models import count_parameters, find_model, load_model, meta_model, read_config
 from trainer.spec import TeacherSpec
-from trainer.student.module import check_head
 from trainer.teacher.experts import check_shardable
 from trainer.teacher.placement import groups_for, memory_of
 from trainer.teacher.zero import ShardedEngine, largest_layer, load_sharded

@@ -12,8 +12,8 @@ from trainer.auto import auto_batch_tokens
 from trainer.corpus.corpus import Corpus, Part
 from trainer.logits.coding import train_kinds
 from trainer.logits.reader import CacheReader
+from trainer.schedule import make_schedule
 from trainer.spec import CacheSpec, DataSpec, DistillSpec, TeacherSpec
-from trainer.training import make_schedule
 
 # A codebook is fitted on the records of at least so many tokens, where there are so many.
 SAMPLE_TOKENS = 4096

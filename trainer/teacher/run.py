@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainer.corpus.corpus import Batch, Corpus, open_corpus
-from trainer.loader import next_tokens
+from trainer.corpus.corpus import Batch, Corpus, next_tokens, open_corpus
 from trainer.logits.coding import coding_of, train_kinds
 from trainer.peak import PeakMemory
 from trainer.progress import layer_progress

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from trainer.fused import Head, head_of
+from trainer.head import check_head
 from trainer.models import count_parameters
-from trainer.student.module import check_head
 from trainer.teacher.experts import mark_leaves
 from trainer.teacher.load import stream_model
 from trainer.worker import Worker

@@ -41,8 +41,8 @@ from trainer.logits.reader import CacheReader
 from trainer.logits.records import Draws
 from trainer.logits.store import publish_codebook, write_shard
 from trainer.lossspec import LossesSpec
+from trainer.schedule import make_schedule
 from trainer.spec import CacheSpec, DataSpec, DistillSpec
-from trainer.training import make_schedule
 
 # A training that reads the whole train part, and one that reads six sequences of it.
 ALL = DistillSpec(steps=100, tokens_per_step=64 * LENGTH, learning_rate=1e-3)

@@ -12,16 +12,10 @@ from cluster.storage import Store, open_store
 from jobs.inputs import Inputs
 from jobs.schema import spec_of
 from jobs.spec import JobSpec
-from trainer.job import (
-    make_capture,
-    make_trainings,
-    resolve,
-    train_sequences,
-    training_folders,
-    unfinished_faults,
-    unfinished_trainings,
-)
+from trainer.auto import resolve
+from trainer.job import train_sequences, training_folders, unfinished_faults, unfinished_trainings
 from trainer.processor import DtypeName
+from trainer.tasks import make_capture, make_trainings
 
 
 @pytest.fixture

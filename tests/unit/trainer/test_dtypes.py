@@ -8,8 +8,8 @@ import yaml
 from cluster.storage import EventWriter, open_store
 from jobs.spec import JobSpec
 from tests.fixtures import small_job
+from trainer.auto import resolve
 from trainer.dtypes import recorded_dtypes, undecided_dtypes, with_auto, with_dtypes
-from trainer.job import resolve
 from trainer.processor import cpu_dtype
 
 

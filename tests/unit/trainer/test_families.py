@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from trainer.fused import head_of
+from trainer.head import check_head, last_hidden
 from trainer.student.families import STUDENTS, TEACHERS, check_family
-from trainer.student.module import check_head, last_hidden
 from trainer.student.saving import save_student
 
 VOCAB = 50

@@ -20,8 +20,8 @@ from cluster.storage import open_store
 from tests.fixtures.waiting import Clock, until
 from trainer.cached import CachedTeacher
 from trainer.corpus import pack, tables
-from trainer.corpus.corpus import Part
-from trainer.loader import PartLoader, StepLoader, deal, make_micro_batch, next_tokens
+from trainer.corpus.corpus import Part, next_tokens
+from trainer.loader import PartLoader, StepLoader, deal, make_micro_batch
 from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import encode
 from trainer.logits.coding import coding_of, train_kinds

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from trainer.fused import head_of
+from trainer.head import check_head, last_hidden
 from trainer.models import (
     build_model,
     count_parameters,
@@ -24,7 +25,6 @@ from trainer.models import (
     tokenizer_identity,
     width_of,
 )
-from trainer.student.module import check_head, last_hidden
 
 SIZES = {
     "hidden_size": 32,

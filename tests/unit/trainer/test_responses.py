@@ -15,7 +15,7 @@ from cluster.storage import open_store
 from tests.fixtures.corpora import config_values
 from trainer.corpus.sources import RENDERING
 from trainer.responses import job as answers_job
-from trainer.responses.faults import responses_fault, world_faults
+from trainer.responses.faults import world_faults
 from trainer.responses.generate import Settings, TeacherWithAnswers, UnderWay
 from trainer.responses.given import copy_file
 from trainer.responses.identity import corpus_of_answers, corpus_of_content, responses_identity
@@ -24,6 +24,7 @@ from trainer.responses.make import answered, on_answers, open_answers
 from trainer.responses.prompts import Prompt, prompt_key, read_prompts
 from trainer.responses.sampling import NextToken, nucleus
 from trainer.responses.store import Answer, AnswerStore
+from trainer.rules import responses_fault
 from trainer.spec import DataSpec, ResponsesSpec, SourceSpec, TeacherSpec, TokenizerSpec
 from trainer.teacher.draws import stream
 
