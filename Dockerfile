@@ -44,9 +44,9 @@ RUN apt-get update \
     && install --directory --owner 1000 --group 1000 /opt/torch-extensions
 COPY --from=packages /opt/venv /opt/venv
 # Before the rest of the code, which changes more often than this takes minutes.
-COPY trainer/__init__.py trainer/imports.py trainer/build_ops.py trainer/
+COPY trainer/__init__.py trainer/imports.py trainer/compiled_ops.py trainer/
 USER 1000:1000
-RUN if [ "$TORCH" = cpu ]; then python -m trainer.build_ops; fi
+RUN if [ "$TORCH" = cpu ]; then python -m trainer.compiled_ops; fi
 COPY pyproject.toml requirements.lock README.md ./
 COPY jobs jobs
 COPY trainer trainer

@@ -38,7 +38,7 @@ install:
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) --editable '.[s3]'
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m trainer.build_ops
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m trainer.compiled_ops
 	$(BIN)/python -m jobs.build_kernels
 
 # pytest, emulated servers, lm-eval.

@@ -170,7 +170,7 @@ def verify(
 
     from jobs.caches import show, verifying
     from jobs.caches.find import find, holds_cache
-    from trainer.logits.damage import check_cache
+    from trainer.logits.repair import check_cache
     from trainer.logits.store import command
 
     asked = find(cache, overrides or [], storage)
@@ -216,8 +216,7 @@ def repair(cache: CacheName, storage: StorageOption = "./runs", yes: YesOption =
     """Drop what is damaged; the next run captures it again."""
     from jobs.caches import mending, verifying
     from jobs.caches.find import find_cache
-    from trainer.logits.damage import check_cache
-    from trainer.logits.mend import mend
+    from trainer.logits.repair import check_cache, mend
     from trainer.logits.store import IDENTITY
 
     place = find_cache(cache, storage)

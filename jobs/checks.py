@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,11 +10,10 @@ from cluster.storage import open_store
 from jobs.spec import JobSpec
 from quant.quant_spec import CHANNEL, QuantSpec
 from quant.spec import SweepSpec
-from quant.unsupported import Wording
 from trainer.checks import faults_in, has_student, student_config, world_faults
 from trainer.identity import Identities
-from trainer.job import identities
-from trainer.models import find_model, read_config
+from trainer.models.load import find_model, read_config
+from trainer.stage_inputs import identities
 
 
 def storage_faults(spec: JobSpec) -> list[str]:
@@ -47,15 +46,15 @@ def _sweep_faults(sweep: SweepSpec, config: Any, role: str) -> list[str]:
     from quant.targets import find_targets, meta_model
 
     model, kept = meta_model(config), dict.fromkeys(sweep.keep_16bit)
-    said = _KeyWording()
-    faults = faults_in(lambda: find_targets(model, QuantSpec(8, CHANNEL), kept, said), "sweep")
+    find = partial(_in_keys, find_targets, model)
+    faults = faults_in(partial(find, QuantSpec(8, CHANNEL), kept), "sweep")
     cells = sweep.cells(role)
     for table, head in dict.fromkeys((cell.embeddings, cell.head) for cell in cells):
         if faults or not (table or head):
             continue
         ends = QuantSpec(8, CHANNEL, "hqq", table, head)
         key = "sweep.embeddings" if table else "sweep.head"
-        more = faults_in(partial(find_targets, model, ends, kept, said), key)
+        more = faults_in(partial(find, ends, kept), key)
         if more and len(sweep.ends) > 1:
             asked = f"{{embeddings: {str(table).lower()}, head: {str(head).lower()}}}"
             more = [f"{line}; or sweep.exclude: [{asked}]" for line in more]
@@ -65,9 +64,21 @@ def _sweep_faults(sweep: SweepSpec, config: Any, role: str) -> list[str]:
     for size, table, head in dict.fromkeys(
         (cell.group_size, cell.embeddings, cell.head) for cell in cells
     ):
-        check = partial(check_group_size, model, [size], table, head, kept)
+        check = partial(_in_keys, check_group_size, model, [size], table, head, kept)
         faults += [line for line in faults_in(check, "sweep.group_size") if line not in faults]
     return faults
+
+
+def _in_keys(check: Callable[..., object], *arguments: object) -> None:
+    """`check` of `arguments`, whose faults name the key that becomes its `layers`."""
+    from quant.unsupported import LayersError
+
+    key = "sweep.keep_16bit:"
+    try:
+        check(*arguments)
+    except LayersError as error:
+        line = error.line(f"{key} {error.pattern!r}", f"{key} {list(error.keep)}")
+        raise ValueError(line) from error
 
 
 def _extra_faults(sweep: SweepSpec, found: Identities) -> list[str]:
@@ -95,16 +106,3 @@ def _task_faults(sweep: SweepSpec) -> list[str]:
     from quant.evaluation.lm_eval import check_tasks
 
     return check_tasks(sweep.tasks)
-
-
-class _KeyWording(Wording):
-    """`sweep.keep_16bit`, which lists what stays in 16 bits."""
-
-    def entry(self, pattern: object) -> str:
-        return f"sweep.keep_16bit: {pattern!r}"
-
-    def keep(self, patterns: Iterable[str]) -> str:
-        return f"sweep.keep_16bit: {list(patterns)}"
-
-    def kept(self) -> str:
-        return "what sweep.keep_16bit lists"

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from jobs.spec import JobSpec
-from trainer.dtypes import undecided_dtypes
 from trainer.processor import DtypeName, cpu_dtype, this_device
+from trainer.resolve_auto import undecided_dtypes
 
 
 def local_dtypes(spec: JobSpec) -> dict[str, DtypeName]:

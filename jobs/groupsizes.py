@@ -39,7 +39,7 @@ def single_group_size(
     """
     if spec.method == DYNAMIC:
         return spec.group_size
-    from trainer.models import read_config
+    from trainer.models.load import read_config
 
     whole = {
         name: None if own is None else replace(own, group_size=CHANNEL)
@@ -52,8 +52,8 @@ def single_group_size(
 def _widths_of_models(spec: JobSpec) -> set[int]:
     """Input widths of all layers that the cells quantize. Raises ValueError."""
     from trainer.checks import student_config
-    from trainer.job import identities
-    from trainer.models import read_config
+    from trainer.models.load import read_config
+    from trainer.stage_inputs import identities
 
     sweep, found = spec.sweep, identities(spec)
     assert sweep is not None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.yamlfile import as_yaml
+from trainer.spec.yaml import as_yaml
 
 DEFAULT_DATA = "builtin:python-docs"
 SLICE = "slice"  # in place of a student: layers of the teacher
@@ -171,7 +171,7 @@ def render(
 
 def _half_of_the_layers(teacher: str) -> int:
     """Raises ValueError, one line, if the teacher's config cannot be read."""
-    from trainer.models import find_model
+    from trainer.models.load import find_model
 
     config = _read(find_model("--teacher", teacher, weights=False))
     layers = _number(config, ("num_hidden_layers", "n_layer"))

@@ -15,7 +15,7 @@ from cluster.storage import Store
 from jobs.cells.given import extra_identity, task_identity
 from jobs.spec import JobSpec
 from trainer.fingerprint import fingerprint, flatten
-from trainer.job import capture_inputs, identities, training_inputs
+from trainer.stage_inputs import capture_inputs, identities, training_inputs
 from trainer.tasks import make_capture
 
 Outputs = dict[str, dict[str, Any]]
@@ -62,8 +62,7 @@ class Inputs:
 
     def prepare(self, outputs: Outputs) -> StageInputs:
         """The corpus's identity; sequences of train may grow."""
-        from trainer.corpus.corpus import TRAIN_SEQUENCES
-        from trainer.corpus.given import of_held_out
+        from trainer.corpus.corpus import TRAIN_SEQUENCES, of_held_out
 
         identity = self.identities.corpus
         asked = identity.get(TRAIN_SEQUENCES)
@@ -115,7 +114,7 @@ class Inputs:
 
 
 def capture_of(spec: JobSpec, corpus: Store, cache: Store) -> Any:
-    """The capture (`trainer.teacher.Capture`) of a spec, with the resources that it asks for."""
+    """The capture of a spec, with the resources that it asks for."""
     asked = spec.resources.capture
     return make_capture(
         spec, corpus, cache, batch_tokens=asked.batch_tokens, shard_seconds=asked.shard_seconds

@@ -11,7 +11,7 @@ from pathlib import Path
 from jobs.errors import SpecErrors
 from jobs.schema import spec_of
 from jobs.spec import JobSpec
-from trainer.yamlfile import apply_override, dump, parse, quote
+from trainer.spec.yaml import apply_override, dump, parse, quote
 
 
 def recipes() -> dict[str, Path]:

@@ -87,7 +87,7 @@ def fetch(models: Sequence[Model]) -> list[str]:
 
     Processes of one machine fetch a model once: the others wait for the first.
     """
-    from trainer.models import find_model
+    from trainer.models.load import find_model
 
     faults = []
     for model in models:

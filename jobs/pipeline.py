@@ -32,9 +32,8 @@ from jobs.rundir import RunDir
 from jobs.spec import JobSpec
 from jobs.terminal import chatter_to, log_file
 from jobs.todo import Plan, is_current
-from trainer.auto import resolve
-from trainer.dtypes import recorded_dtypes, undecided_dtypes, with_auto
 from trainer.processor import DtypeName, this_device
+from trainer.resolve_auto import recorded_dtypes, resolve, undecided_dtypes, with_auto
 
 # How long the end of a run waits for Weights & Biases.
 TRACKING_SECONDS = 120.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jobs.spec import JobSpec
 from trainer.corpus.files import is_local
-from trainer.spec import AnswersFile
+from trainer.spec.sections import AnswersFile
 
 
 def models(spec: JobSpec) -> Iterator[tuple[str, str]]:
@@ -39,7 +39,7 @@ def others(spec: JobSpec) -> Iterator[tuple[str, str, str]]:
 
 
 def is_folder(model: str) -> bool:
-    """As `trainer.models.find_model` tells a folder from a hub id or a URL."""
+    """As `trainer.models.load.find_model` tells a folder from a hub id or a URL."""
     if "://" in model:
         return False
     rooted = model.startswith((".", "/", "~"))

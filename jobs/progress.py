@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jobs.live.beacon import AT_WORK
 from jobs.remaining import Remaining, in_words
-from trainer.news import line_of
+from trainer.messages import format_event
 
 # Plain lines: at most one per stage in so many seconds.
 PLAIN_SECONDS = 8.0
@@ -85,7 +85,7 @@ class Reporter:
                 stage = f"{stage} {event.get('part', '')}"
             done, total = min(event["done"], event["total"]), event["total"]
             self._move(stage, done, total, note, event.get("share"), event.get("tasks", ()))
-        elif (line := line_of(event)) is not None:
+        elif (line := format_event(event)) is not None:
             self.say(line)
         elif kind == "capture_start" and event["present"]:
             self.say(f"capture: {event['present']} sequences present, {event['missing']} missing")

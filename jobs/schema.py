@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs.errors import SpecErrors
 from jobs.spec import JobSpec, rule_faults
-from trainer.faultlines import SpecReader
+from trainer.spec.errors import SpecReader
 
 _READER = SpecReader(JobSpec, rule_faults)
 

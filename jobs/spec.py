@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from cluster.spec import ResourcesSpec
 from quant.spec import SweepSpec
-from trainer.rules import NAME, Rule, faults_of, is_hub_id, plain_name, raise_faults
-from trainer.rules import RULES as TRAINER_RULES
-from trainer.spec import (
+from trainer.spec.rules import NAME, Rule, faults_of, is_hub_id, plain_name, raise_faults
+from trainer.spec.rules import RULES as TRAINER_RULES
+from trainer.spec.sections import (
     CacheSpec,
     DataSpec,
     DistillSpec,
@@ -109,7 +109,7 @@ class JobSpec(BaseModel):
 
 
 def rule_faults(spec: JobSpec, at_fault: Iterable[str] = ()) -> list[str]:
-    """One line for every rule that `spec` breaks, as `trainer.rules.faults_of` does."""
+    """One line for every rule that `spec` breaks, as `trainer.spec.rules.faults_of` does."""
     return faults_of((*TRAINER_RULES, *_OWN_RULES), spec, at_fault)
 
 
@@ -165,7 +165,7 @@ def _teacher_to_quantize(spec: JobSpec) -> str | None:
 
 
 def _records_to_recover_with(spec: JobSpec) -> str | None:
-    from trainer.job import reads_cache
+    from trainer.stage_inputs import reads_cache
 
     if spec.sweep is None or spec.sweep.recover is None:
         return None

@@ -10,7 +10,7 @@ from jobs.inputs import Inputs, Outputs, StageInputs
 from jobs.rundir import RunDir, StageRecord, differences
 from jobs.spec import JobSpec
 from trainer.fingerprint import fingerprint
-from trainer.job import CHECKPOINTS, find_corpus, unfinished_faults
+from trainer.stage_inputs import CHECKPOINTS, find_corpus, unfinished_faults
 
 
 def stages_of(spec: JobSpec) -> list[str]:

@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from quant.codes import BLOCK
 from quant.quant_spec import CHANNEL, GroupSize, QuantSpec
 from quant.unsupported import (
-    PYTHON,
-    Wording,
+    LayersError,
     check_unsupported,
     inside,
     is_matrix,
@@ -55,11 +54,10 @@ class Embeddings:
         tied = _same(getattr(table, "weight", None), getattr(head, "weight", None))
         return Embeddings(table, _names(model, table), head, _names(model, head), tied)
 
-    def kept(self, spec: QuantSpec, said: Wording) -> dict[str, str]:
+    def kept(self, spec: QuantSpec) -> dict[str, str]:
         """Which of their names stay in 16 bits, and why."""
-        table, head = said.without("embeddings"), said.without("head")
-        kept = {} if spec.embeddings else dict.fromkeys(self.table_names, table)
-        return kept | ({} if spec.head else dict.fromkeys(self.head_names, head))
+        kept = {} if spec.embeddings else dict.fromkeys(self.table_names, "embeddings=False")
+        return kept | ({} if spec.head else dict.fromkeys(self.head_names, "head=False"))
 
     def check(self, model: PreTrainedModel, spec: QuantSpec) -> None:
         """Raise ValueError (one line) unless what `spec` asks for can be quantized."""
@@ -153,24 +151,24 @@ def find_targets(
     model: PreTrainedModel,
     spec: QuantSpec,
     layers: Layers | None = None,
-    said: Wording = PYTHON,
 ) -> Targets:
     """What `spec` quantizes of the model: every linear layer (GPT-2's Conv1D too) but the head.
 
     `spec.head` and `spec.embeddings` add those. `layers`: module names or globs (they hold for all
     inside a module), each with a spec of its own or None to stay in 16 bits; the first that
     matches counts. Routers of experts and towers of other modalities stay in 16 bits. The model
-    may be on the meta device. said: how faults name `layers`.
+    may be on the meta device.
 
-    Raises ValueError (one line) for fused and unknown kinds of weights that are not listed in
-    `layers`, for one of two tied weights asked for without the other, embeddings with a forward of
-    their own, group sizes that do not divide a row, names of no layer, and for no layer at all.
+    Raises LayersError (one line) for fused and unknown kinds of weights that are not listed in
+    `layers` and for names of no layer; ValueError for one of two tied weights asked for without the
+    other, embeddings with a forward of their own, group sizes that do not divide a row, and for no
+    layer at all.
     """
     listed: Layers = layers or {}
-    _check_layers(listed, said)
+    _check_layers(listed)
     ends = Embeddings.of(model)
     ends.check(model, spec)
-    kept = untouched(model) | ends.kept(spec, said)
+    kept = untouched(model) | ends.kept(spec)
     candidates = _linears(model, ends, kept, spec) + _asked_ends(ends, spec)
     left = unsupported_weights(model, kept)
     _check_names(
@@ -178,7 +176,6 @@ def find_targets(
         [name for target in candidates for name in (*target.names, *target.head_names)],
         [item.name for item in left],
         kept,
-        said,
     )
     found: dict[str, Target] = {}
     for target in candidates:
@@ -188,14 +185,14 @@ def find_targets(
         else:
             found[target.names[0]] = replace(target, spec=own)
     refused = [item for item in left if _first(listed, (item.name,), spec) is not None]
-    check_unsupported(model, refused, said)
+    check_unsupported(model, refused)
     names = {item.name for item in refused}
     for item in left:
         kept[item.name] = "few" if item.name in names else "listed as None"
     if not found:
-        what = f"no layer besides {said.kept()}" if listed else "no linear layer"
+        what = "no layer besides those listed as None" if listed else "no linear layer"
         raise ValueError(f"{type(model).__name__} has {what}: nothing to quantize")
-    _check_widths(found, said)
+    _check_widths(found)
     for size in dict.fromkeys(target.spec.group_size for target in found.values()):
         _check_size(size, [target for target in found.values() if target.spec.group_size == size])
     return Targets(found, kept)
@@ -207,15 +204,14 @@ def check_group_size(
     embeddings: bool = False,
     head: bool = False,
     layers: Layers | None = None,
-    said: Wording = PYTHON,
 ) -> None:
     """Raise ValueError (one line) unless each size divides the rows of all that is quantized.
 
-    A transformers config is enough: the model is then built without weights. `layers`, `said` as in
+    A transformers config is enough: the model is then built without weights. `layers` as in
     `find_targets`. Refuses too what that refuses.
     """
     model = meta_model(config_or_model)
-    targets = find_targets(model, QuantSpec(8, CHANNEL, "hqq", embeddings, head), layers, said)
+    targets = find_targets(model, QuantSpec(8, CHANNEL, "hqq", embeddings, head), layers)
     for size in sizes:
         _check_size(size, list(targets.layers.values()))
 
@@ -276,17 +272,18 @@ def _first(layers: Layers, names: Iterable[str], spec: QuantSpec) -> QuantSpec |
     return spec
 
 
-def _check_layers(layers: Layers, said: Wording) -> None:
+def _check_layers(layers: Layers) -> None:
     for pattern, own in layers.items():
         if not isinstance(pattern, str) or not (own is None or isinstance(own, QuantSpec)):
-            raise ValueError(
-                f"{said.entry(pattern)} is {own!r}; may be a QuantSpec, or None to stay in 16 "
-                "bits, by the name of a module or a glob"
+            raise LayersError(
+                f"is {own!r}; may be a QuantSpec, or None to stay in 16 bits, by the name of a "
+                "module or a glob",
+                pattern,
             )
 
 
 def _check_names(
-    layers: Layers, targets: list[str], left: list[str], kept: Mapping[str, str], said: Wording
+    layers: Layers, targets: list[str], left: list[str], kept: Mapping[str, str]
 ) -> None:
     """Every entry of `layers` must match something, and something quantizable unless None."""
     for pattern, own in layers.items():
@@ -296,24 +293,22 @@ def _check_names(
         if other is None:
             names = list(dict.fromkeys([*targets, *left, *kept]))
             close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5) or names[:3]
-            raise ValueError(
-                f"{said.entry(pattern)} matches no layer; there are for example {', '.join(close)}"
-            )
+            examples = ", ".join(close)
+            raise LayersError(f"matches no layer; there are for example {examples}", pattern)
         if own is not None:
             why = kept.get(other, "cannot be quantized")
-            raise ValueError(
-                f"{said.entry(pattern)} {other} is not quantized ({why}); may be {said.sixteen()}"
-            )
+            raise LayersError(f"{other} is not quantized ({why}); may only be left so", pattern)
 
 
-def _check_widths(found: Mapping[str, Target], said: Wording) -> None:
+def _check_widths(found: Mapping[str, Target]) -> None:
     """Codes of every width are packed in blocks of `BLOCK`."""
     for name, target in found.items():
         if target.columns % BLOCK:
             glob = "*." + name.rpartition(".")[2]
-            raise ValueError(
+            raise LayersError(
                 f"layer {name} is {target.columns} weights wide, which is no multiple of {BLOCK}: "
-                f"no group size does; it can only stay in 16 bits, {said.keep([glob])}"
+                "no group size does; it can only stay in 16 bits,",
+                keep=[glob],
             )
 
 

@@ -9,7 +9,7 @@ How a fault names what the caller's user wrote: arguments of Python, or options,
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -19,34 +19,27 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
-class Wording:
-    """The words for the argument `layers` and the flags of a `QuantSpec`: Python's own.
+class LayersError(ValueError):
+    """What is wrong with the argument `layers` (see `quant.targets.find_targets`), one line.
 
-    What has users of another kind says it in their words, in a subclass.
+    pattern: the entry at fault; None: one is missing. keep: names and globs that have to be listed
+    as None. A caller whose users write neither says so in its own words: `line`.
     """
 
-    def entry(self, pattern: object) -> str:
-        """An entry of `layers`, as a fault begins."""
-        return f"layers[{pattern!r}]:"
+    argument = "layers"
 
-    def keep(self, patterns: Iterable[str]) -> str:
-        """What leaves these modules in 16 bits."""
-        return f"layers={{{', '.join(f'{pattern!r}: None' for pattern in patterns)}}}"
+    def __init__(self, what: str, pattern: str | None = None, keep: Sequence[str] = ()) -> None:
+        self.what, self.pattern, self.keep = what, pattern, tuple(keep)
+        listed = ", ".join(f"{each!r}: None" for each in keep)
+        super().__init__(self.line(f"layers[{pattern!r}]:", f"layers={{{listed}}}"))
 
-    def kept(self) -> str:
-        """The modules that `layers` leaves in 16 bits."""
-        return "what `layers` lists as None"
+    def line(self, entry: str, keep: str) -> str:
+        """The fault, with the caller's words for the entry and for listing what `keep` has."""
+        parts = (entry if self.pattern is not None else "", self.what, keep if self.keep else "")
+        return " ".join(part for part in parts if part)
 
-    def sixteen(self) -> str:
-        """The value of an entry that leaves it in 16 bits."""
-        return "None"
-
-    def without(self, flag: str) -> str:
-        """That a flag is not set: embeddings or head."""
-        return f"{flag}=False"
-
-
-PYTHON = Wording()
+    def __reduce__(self) -> tuple[type[LayersError], tuple[str, str | None, tuple[str, ...]]]:
+        return type(self), (self.what, self.pattern, self.keep)
 
 
 # Share of the weights, in percent, that may stay in 16 bits without being listed: short
@@ -132,8 +125,8 @@ def unsupported_weights(model: PreTrainedModel, skipped: Collection[str]) -> lis
     return found
 
 
-def check_unsupported(model: PreTrainedModel, left: list[Unsupported], said: Wording) -> None:
-    """Raise ValueError (one line) for weights that would stay in 16 bits and are not few.
+def check_unsupported(model: PreTrainedModel, left: list[Unsupported]) -> None:
+    """Raise LayersError (one line) for weights that would stay in 16 bits and are not few.
 
     It names them, their share of the weights and what leaves them so knowingly.
     """
@@ -149,10 +142,10 @@ def check_unsupported(model: PreTrainedModel, left: list[Unsupported], said: Wor
         shape = ", ".join(map(str, first.weight.shape))
         more = f" and {len(rest)} more" if rest else ""
         kinds.append(f"{first.name} [{shape}]{more} of {kind.__name__}")
-    raise ValueError(
+    raise LayersError(
         f"{type(model).__name__} has weights that cannot be quantized and would stay in 16 bits, "
-        f"{share:.1f} % of all: {'; '.join(kinds)}; to leave them so knowingly, say "
-        f"{said.keep(_patterns(model, refused))}"
+        f"{share:.1f} % of all: {'; '.join(kinds)}; to leave them so knowingly, say",
+        keep=_patterns(model, refused),
     )
 
 

@@ -28,15 +28,14 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from cluster.storage import Attempt, EventWriter, Fenced, Store, open_store
-from trainer import job
-from trainer.auto import resolve
-from trainer.dtypes import DTYPE_SECTIONS, recorded_dtypes
-from trainer.faultlines import SpecReader
-from trainer.news import is_out_of_memory, line_of, why_of
+from trainer import stage_inputs
+from trainer.messages import failure_reason, format_event, is_out_of_memory
 from trainer.processor import DtypeName, fast_dtype
-from trainer.rules import NAME, RULES, faults_of, plain_name, raise_faults
-from trainer.section import Section
-from trainer.spec import (
+from trainer.resolve_auto import DTYPE_SECTIONS, recorded_dtypes, resolve
+from trainer.spec.base import Section
+from trainer.spec.errors import SpecReader
+from trainer.spec.rules import NAME, RULES, faults_of, plain_name, raise_faults
+from trainer.spec.sections import (
     CacheSpec,
     DataSpec,
     DistillSpec,
@@ -45,7 +44,7 @@ from trainer.spec import (
     TeacherSpec,
     TokenizerSpec,
 )
-from trainer.yamlfile import apply_override, parse
+from trainer.spec.yaml import apply_override, parse
 
 IGNORED = ("resources", "sweep", "tracking")
 DONE, WRONG, FAILED, INTERRUPTED = 0, 2, 3, 130
@@ -111,7 +110,9 @@ def load(path: str, overrides: Sequence[str]) -> TrainerSpec:
     return spec
 
 
-def make_corpus(spec: Any, names: job.Identities, answers: Any, stop: Callable[[], bool]) -> Store:
+def make_corpus(
+    spec: Any, names: stage_inputs.Identities, answers: Any, stop: Callable[[], bool]
+) -> Store:
     """Makes the corpus, call after call, unless it is there; `answers`: of `_answers`, None where
     sources hold texts.
 
@@ -121,8 +122,8 @@ def make_corpus(spec: Any, names: job.Identities, answers: Any, stop: Callable[[
     from trainer.corpus.prepare import prepare
     from trainer.corpus.tokenizer import load_tokenizer
     from trainer.fingerprint import fingerprint
-    from trainer.job import corpus_of
     from trainer.responses.make import answered, on_answers
+    from trainer.stage_inputs import corpus_of
     from trainer.worker import Stopped
 
     def each(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -137,7 +138,7 @@ def make_corpus(spec: Any, names: job.Identities, answers: Any, stop: Callable[[
     if answers is not None:
         identity, data = corpus_of(names, answers), answered(spec.data, answers)
         brought = on_answers(each, answers)
-    store = open_store(spec.storage).sub(job.CORPORA, fingerprint(identity))
+    store = open_store(spec.storage).sub(stage_inputs.CORPORA, fingerprint(identity))
     if is_complete(store):
         return store
     folder = names.tokenizer_folder
@@ -215,7 +216,7 @@ class Rank:
             part = f"{stage} {fields.get('part', '')}".rstrip()
             note = fields.get("within", fields["unit"])
             self._say(part, int(done), fields["total"], note, fields)
-        elif (line := line_of({"event": event, **fields})) is not None:
+        elif (line := format_event({"event": event, **fields})) is not None:
             print(line, flush=True)
         elif event == "training_done":
             perplexity = fields["metrics"]["select_perplexity"]
@@ -240,13 +241,13 @@ class Rank:
 
         spec = self._resolved()
         self.emit("run_start", name=spec.name, spec=spec.model_dump(mode="json"))
-        names = job.identities(spec)
+        names = stage_inputs.identities(spec)
         root = open_store(spec.storage)
         corpus = self._prepare(spec, names, root)
         inputs = self._inputs(spec, names, corpus)
         cache = None
         if spec.teacher is not None:
-            cache = self.after(lambda: open_cache(root.sub(job.CACHES), names.cache))
+            cache = self.after(lambda: open_cache(root.sub(stage_inputs.CACHES), names.cache))
             capture = make_capture(
                 spec, corpus, cache, batch_tokens="auto", shard_seconds=SHARD_SECONDS
             )
@@ -262,31 +263,35 @@ class Rank:
         known = {**dtypes, **recorded_dtypes(self.store)}
         return self.after(lambda: resolve(self.spec, known, self.worker.device.type))
 
-    def _inputs(self, spec: Any, names: job.Identities, corpus: Store) -> dict[str, Any]:
+    def _inputs(self, spec: Any, names: stage_inputs.Identities, corpus: Store) -> dict[str, Any]:
         """Of the trainings. Raises ValueError if an unfinished one would be passed over."""
         from trainer.fingerprint import fingerprint
 
         def find() -> tuple[dict[str, Any], list[str]]:
             cache = None if spec.teacher is None else fingerprint(names.cache)
-            found = job.training_inputs(spec, names, corpus.name, cache)
-            return found, job.unfinished_faults(spec, found, self.store, "delete {path} to drop it")
+            found = stage_inputs.training_inputs(spec, names, corpus.name, cache)
+            return found, stage_inputs.unfinished_faults(
+                spec, found, self.store, "delete {path} to drop it"
+            )
 
         inputs, faults = self.after(find)
         if faults:
             raise ValueError("\n".join(faults))
         return dict(inputs)
 
-    def _prepare(self, spec: Any, names: job.Identities, root: Store) -> Store:
+    def _prepare(self, spec: Any, names: stage_inputs.Identities, root: Store) -> Store:
         """The corpus, made unless it is there. Raises ValueError for what the spec names wrongly,
         one line for each fault."""
         from trainer.checks import world_faults
         from trainer.corpus.corpus import is_complete
         from trainer.fingerprint import fingerprint
-        from trainer.job import find_corpus
+        from trainer.stage_inputs import find_corpus
 
         def find() -> Store | None:
             identity = find_corpus(names, root)
-            store = None if identity is None else root.sub(job.CORPORA, fingerprint(identity))
+            store = (
+                None if identity is None else root.sub(stage_inputs.CORPORA, fingerprint(identity))
+            )
             return store if store is not None and is_complete(store) else None
 
         corpus: Store | None = self.after(find)
@@ -303,7 +308,7 @@ class Rank:
             print(f"prepare: corpus {corpus.url}", flush=True)
         return corpus
 
-    def _answers(self, spec: Any, names: job.Identities, root: Store) -> Any:
+    def _answers(self, spec: Any, names: stage_inputs.Identities, root: Store) -> Any:
         """The answers that the corpus is made of; those that are missing are made first."""
         from trainer.responses.make import collect, finish, make_job, open_answers
         from trainer.run_task import run_task
@@ -379,13 +384,13 @@ def _failed(error: Exception, is_main: bool) -> int:
     What the user can mend is a line. Of anything else every rank leaves its traceback: only all of
     them together show which rank was first.
     """
-    from trainer.checkpoints.checkpoint import CheckpointMisfit
+    from trainer.training.checkpoint import CheckpointMisfit
 
     if isinstance(error, ValueError) and not isinstance(error, CheckpointMisfit):
         return _wrong(error, is_main)
     expected = (CheckpointMisfit, FloatingPointError, OSError, Fenced)
     if isinstance(error, expected) or is_out_of_memory(error):
-        _tell([why_of(error)], is_main)
+        _tell([failure_reason(error)], is_main)
     else:
         traceback.print_exception(error)
     return FAILED

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from trainer.identity import Identities
-from trainer.models import max_length, meta_model, new_config, read_config
-from trainer.rules import Sections
+from trainer.models.load import max_length, meta_model, new_config, read_config
+from trainer.spec.rules import Sections
 
 
 def world_faults(spec: Sections, found: Identities, stages: Collection[str]) -> list[str]:
@@ -77,7 +77,7 @@ def _corpus(spec: Sections, found: Identities) -> None:
     if found.responses_spec is None:
         check_size(spec.data, tokenizer)
         return
-    from trainer.responses.faults import world_faults as faults_of_responses
+    from trainer.responses.errors import world_faults as faults_of_responses
 
     for fault in faults_of_responses(spec, tokenizer=tokenizer):
         raise ValueError(fault)
@@ -85,7 +85,7 @@ def _corpus(spec: Sections, found: Identities) -> None:
 
 def _shardable(spec: Sections, found: Identities) -> None:
     """ZeRO-3 must be able to shard the teacher where it is asked for."""
-    from trainer.teacher.experts import check_shardable
+    from trainer.teacher.sharded import check_shardable
 
     if spec.teacher is not None and spec.teacher.sharding == "zero3":
         assert found.teacher_folder is not None
@@ -94,7 +94,7 @@ def _shardable(spec: Sections, found: Identities) -> None:
 
 def _teacher_teaches(spec: Sections, found: Identities) -> None:
     """The teacher must be of a verified family and have positions enough."""
-    from trainer.student.families import check_family
+    from trainer.models.families import check_family
 
     if found.teacher_folder is None:
         return
@@ -120,7 +120,7 @@ def student_config(spec: Sections, found: Identities) -> Any:
     assert spec.data is not None
     student = spec.student
     if student.init == "slice":
-        from trainer.student.slicing import sliced_config
+        from trainer.models.slicing import sliced_config
 
         assert found.teacher_folder is not None and student.layers is not None
         return sliced_config(read_config(found.teacher_folder), student.layers)
@@ -144,7 +144,7 @@ def has_student(spec: Sections, found: Identities) -> bool:
 
 def _student_builds(spec: Sections, found: Identities) -> None:
     """The student must be of a verified family, have positions enough, and make a model."""
-    from trainer.student.families import check_family
+    from trainer.models.families import check_family
 
     student = spec.student
     config = student_config(spec, found)
@@ -172,8 +172,8 @@ def _length(spec: Sections, role: str, config: Any) -> None:
 
 def _of_training(spec: Sections, found: Identities) -> list[str]:
     """What a training asks of models and of DeepSpeed that they cannot give."""
-    from trainer.engineconfig import overlay_faults
-    from trainer.student.lora import lora_faults
+    from trainer.models.lora import lora_faults
+    from trainer.training.engine import overlay_faults
 
     distill = spec.distill
     assert distill is not None
@@ -181,7 +181,7 @@ def _of_training(spec: Sections, found: Identities) -> list[str]:
     if spec.student.lora is not None:
         faults += lora_faults(spec.student, student_config(spec, found))
     if "hidden" in distill.losses.used():
-        from trainer.student.features import hidden_faults
+        from trainer.models.hidden_states import hidden_faults
 
         assert found.teacher_folder is not None
         teacher = read_config(found.teacher_folder)

@@ -13,8 +13,15 @@ from typing import Any
 from cluster.storage import Store
 from trainer.fingerprint import flatten
 from trainer.logits.records import VERSION as CACHE_FORMAT
-from trainer.models import find_model, identity, tokenizer_identity
-from trainer.spec import CacheSpec, DataSpec, ResponsesSpec, StudentSpec, TeacherSpec, TokenizerSpec
+from trainer.models.load import find_model, identity, tokenizer_identity
+from trainer.spec.sections import (
+    CacheSpec,
+    DataSpec,
+    ResponsesSpec,
+    StudentSpec,
+    TeacherSpec,
+    TokenizerSpec,
+)
 
 
 @dataclass(frozen=True)
@@ -103,13 +110,13 @@ class Identities:
     @cached_property
     def corpus(self) -> dict[str, Any]:
         """Everything that decides the sequences; not how often they are read. With responses: as
-        far as it is known before there are answers (see `trainer.job.corpus_of`)."""
-        from trainer.corpus.given import given_identity
+        far as it is known before there are answers (see `trainer.stage_inputs.corpus_of`)."""
+        from trainer.corpus.corpus import existing_identity
         from trainer.corpus.prepare import corpus_identity
         from trainer.responses.identity import corpus_of_answers
 
         if self.given is not None:
-            return given_identity(self.data, self.given, self.tokenizer, self.train_sequences)
+            return existing_identity(self.data, self.given, self.tokenizer, self.train_sequences)
         if self.responses_spec is not None:
             return corpus_of_answers(
                 self.data, self.tokenizer, self.responses, self.train_sequences

@@ -6,7 +6,7 @@ from typing import Any
 
 from trainer.responses.job import Answers, generate_answers
 from trainer.teacher.job import Capture
-from trainer.training import Training
+from trainer.training.job import Training
 from trainer.worker import Worker
 
 Task = Answers | Capture | Training
@@ -20,11 +20,11 @@ def run_task(task: Task, worker: Worker) -> dict[str, Any]:
     """
     # A rank imports only what its task needs: DeepSpeed and the rest take seconds.
     if isinstance(task, Capture):
-        from trainer.teacher.run import capture
+        from trainer.teacher.capture import capture
 
         return capture(task, worker)
     if isinstance(task, Training):
-        from trainer.loop import train
+        from trainer.training.loop import train
 
         return train(task, worker)
     return generate_answers(task, worker)

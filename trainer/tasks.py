@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from cluster.storage import Store
-from trainer.job import (
+from trainer.spec.rules import Sections
+from trainer.stage_inputs import (
     CHECKPOINTS,
     TEXT_ALONE,
     learnt_data,
@@ -14,9 +15,8 @@ from trainer.job import (
     reads_cache,
     training_folders,
 )
-from trainer.rules import Sections
 from trainer.teacher.job import Capture
-from trainer.training import Training
+from trainer.training.job import Training
 
 
 def make_capture(

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.oplocks import dropping_stale_locks
-from trainer.ops import ops_folder
+from trainer.compiled_ops import dropping_stale_locks, ops_folder
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -25,7 +25,7 @@ class Coverage:
 def coverage_of(asked: Asked) -> list[Coverage] | None:
     """The coverage by kind; None while the corpus is not prepared. Raises CacheDamaged."""
     from trainer.corpus.corpus import is_complete, open_corpus
-    from trainer.teacher import wanted
+    from trainer.teacher.job import wanted
 
     if not is_complete(asked.corpus):
         return None

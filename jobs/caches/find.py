@@ -16,12 +16,11 @@ from jobs.load import load_spec, recipes
 from jobs.rundir import RunDir
 from jobs.spec import JobSpec
 from jobs.todo import is_current
-from trainer.auto import resolve
-from trainer.dtypes import recorded_dtypes
 from trainer.fingerprint import fingerprint
 from trainer.identity import Identities
-from trainer.job import CACHES, CORPORA, find_corpus, identities
 from trainer.logits.store import IDENTITY, SHARDS
+from trainer.resolve_auto import recorded_dtypes, resolve
+from trainer.stage_inputs import CACHES, CORPORA, find_corpus, identities
 
 # Fewer characters of a fingerprint are taken for a mistake.
 SHORTEST = 4
@@ -52,7 +51,7 @@ class Asked:
 
     @property
     def capture(self) -> Any:
-        """The capture (`trainer.teacher.Capture`) that fills the cache of the spec."""
+        """The capture (`trainer.teacher.job.Capture`) that fills the cache of the spec."""
         assert self.spec is not None
         return capture_of(self.spec, self.corpus, self.cache)
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from cluster.storage import Store, open_store
 from trainer.fingerprint import fingerprint
-from trainer.logits.damage import Damage
 from trainer.logits.index import KEY_BYTES, Index, kind_of
+from trainer.logits.repair import Damage
 from trainer.logits.store import (
     IDENTITY,
     SHARDS,

@@ -12,7 +12,7 @@ import yaml
 from cluster.storage import Store, read_events
 from jobs.rundir import RunDir
 from trainer.fingerprint import flatten
-from trainer.spec import CacheSpec
+from trainer.spec.sections import CacheSpec
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from jobs.caches.facts import other_format
 from jobs.caches.find import Asked
 from jobs.errors import SpecErrors
 from jobs.report.figures import NOTHING
-from trainer.logits.errors import Faithfulness
 from trainer.logits.store import SHARDS, CacheDamaged, command, read_identity
+from trainer.verify.errors import Faithfulness
 
 LABELS = {
     "record": "record error (nats)",
@@ -42,7 +42,7 @@ def faithfulness_of(
     from transformers.utils import logging
 
     from trainer.corpus.corpus import is_complete, open_corpus
-    from trainer.logits.faithful import faithfulness
+    from trainer.verify.faithfulness import faithfulness
 
     logging.disable_progress_bar()
     if not is_complete(asked.corpus):

@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.spec import JobSpec
 from quant.spec import ExtraModel, Task
-from trainer.models import absolute, find_model, identity
+from trainer.models.load import absolute, find_model, identity
 
 
 def absolute_paths(spec: JobSpec) -> JobSpec:

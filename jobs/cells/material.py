@@ -18,10 +18,9 @@ from cluster.storage import Attempt, Store
 from jobs.cells.advance import Advance
 from quant.spec import SweepSpec
 from trainer.corpus.corpus import Batch, open_corpus
-from trainer.logits.positions import read_along
-from trainer.logits.reader import CacheReader
-from trainer.models import find_model
-from trainer.spec import CacheSpec, DataSpec, DistillSpec
+from trainer.logits.reader import CacheReader, read_along
+from trainer.models.load import find_model
+from trainer.spec.sections import CacheSpec, DataSpec, DistillSpec
 
 PARTS = ("select", "report")
 

@@ -10,7 +10,7 @@ from jobs.spec import JobSpec
 from quant.grid import Cell
 from quant.spec import ExtraModel, SweepSpec
 from trainer.fingerprint import fingerprint
-from trainer.job import capture_inputs
+from trainer.stage_inputs import capture_inputs
 
 
 def common(sweep: SweepSpec, outputs: Outputs) -> dict[str, Any]:

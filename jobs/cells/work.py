@@ -29,8 +29,8 @@ from jobs.cells.material import PARTS, Material, Source
 from quant.evaluation.memory_forecast import MemoryEstimate
 from quant.grid import Cell
 from quant.spec import ExtraModel
-from trainer.models import find_model
-from trainer.spec import TeacherSpec
+from trainer.models.load import find_model
+from trainer.spec.sections import TeacherSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ from cluster.manifest import Secret, Volume
 from jobs import places
 from jobs.manifests.options import below
 from jobs.spec import JobSpec
-from trainer.spec import AnswersEndpoint
+from trainer.spec.sections import AnswersEndpoint
 
 _LOCAL = ("file", "local", "memory")
 

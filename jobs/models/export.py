@@ -180,8 +180,8 @@ def _original(run: Store, notes: list[str]) -> Path | None:
     """The 16-bit model: the run's student, or the model that it swept as it was."""
     if run.exists("student/config.json"):
         return run.fetch_folder("student")
-    from trainer.models import find_model
-    from trainer.yamlfile import parse
+    from trainer.models.load import find_model
+    from trainer.spec.yaml import parse
 
     try:
         spec: Any = parse(run.read_text("spec.yaml"), "spec.yaml")[0]

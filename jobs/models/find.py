@@ -87,7 +87,7 @@ def _found(name: str, storage: str, command: str, revision: str | None) -> Found
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         there = runs_there(name, root, storage)
         raise SpecErrors([f"{name}: no such folder; may be {_MAY_BE}; {there}"])
-    from trainer.models import find_model
+    from trainer.models.load import find_model
 
     return _of_folder(name, find_model("MODEL", name, revision or "main"))
 

@@ -87,7 +87,7 @@ def load_unquantized(folder: Path, device: str, dtype: torch.dtype | None = None
 
     Raises ValueError, one line, if its weights are not those of its config.
     """
-    from trainer.models import load_model
+    from trainer.models.load import load_model
 
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder}: holds no *.safetensors; give a Hugging Face folder")

@@ -72,9 +72,9 @@ def check_fits(
     folder: Path, spec: QuantSpec, layers: Mapping[str, QuantSpec | None] | None = None
 ) -> None:
     """Raises SpecErrors, one line, for what the model's layers do not allow; reads no weights."""
-    from jobs.models.wording import OptionWording
     from quant.targets import find_targets
-    from trainer.models import meta_model, read_config
+    from quant.unsupported import LayersError
+    from trainer.models.load import meta_model, read_config
 
     quiet()
     config = read_config(folder)
@@ -88,7 +88,10 @@ def check_fits(
             ]
         ) from None
     try:
-        find_targets(model, spec, layers, OptionWording())
+        find_targets(model, spec, layers)
+    except LayersError as error:
+        keep = " ".join(f"--layer '{pattern}=16'" for pattern in error.keep)
+        raise SpecErrors([error.line(f"--layer {error.pattern}:", keep)]) from None
     except ValueError as error:
         raise SpecErrors([str(error)]) from None
 
@@ -114,7 +117,7 @@ def kept_line(
     Reads the model's config alone. Raises ValueError for what `find_targets` refuses.
     """
     from quant.artifact.sizes import sixteen_bit_share
-    from trainer.models import meta_model, read_config
+    from trainer.models.load import meta_model, read_config
 
     share = sixteen_bit_share(meta_model(read_config(folder)), spec, layers)
     line = f"16-bit: {share:.0%} of the bytes stay in 16 bits"

@@ -37,8 +37,8 @@ def sweep_spec(
     ``dotted.key=value`` pairs, as in `jobs.load.load_spec`. Raises SpecErrors, a line per fault.
     """
     from jobs.schema import spec_of
-    from trainer.models import max_length, read_config
-    from trainer.yamlfile import apply_override
+    from trainer.models.load import max_length, read_config
+    from trainer.spec.yaml import apply_override
 
     positions = max_length(read_config(found.folder)) or TOKENS
     section = grid.section()

@@ -11,9 +11,9 @@ from typing import Any
 from cluster.storage import open_store
 from jobs.spec import JobSpec
 from trainer.corpus import files
-from trainer.corpus.given import given_identity, has_all, settings
-from trainer.job import CORPORA, learnt_data, train_sequences
-from trainer.spec import DataSpec, SourceSpec
+from trainer.corpus.corpus import existing_identity, has_all, settings
+from trainer.spec.sections import DataSpec, SourceSpec
+from trainer.stage_inputs import CORPORA, learnt_data, train_sequences
 
 # UTF-8 bytes of the prose that ships with CPython 3.11; later versions have a little more.
 BUILTIN_BYTES = 1_920_000
@@ -76,7 +76,7 @@ def _given(spec: JobSpec, data: DataSpec) -> int:
     from trainer.corpus.corpus import MANIFEST
 
     store = open_store(spec.storage).sub(CORPORA, str(data.corpus))
-    given_identity(data, store, _tokenizer(spec), train_sequences(spec))
+    existing_identity(data, store, _tokenizer(spec), train_sequences(spec))
     return int(store.read_json(MANIFEST)["parts"]["train"]["sequences"])
 
 
@@ -111,7 +111,7 @@ def _identity(data: DataSpec) -> dict[str, Any]:
 
 def _tokenizer(spec: JobSpec) -> Mapping[str, Any]:
     """The tokenizer's part of the identity, as far as its folder is here."""
-    from trainer.models import tokenizer_identity
+    from trainer.models.load import tokenizer_identity
 
     if spec.tokenizer is not None:
         return {"train": spec.tokenizer.train}

@@ -29,9 +29,9 @@ from jobs.plan.training import micro_tokens, trained_parameters
 from jobs.plan.volume import storage
 from jobs.spec import JobSpec
 from quant.grid import allocated_keys, grid
-from trainer.auto import resolve
 from trainer.fingerprint import flatten
-from trainer.job import reads_cache, train_sequences
+from trainer.resolve_auto import resolve
+from trainer.stage_inputs import reads_cache, train_sequences
 
 FORMAT = 1
 
@@ -110,7 +110,7 @@ def _tokens(spec: JobSpec, corpus: Corpus) -> tuple[Tokens, int]:
     if spec.distill is None:
         return Tokens(0, 0, corpus.held_out, select), 0
     read = spec.distill.steps * spec.distill.tokens_per_step
-    # Whole sequences, as `trainer.schedule.make_schedule` takes them.
+    # Whole sequences, as `trainer.corpus.schedule.make_schedule` takes them.
     wanted = -(-int(spec.data.max_tokens) // length) * length
     captured = min(read, wanted, corpus.train if corpus.train is not None else wanted)
     sets = spec.cache.redraws if spec.cache.method == "sample" else 1

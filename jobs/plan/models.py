@@ -16,9 +16,9 @@ from jobs.spec import JobSpec
 from quant.grid import grid
 from quant.quant_spec import CHANNEL
 from trainer.checks import faults_in
-from trainer.models import find_model
-from trainer.student.families import check_family
-from trainer.student.slicing import kept_layers
+from trainer.models.families import check_family
+from trainer.models.load import find_model
+from trainer.models.slicing import kept_layers
 
 
 def read_models(spec: JobSpec) -> Models:

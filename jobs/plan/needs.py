@@ -14,12 +14,12 @@ from jobs.spec import JobSpec
 from quant.evaluation.memory_forecast import LAYER_TENSORS, Sizes, estimate_memory
 from quant.grid import Cell, grid
 from quant.quant_spec import CHANNEL, QuantSpec
-from trainer.auto import auto_batch_tokens
-from trainer.logits.coding import EVAL_IDS
+from trainer.logits.records import EVAL_IDS
+from trainer.resolve_auto import auto_batch_tokens
 from trainer.teacher.placement import groups_for, training_bytes
 
 # Float32 tensors of a strip of logits that a capture holds at once, and elements of a strip: as in
-# `trainer.teacher.compress`. Elements that ZeRO-3 gathers ahead: as in `trainer.teacher.zero`.
+# `trainer.teacher.forward`. Elements that ZeRO-3 gathers ahead: as in `trainer.teacher.sharded`.
 STRIPS = 3
 CPU_STRIP, GPU_STRIP = 1 << 20, 1 << 26
 CHUNK_TOKENS = 256
@@ -48,7 +48,7 @@ class Sharding:
 def teacher_sharding(
     models: Models, spec: JobSpec, place: Place, group: Group, stage: str
 ) -> Sharding:
-    """What `trainer.teacher.engine.load_teacher` will do. Raises ValueError, one line, where all
+    """What `trainer.teacher.teacher.load_teacher` will do. Raises ValueError, one line, where all
     workers together have too little memory."""
     teacher, asked = models.teacher, spec.teacher
     assert teacher is not None and asked is not None

@@ -31,8 +31,8 @@ class Shape:
     parameters: all weights, tied ones once. active: those that a token meets (of a mixture of
     experts it meets a few experts only), the embeddings' rows aside unless the head has them too.
     largest: elements of the largest piece that ZeRO-3 gathers at once, as
-    `trainer.teacher.zero.largest_layer`. heads_width: elements of all queries of a token. inner: of
-    the MLP's states that a token meets. matrices: linear layers that a sweep quantizes; experts
+    `trainer.teacher.sharded.largest_layer`. heads_width: elements of all queries of a token. inner:
+    of the MLP's states that a token meets. matrices: linear layers that a sweep quantizes; experts
     stay in 16 bits. raw: the config's text part.
     """
 
@@ -196,8 +196,8 @@ def _from_model(text: dict[str, Any], kind: str) -> Shape:
     import tempfile
     from pathlib import Path
 
-    from trainer.models import count_parameters, meta_model, read_config
-    from trainer.teacher.zero import largest_layer
+    from trainer.models.load import count_parameters, meta_model, read_config
+    from trainer.teacher.sharded import largest_layer
 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(text))

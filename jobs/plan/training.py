@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 from jobs.plan.shape import Shape
 from jobs.spec import JobSpec
-from trainer.auto import activation_bytes
-from trainer.job import reads_cache
-from trainer.logits.coding import EVAL_IDS
+from trainer.logits.records import EVAL_IDS
 from trainer.processor import DtypeName
-from trainer.spec import DistillSpec, Dtype
+from trainer.resolve_auto import activation_bytes
+from trainer.spec.sections import DistillSpec, Dtype
+from trainer.stage_inputs import reads_cache
 
 ITEMSIZE: dict[DtypeName, int] = {"bfloat16": 2, "float32": 4}
 # DeepSpeed's defaults (deepspeed/runtime/zero/config.py): elements of a bucket of gradients, and
 # elements that ZeRO-3 holds gathered at most.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
-# As in `trainer.fused`, which must not be imported for torch's sake: bytes of a chunk of logits,
-# and elements of a strip of it in float32, of which about six are held at once.
+# As in `trainer.losses.fused_linear`, which must not be imported for torch's sake: bytes of a chunk
+# of logits, and elements of a strip of it in float32, of which about six are held at once.
 CPU_CHUNK, GPU_CHUNK = 16 << 20, 512 << 20
 CPU_STRIP, GPU_STRIP = 1 << 19, 1 << 25
 STRIPS = 6
@@ -27,7 +27,8 @@ CPU_PIECES = 1.4
 CPU_BLOCK = 32 << 20
 # Buffers that come with the first steps: kernels' workspaces, DeepSpeed's own.
 CPU_EXTRAS = 100e6
-# As in `trainer.feed` and `trainer.evaluation`: steps read ahead, and what is kept of select.
+# As in `trainer.training.loader` and `trainer.training.evaluation`: steps read ahead, and what is
+# kept of select.
 AHEAD_BYTES, AHEAD_STEPS, KEPT_BYTES = 256 << 20, 16, 256 << 20
 
 
@@ -73,7 +74,7 @@ def states(
 ) -> States:
     """What DeepSpeed keeps of a model with so many parameters, of which `trained` learn.
 
-    Rajbhandari et al., 2020, ZeRO, section 5, as `trainer.engineconfig` sets the engine up: the
+    Rajbhandari et al., 2020, ZeRO, section 5, as `trainer.training.engine` sets the engine up: the
     optimizer's 12 bytes per parameter are shared out from stage 1 on; gradients are summed in
     float32 whatever the dtype of the weights (`grad_accum_dtype`), whole on every rank in stage 1
     (so 6 P + 12 P / N instead of the paper's 4 P + 12 P / N) and shared out from stage 2 on. A
@@ -138,7 +139,7 @@ def training_states(student: Shape, spec: JobSpec, world: int) -> States:
 
 
 def micro_tokens(spec: JobSpec, world: int) -> int:
-    """Tokens of a forward pass of one rank, as `trainer.feed.make_loader` cuts a step."""
+    """Tokens of a forward pass of one rank, as `make_loader` cuts a step."""
     assert spec.distill is not None and spec.data is not None
     length = spec.data.sequence_length
     sequences = -(-(spec.distill.tokens_per_step // length) // world)

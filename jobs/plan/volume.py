@@ -11,8 +11,8 @@ from jobs.plan.needs import Models, cell_bytes, swept
 from jobs.plan.training import itemsize_of, trained_parameters
 from jobs.spec import JobSpec
 from quant.grid import allocated_keys, grid
-from trainer.logits.coding import EVAL_IDS
-from trainer.spec import CacheSpec
+from trainer.logits.records import EVAL_IDS
+from trainer.spec.sections import CacheSpec
 
 # What the codec takes (docs/cache.md has the measurements): a record's head and its entry in an
 # index, per sequence; bits of an id's place among all, as a share of log2 C(vocabulary, ids), with

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from jobs.plan.place import Place
 from jobs.plan.shape import Shape
-from trainer.auto import activation_bytes
 from trainer.processor import DtypeName
+from trainer.resolve_auto import activation_bytes
 
 # On CPUs, measured on one thread of a Zen 4 (float32: 103e9 operations per second), width 128 to
 # 576, in float32, in bfloat16 and with AVX2 alone (docs/plan.md): the share of a core's peak that

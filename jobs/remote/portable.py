@@ -13,7 +13,7 @@ from jobs import places
 from jobs.errors import SpecErrors
 from jobs.pipeline import Job
 from jobs.spec import JobSpec
-from trainer.dtypes import undecided_dtypes, with_auto
+from trainer.resolve_auto import undecided_dtypes, with_auto
 
 
 def portable(job: Job, shared: Sequence[str]) -> JobSpec:
@@ -68,7 +68,7 @@ def portable(job: Job, shared: Sequence[str]) -> JobSpec:
 def _absolute(spec: JobSpec) -> JobSpec:
     """The spec with storage and sources named absolutely: a job runs in a folder of its own.
 
-    Models and other files have been made so by `trainer.auto.resolve`.
+    Models and other files have been made so by `trainer.resolve_auto.resolve`.
     """
     update: dict[str, Any] = {}
     if open_store(spec.storage).local() is not None:

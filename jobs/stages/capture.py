@@ -47,7 +47,7 @@ def _capture(spec: JobSpec, corpus: Store, cache: Store, outputs: Outputs) -> An
 
 def _lacking(job: Any) -> int:
     from trainer.corpus.corpus import open_corpus
-    from trainer.teacher import missing
+    from trainer.teacher.job import missing
 
     return sum(len(numbers) for _, _, numbers in missing(job, open_corpus(job.corpus)))
 

@@ -9,7 +9,7 @@ from cluster.workers import Group
 from jobs.stages.base import Context
 from jobs.stages.capture import devices
 from jobs.stages.ranks import run_ranks
-from trainer.job import unfinished_trainings
+from trainer.stage_inputs import unfinished_trainings
 from trainer.tasks import make_trainings
 
 

@@ -23,13 +23,12 @@ def run(context: Context) -> dict[str, Any]:
     A corpus of answers is named by them as well, so that other answers to the same prompts change
     what the stages after this one are made from, and no corpus that another run has read.
     """
-    from trainer.corpus.corpus import is_complete, open_corpus
-    from trainer.corpus.given import of_held_out
+    from trainer.corpus.corpus import is_complete, of_held_out, open_corpus
     from trainer.corpus.prepare import prepare
     from trainer.corpus.tokenizer import load_tokenizer
     from trainer.fingerprint import fingerprint
-    from trainer.job import corpus_of
     from trainer.responses.make import answered, on_answers
+    from trainer.stage_inputs import corpus_of
 
     spec, identities = context.spec, context.inputs.identities
     assert spec.data is not None

@@ -48,7 +48,7 @@ class Ranks:
 def rank_main(config: dict[str, Any]) -> None:
     """Entry point of every Ray Train worker; config: `ranks`, and `more`, where work follows."""
     from cluster.storage import EventWriter
-    from trainer.news import is_out_of_memory, why_of
+    from trainer.messages import failure_reason, is_out_of_memory
     from trainer.worker import Hooks, start_worker
 
     ranks: Ranks = config["ranks"]
@@ -98,7 +98,7 @@ def rank_main(config: dict[str, Any]) -> None:
             _settle(
                 store,
                 ranks.outcome,
-                {"status": "failed", "kind": type(error).__name__, "why": why_of(error)},
+                {"status": "failed", "kind": type(error).__name__, "why": failure_reason(error)},
             )
             raise
 

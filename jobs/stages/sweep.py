@@ -22,7 +22,7 @@ from jobs.stages.base import Context
 from jobs.stages.placement import tasks_wait
 from quant.grid import Cell, grid, main_model
 from trainer.fingerprint import fingerprint
-from trainer.job import learnt_data
+from trainer.stage_inputs import learnt_data
 
 
 def run(context: Context) -> dict[str, Any]:

@@ -3,9 +3,9 @@
     python -m jobs.build_kernels
 
 builds it, which takes about 15 seconds and needs g++ (or what CXX names); later calls find it
-built, in the environment's folder of ops (`trainer.ops`), under a name that holds a hash of the
-source, the flags and torch's version. Where it was not built, the first layer that wants it builds
-it.
+built, in the environment's folder of ops (`trainer.compiled_ops`), under a name that holds a hash
+of the source, the flags and torch's version. Where it was not built, the first layer that wants it
+builds it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.ops import ops_folder
+from trainer.compiled_ops import ops_folder
 from trainer.processor import cpu_kind
 
 SOURCE = Path(__file__).with_name("codes.cpp")

@@ -28,16 +28,15 @@ from quant.evaluation.reference import open_reference
 from quant.layers.linear import dense_weights
 from quant.recovery.trainable import Trainable, trainable
 from quant.spec import RecoverSpec
-from trainer.cached import CachedTeacher
 from trainer.corpus.corpus import Corpus, open_corpus
-from trainer.feed import threads_for
-from trainer.fused import fused_loss
-from trainer.head import check_head, head_of, last_hidden
-from trainer.loader import MicroBatch, Step, StepLoader
-from trainer.losses import ForwardKL, Target
-from trainer.optimizer import learning_rate
-from trainer.schedule import Schedule, make_schedule
-from trainer.spec import CacheSpec, DataSpec, DistillSpec
+from trainer.corpus.schedule import Schedule, make_schedule
+from trainer.losses.divergences import ForwardKL, Target
+from trainer.losses.fused_linear import fused_loss
+from trainer.models.head import check_head, head_of, last_hidden
+from trainer.spec.sections import CacheSpec, DataSpec, DistillSpec
+from trainer.training.engine import learning_rate
+from trainer.training.loader import MicroBatch, Step, StepLoader, threads_for
+from trainer.training.signals import CachedTeacher
 
 AUTO_RATE = 5e-3  # log-scales, zero points in steps of the codes, and vectors alike
 WARMUP, CLIP, BETAS = 0.05, 1.0, (0.9, 0.95)
@@ -184,7 +183,7 @@ class _FromStudent:
 
 
 class _Order:
-    """Some sequences of a part, shuffled, epoch after epoch: a `trainer.loader.Order`."""
+    """Some sequences of a part, shuffled, epoch after epoch: a `trainer.training.loader.Order`."""
 
     def __init__(self, indices: NDArray[np.int64], spec: RecoverSpec, seed: int) -> None:
         self._indices = indices

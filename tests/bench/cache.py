@@ -42,9 +42,8 @@ from tests.bench.measured import (
 from tests.bench.synthetic import Ids, Positions, positions
 from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import decode_many, encode
-from trainer.logits.coding import coding_of
-from trainer.logits.records import Coding
-from trainer.spec import CacheSpec
+from trainer.logits.records import Coding, coding_of
+from trainer.spec.sections import CacheSpec
 
 HERE = Path(__file__).parent
 COMMAND = "make demo && make bench-cache"

@@ -31,7 +31,7 @@ from tests.bench.picture import Axis, Line, draw
 from tests.bench.signals import Teacher
 from trainer.corpus.corpus import Corpus, Part
 from trainer.corpus.tokenizer import load_tokenizer
-from trainer.spec import DistillSpec
+from trainer.spec.sections import DistillSpec
 
 HERE = Path(__file__).parent
 COMMAND = "make demo && make bench-cache-angle"

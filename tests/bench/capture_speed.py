@@ -24,12 +24,11 @@ import torch
 from cluster.storage import Store, open_store
 from trainer.corpus.corpus import Batch
 from trainer.logits.store import publish_codebook, read_codebook
-from trainer.spec import CacheSpec, DataSpec, SourceSpec, TeacherSpec
-from trainer.teacher.blocks import Work
-from trainer.teacher.compress import TeacherWithRecords
-from trainer.teacher.engine import Teacher
-from trainer.teacher.job import Capture
-from trainer.teacher.run import CaptureRun
+from trainer.spec.sections import CacheSpec, DataSpec, SourceSpec, TeacherSpec
+from trainer.teacher.capture import CaptureRun
+from trainer.teacher.forward import TeacherWithRecords
+from trainer.teacher.job import Capture, Work
+from trainer.teacher.teacher import Teacher
 from trainer.worker import Worker
 
 VOCAB, LENGTH, BATCH = 32_000, 512, 4

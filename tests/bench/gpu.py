@@ -29,9 +29,9 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.bench.figures import read_result, result_file, write_result  # noqa: E402
-from trainer.fused import fused_loss  # noqa: E402
-from trainer.head import Head  # noqa: E402
-from trainer.losses import JSD, CrossEntropy, ForwardKL, Loss, Target  # noqa: E402
+from trainer.losses.divergences import JSD, CrossEntropy, ForwardKL, Loss, Target  # noqa: E402
+from trainer.losses.fused_linear import fused_loss  # noqa: E402
+from trainer.models.head import Head  # noqa: E402
 
 KEPT, DRAWN = 64, 13
 ROUNDS = 7

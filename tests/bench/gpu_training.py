@@ -86,9 +86,9 @@ def make_teacher(root: Path, size: dict[str, Any]) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trainer.corpus.pythondocs import documents, ranges
+    from trainer.corpus.python_docs import documents, ranges
     from trainer.corpus.tokenizer import load_tokenizer, train_tokenizer
-    from trainer.models import new_config
+    from trainer.models.load import new_config
 
     folder = root / "teacher"
     texts = (text for start, stop in ranges() for text in documents(start, stop))

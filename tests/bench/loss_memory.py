@@ -42,9 +42,9 @@ def _resident(field: str) -> int:
 def _measure(kind: str, dtype: str) -> int:
     import torch
 
-    from trainer.fused import fused_loss
-    from trainer.head import Head
-    from trainer.losses import ForwardKL, Target
+    from trainer.losses.divergences import ForwardKL, Target
+    from trainer.losses.fused_linear import fused_loss
+    from trainer.models.head import Head
 
     def run(tokens: int, vocab: int) -> int:
         """Bytes that one pass adds to what its inputs take."""

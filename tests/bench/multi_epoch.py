@@ -10,12 +10,12 @@ from torch import Tensor
 
 from tests.bench.signals import SPECS, Teacher
 from trainer.corpus.corpus import Batch, Part, next_tokens
-from trainer.fused import fused_loss, head_of
-from trainer.head import last_hidden
-from trainer.losses import CrossEntropy, ForwardKL, Loss, Target
-from trainer.models import build_model, new_config
-from trainer.optimizer import learning_rate, make_optimizer
-from trainer.spec import DistillSpec
+from trainer.losses.divergences import CrossEntropy, ForwardKL, Loss, Target
+from trainer.losses.fused_linear import fused_loss, head_of
+from trainer.models.head import last_hidden
+from trainer.models.load import build_model, new_config
+from trainer.spec.sections import DistillSpec
+from trainer.training.engine import learning_rate, make_optimizer
 
 SEQUENCES = 16  # per optimizer step
 LOSSES: dict[str, tuple[float, Loss]] = {

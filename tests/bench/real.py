@@ -13,11 +13,11 @@ import yaml
 from cluster.storage import Store, open_store, read_events
 from tests.bench.synthetic import Positions
 from trainer.corpus.corpus import Corpus, open_corpus
-from trainer.fused import head_of
-from trainer.head import last_hidden
-from trainer.job import CACHES, CORPORA
 from trainer.logits.reader import CacheReader
-from trainer.models import load_model
+from trainer.losses.fused_linear import head_of
+from trainer.models.head import last_hidden
+from trainer.models.load import load_model
+from trainer.stage_inputs import CACHES, CORPORA
 from trainer.worker import torch_dtype
 
 CHUNK = 1024  # tokens whose float64 softmax is held at once

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from trainer.corpus.corpus import Batch, next_tokens
-from trainer.fused import head_of
-from trainer.head import last_hidden
 from trainer.logits.codebook import Codebook
 from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import decode_many, encode
-from trainer.logits.coding import coding_of
-from trainer.logits.records import Draws, Records
-from trainer.losses import Target
-from trainer.spec import CacheSpec
-from trainer.teacher.draws import draw, stream, uniforms
+from trainer.logits.records import Draws, Records, coding_of
+from trainer.losses.divergences import Target
+from trainer.losses.fused_linear import head_of
+from trainer.models.head import last_hidden
+from trainer.spec.sections import CacheSpec
+from trainer.teacher.sampling import draw, stream, uniforms
 
 SPECS = {
     "sample_50": CacheSpec(method="sample", draws=50),

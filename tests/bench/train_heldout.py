@@ -31,10 +31,10 @@ WAYS: dict[str, tuple[str, dict[str, float], dict[str, Any]]] = {
 def demo_spec(cache: dict[str, Any], storage: Path) -> Any:
     """The demo's recipe with another cache, everything resolved."""
     from jobs.load import load_spec
-    from trainer.auto import resolve
+    from trainer.resolve_auto import resolve
 
     spec = load_spec("demo", [])
-    from trainer.spec import CacheSpec
+    from trainer.spec.sections import CacheSpec
 
     return resolve(spec.model_copy(update={"cache": CacheSpec(**cache), "storage": str(storage)}))
 
@@ -77,7 +77,7 @@ def train_main(root: str, way: str, seed: int) -> float:
     """A process: one training; returns its held-out loss."""
     from tests.fixtures.ranks import start
     from trainer.run_task import run_task
-    from trainer.training import Training
+    from trainer.training.job import Training
 
     mode, losses, cache = WAYS[way]
     spec = demo_spec(cache or {"method": "topk", "k": 64}, Path(root))

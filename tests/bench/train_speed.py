@@ -84,7 +84,7 @@ def way_main(name: str, root: str, pipe: Connection, log: str) -> None:
     import deepspeed  # noqa: F401
     import transformers  # noqa: F401
 
-    import trainer.loop  # noqa: F401
+    import trainer.training.loop  # noqa: F401
 
     try:
         if name == "ce":
@@ -128,10 +128,9 @@ def plain_cross_entropy(world: World, worker: Any, turns: Turns) -> None:
 
     from trainer.corpus.corpus import open_corpus
     from trainer.corpus.tokenizer import load_tokenizer
-    from trainer.engineconfig import training_config
-    from trainer.feed import make_loader, read_ahead
-    from trainer.optimizer import make_optimizer
-    from trainer.student.build import build_student
+    from trainer.training.engine import make_optimizer, training_config
+    from trainer.training.loader import make_loader, read_ahead
+    from trainer.training.student import build_student
 
     job = world.training("ce", "cached", {"ce": 1.0}, "sample", WARM_UP + STEPS * TURNS)
     corpus = open_corpus(job.corpus)
@@ -170,7 +169,7 @@ def trl_gkd(world: World, turns: Turns, settings: dict[str, Any]) -> None:
 
     from trainer.corpus.corpus import open_corpus
     from trainer.corpus.tokenizer import load_tokenizer
-    from trainer.student.build import build_student
+    from trainer.training.student import build_student
 
     job = world.training("trl", "cached", {"ce": 1.0}, "sample", WARM_UP + STEPS * TURNS)
     corpus = open_corpus(job.corpus)

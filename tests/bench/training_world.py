@@ -41,7 +41,7 @@ class World:
 
     def data(self) -> Any:
         """Real text in sequences without borders, so that every variant has the same attention."""
-        from trainer.spec import DataSpec, SourceSpec
+        from trainer.spec.sections import DataSpec, SourceSpec
 
         return DataSpec(
             train=[SourceSpec(source="builtin:python-docs")],
@@ -54,7 +54,7 @@ class World:
 
     def teacher(self) -> Any:
         """The teacher's spec."""
-        from trainer.spec import TeacherSpec
+        from trainer.spec.sections import TeacherSpec
 
         return TeacherSpec(model=str(self.root / "teacher"), dtype="float32", sharding="none")
 
@@ -63,8 +63,8 @@ class World:
     ) -> Any:
         """A training in a folder of its own."""
         from trainer.logits.store import open_cache
-        from trainer.spec import CacheSpec, DistillSpec, StudentSpec
-        from trainer.training import Training
+        from trainer.spec.sections import CacheSpec, DistillSpec, StudentSpec
+        from trainer.training.job import Training
 
         store = open_store(str(self.root))
         kept = open_cache(store.sub("caches"), {"bench": cache})
@@ -97,8 +97,8 @@ class World:
 
     def capture(self, cache: str) -> Any:
         """The capture that fills one of the caches."""
-        from trainer.spec import CacheSpec
-        from trainer.teacher import Capture
+        from trainer.spec.sections import CacheSpec
+        from trainer.teacher.job import Capture
 
         job = self.training("capture", "cached", {"forward_kl": 1.0}, cache, POOL)
         return Capture(
@@ -128,8 +128,8 @@ def make(root: Path) -> World:
 
     from trainer.corpus.prepare import corpus_identity, prepare
     from trainer.corpus.tokenizer import load_tokenizer
-    from trainer.models import new_config
-    from trainer.spec import TokenizerSpec
+    from trainer.models.load import new_config
+    from trainer.spec.sections import TokenizerSpec
 
     world = World(root)
     store = open_store(str(root)).sub("corpus")

@@ -59,7 +59,7 @@ def train(data: dict[str, Any], root: str) -> dict[str, Any]:
 
     from cluster.storage import open_store
     from jobs.schema import spec_of
-    from trainer.auto import resolve
+    from trainer.resolve_auto import resolve
     from trainer.tasks import make_trainings
 
     store = open_store(root)

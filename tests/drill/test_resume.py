@@ -44,9 +44,9 @@ def train_all(jobs: list[tuple[Any, int | None]]) -> list[Told]:
     Told.logits: what each of its steps read, the groups of its optimizer before the first step, and
     Adam's counts of steps then and after the last.
     """
-    from trainer import loop
-    from trainer.checkpoints.checkpoint import CheckpointMisfit
-    from trainer.student.module import StudentWithLoss
+    from trainer.training import loop
+    from trainer.training.checkpoint import CheckpointMisfit
+    from trainer.training.student import StudentWithLoss
     from trainer.worker import Stopped
 
     worker = start()
@@ -116,8 +116,8 @@ def train_held(jobs: list[tuple[Any, str]]) -> list[Told]:
     """Trains jobs of whose second rank uploads last until the training is at its last step
     ("late"), or the second does not end ("hangs") or fails ("fails")."""
     from cluster.storage import Store
-    from trainer import loop
-    from trainer.checkpoints.checkpoint import CheckpointFailed, CheckpointMisfit
+    from trainer.training import loop
+    from trainer.training.checkpoint import CheckpointFailed, CheckpointMisfit
 
     worker = start()
     held_store = type("HeldStore", (Held, Store), {})
@@ -169,7 +169,7 @@ def make_jobs(world: World, suffix: str) -> dict[str, Any]:
         values = {"steps": STEPS, "weight_decay": DECAY, "warmup_ratio": 0.3, **options}
         job = world.job(f"{name}{suffix}", evaluate_steps=None, **values)
         if name.endswith("lora"):
-            from trainer.spec import LoraSpec
+            from trainer.spec.sections import LoraSpec
 
             student = job.student.model_copy(update={"lora": LoraSpec(**LORA)})
             job = replace(job, student=student)

@@ -14,8 +14,8 @@ def memory(folder: Path) -> dict[str, float]:
     import transformers.conversion_mapping  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    from trainer.models import meta_model, read_config
-    from trainer.teacher.zero import largest_layer
+    from trainer.models.load import meta_model, read_config
+    from trainer.teacher.sharded import largest_layer
 
     worker = start()
     shape = meta_model(read_config(folder))

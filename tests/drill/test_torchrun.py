@@ -38,7 +38,7 @@ def spec(tmp_path_factory) -> Path:
         "report_sequences": 9,
         "sequence_length": LENGTH,
     }
-    from trainer.spec import DataSpec
+    from trainer.spec.sections import DataSpec
 
     corpus = make_corpus(open_store(root).sub("corpus"), DataSpec(**data))
     teacher = save_model(root / "teacher", corpus.tokenizer_folder(), kind="llama", width=48)
@@ -149,7 +149,7 @@ def test_the_same_command_goes_on_where_it_stopped(spec, finished) -> None:
 def test_the_models_are_there(spec, finished) -> None:
     import torch
 
-    from trainer.models import load_model
+    from trainer.models.load import load_model
 
     for role in ("student", "control"):
         model = load_model(run_of(spec).fetch_folder(role), torch.float32)
@@ -160,11 +160,11 @@ def test_the_pipeline_finds_everything_where_torchrun_left_it(spec, finished, mo
     """`stillhouse run` of the same spec has nothing to prepare, to capture, or to train."""
     from jobs.inputs import Inputs
     from jobs.load import load_spec
-    from trainer.auto import resolve
     from trainer.corpus.corpus import is_complete, open_corpus
     from trainer.fingerprint import fingerprint
+    from trainer.resolve_auto import resolve
     from trainer.tasks import make_capture, make_trainings
-    from trainer.teacher import missing
+    from trainer.teacher.job import missing
 
     job = resolve(load_spec(str(spec), []))
     inputs = Inputs(job)

@@ -47,7 +47,7 @@ def capture_all(jobs: list[tuple[Any, int | None]], meet: Path | None, die_at: i
 
     die_at: the process kills itself when it is about to publish so often.
     """
-    from trainer import teacher
+    from trainer.teacher.capture import capture
     from trainer.worker import Stopped
 
     worker = start()
@@ -69,7 +69,7 @@ def capture_all(jobs: list[tuple[Any, int | None]], meet: Path | None, die_at: i
         told = Told(log.events)
         try:
             hooks = replace(log.hooks(), fence=fence)
-            told.metrics = teacher.capture(job, replace(worker, hooks=hooks))
+            told.metrics = capture(job, replace(worker, hooks=hooks))
         except Stopped as error:
             told.error = str(error)
         results.append(told)
@@ -110,8 +110,8 @@ class World:
         seconds: 0 publishes every batch by itself.
         """
         from cluster.storage import open_store
-        from trainer.spec import CacheSpec, DistillSpec, TeacherSpec
-        from trainer.teacher import Capture
+        from trainer.spec.sections import CacheSpec, DistillSpec, TeacherSpec
+        from trainer.teacher.job import Capture
 
         store = open_store(self.root)
         packing = "concat" if corpus == "concat" else "documents"
@@ -131,9 +131,9 @@ class World:
 
     def captured(self, cache: str, corpus: str = "documents", **spec: Any) -> list[Captured]:
         """The cached records of every kind: train (as far as it is read), select, report."""
-        from trainer.logits.coding import coding_of
         from trainer.logits.reader import CacheReader
-        from trainer.teacher import wanted
+        from trainer.logits.records import coding_of
+        from trainer.teacher.job import wanted
 
         job, result = self.job(cache, corpus, **spec), []
         for kind, part, numbers in wanted(job, self.corpus(corpus)):
@@ -350,7 +350,7 @@ def test_draws_are_those_of_the_plain_distribution_function(world, runs, truth) 
     """In float64, with the random numbers of seed, sequence key, position and redraw."""
     import torch
 
-    from trainer.teacher.draws import stream, uniforms
+    from trainer.teacher.sampling import stream, uniforms
 
     sums = np.cumsum(np.exp(truth[0]), axis=-1)
     seen = []
@@ -401,7 +401,7 @@ def test_further_sets_of_draws_are_added_and_are_the_same_ones(world, runs) -> N
 
 
 def test_sets_of_draws_that_no_epoch_reads_are_left_out(world, runs) -> None:
-    from trainer.teacher import wanted
+    from trainer.teacher.job import wanted
 
     job = world.job("drawn", **SAMPLE, redraws=3)
     shorter = replace(job, distill=job.distill.model_copy(update={"steps": 11}))

@@ -33,8 +33,8 @@ POSITIONS = ("all", "loss")
 def all_ways(captures: dict[Any, Any], trainings: dict[Any, Any]) -> dict[str, dict[Any, Any]]:
     """Runs captures and trainings on a rank, which verifies the caches if it is the first."""
     from trainer.corpus.corpus import open_corpus
-    from trainer.logits.faithful import faithfulness
     from trainer.run_task import run_task
+    from trainer.verify.faithfulness import faithfulness
 
     worker = start()
     done: dict[str, dict[Any, Any]] = {"captures": {}, "trainings": {}, "faithful": {}}
@@ -65,9 +65,9 @@ class Made:
 def made(tmp_path_factory) -> Made:
     from cluster.storage import open_store
     from trainer.logits.store import open_cache
-    from trainer.spec import CacheSpec, DistillSpec, SourceSpec, StudentSpec, TeacherSpec
-    from trainer.teacher import Capture
-    from trainer.training import Training
+    from trainer.spec.sections import CacheSpec, DistillSpec, SourceSpec, StudentSpec, TeacherSpec
+    from trainer.teacher.job import Capture
+    from trainer.training.job import Training
 
     root = tmp_path_factory.mktemp("chat")
     store = open_store(root)
@@ -207,7 +207,7 @@ def test_nothing_is_missing_afterwards_and_the_sweep_reads_it(made) -> None:
     from jobs.cells.material import teacher_batch
     from trainer.logits.reader import CacheReader
     from trainer.logits.store import CacheDamaged
-    from trainer.teacher import missing
+    from trainer.teacher.job import missing
 
     part = made.corpus.part("report")
     batch = part.batch(np.arange(len(part)))

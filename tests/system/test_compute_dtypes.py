@@ -26,7 +26,7 @@ if cpu_dtype() == "float32":
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory) -> dict[str, Any]:
-    from trainer.spec import DataSpec
+    from trainer.spec.sections import DataSpec
 
     root = tmp_path_factory.mktemp("dtypes")
     data = {

@@ -38,7 +38,7 @@ KILLED = {"killed": (3, 10), "killed-early": (3, 6)}
 
 def train_all(jobs: list[tuple[Any, int | None, int | None]]) -> list[Told]:
     """Trains each job: with a stop asked for in one step, killed in another (None: neither)."""
-    from trainer import loop
+    from trainer.training import loop
     from trainer.worker import Stopped
 
     worker = start()
@@ -74,7 +74,7 @@ def overfit_job(world: World, name: str, **distill: Any) -> Any:
 
 def online_job(world: World, name: str, **changes: Any) -> Any:
     """With the teacher beside the student."""
-    from trainer.spec import TeacherSpec
+    from trainer.spec.sections import TeacherSpec
 
     losses = {"forward_kl": 0.7, "ce": 0.3, "hidden": 0.1}
     job = world.job(name, mode="online", losses=losses, temperature=1.0, steps=3)
@@ -90,7 +90,7 @@ def between_job(world: World, stage: int, kind: str) -> Any:
 
 def poisoned_job(world: World, name: str) -> Any:
     """From a student one of whose embeddings is no number."""
-    from trainer.spec import StudentSpec
+    from trainer.spec.sections import StudentSpec
 
     job = world.job(name, checkpoint_steps=1, zero_stage=1)
     return replace(job, student=StudentSpec(model=str(world.root / "poisoned")))
@@ -168,7 +168,7 @@ def kept(world, first) -> dict[str, list[str]]:
 def spent(world, first) -> dict[str, dict[str, float]]:
     """The costs in the newest checkpoints, before any training is continued."""
     from cluster.storage import open_store
-    from trainer.checkpoints.checkpoint import find_latest
+    from trainer.training.checkpoint import find_latest
 
     store = open_store(world.root / "checkpoints")
     found = {name: find_latest(store.sub(name)) for name in ("stopped", *KILLED)}
@@ -247,9 +247,9 @@ def test_the_best_is_the_lowest_on_select(first) -> None:
 
 
 def test_a_student_with_a_teacher_is_chosen_by_its_kl_at_temperature_one(world) -> None:
-    from trainer.evaluation import choice_metric
-    from trainer.lossspec import LossesSpec
-    from trainer.spec import TeacherSpec
+    from trainer.spec.losses import LossesSpec
+    from trainer.spec.sections import TeacherSpec
+    from trainer.training.evaluation import choice_metric
 
     def chosen(losses: dict[str, Any], teacher: bool = True) -> str:
         job = world.job("unused", losses=LossesSpec.model_validate(losses))
@@ -363,7 +363,7 @@ def test_a_loss_that_is_no_number_ends_the_training(world, first) -> None:
     assert all(key in error for key in event["sequences"][:3])
     assert event["teacher_sequences"] == []
     assert not (world.root / "students" / "poisoned").exists()
-    from trainer.checkpoints.names import records
+    from trainer.training.checkpoint_names import records
 
     names = {path.name for path in (world.root / "checkpoints" / "poisoned").iterdir()}
     assert records(names)[-1].startswith(f"{step - 1:08d}-0001-")

@@ -61,9 +61,9 @@ def train_all(
     """Trains each job: (job, question at which a stop is asked for, bytes of memory per rank)."""
     from contextlib import contextmanager
 
-    from trainer import loop
-    from trainer.online import OnlineTeacher
-    from trainer.teacher import engine
+    from trainer.teacher import teacher as engine
+    from trainer.training import loop
+    from trainer.training.signals import OnlineTeacher
     from trainer.worker import Stopped
 
     worker = start()
@@ -109,7 +109,7 @@ def traces() -> list[str]:
     from torch import nn
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    from trainer.teacher.zero import _Root
+    from trainer.teacher.sharded import _Root
 
     plain = nn.Linear(2, 2)
     own = coordinator.assert_ints_same_as_other_ranks is utils.assert_ints_same_as_other_ranks
@@ -165,8 +165,8 @@ class World:
     ) -> Any:
         """A training into folders of its own; the losses count the teacher alone."""
         from cluster.storage import open_store
-        from trainer.spec import CacheSpec, DistillSpec, StudentSpec, TeacherSpec
-        from trainer.training import Training
+        from trainer.spec.sections import CacheSpec, DistillSpec, StudentSpec, TeacherSpec
+        from trainer.training.job import Training
 
         values: dict[str, Any] = {
             "mode": "online",
@@ -201,7 +201,7 @@ def world(tmp_path_factory) -> World:
     import torch
 
     from cluster.storage import open_store
-    from trainer.spec import CacheSpec
+    from trainer.spec.sections import CacheSpec
 
     root = tmp_path_factory.mktemp("online")
     data = data_spec(write_texts(root / "texts"))
@@ -316,7 +316,7 @@ def untrained(world: World) -> Any:
     import torch
 
     from trainer.corpus.tokenizer import load_tokenizer
-    from trainer.models import build_model, new_config
+    from trainer.models.load import build_model, new_config
 
     tokenizer = load_tokenizer(world.corpus.tokenizer_folder())
     config = new_config("student.config", config_values(), tokenizer, LENGTH)

@@ -100,7 +100,7 @@ class World:
         """Answers into a folder of their own."""
         from cluster.storage import open_store
         from trainer.responses.job import Answers
-        from trainer.spec import ResponsesSpec, TeacherSpec
+        from trainer.spec.sections import ResponsesSpec, TeacherSpec
 
         return Answers(
             teacher=TeacherSpec(model=str(self.teacher), dtype="float32", sharding=sharding),
@@ -124,7 +124,7 @@ class World:
 
 def write_prompts(folder: Path) -> list[Any]:
     """A source of texts without completions, and one of conversations that end with an answer."""
-    from trainer.spec import SourceSpec
+    from trainer.spec.sections import SourceSpec
 
     draw = np.random.default_rng(3)
 
@@ -312,9 +312,9 @@ def test_answers_become_a_corpus_that_is_learnt_with_cached_logits(world, one):
     from trainer.corpus.tokenizer import load_tokenizer
     from trainer.responses.make import answered, finish
     from trainer.responses.store import AnswerStore
-    from trainer.spec import CacheSpec, DistillSpec, StudentSpec, TeacherSpec
-    from trainer.teacher import Capture
-    from trainer.training import Training
+    from trainer.spec.sections import CacheSpec, DistillSpec, StudentSpec, TeacherSpec
+    from trainer.teacher.job import Capture
+    from trainer.training.job import Training
 
     store = open_store(world.root)
     answers = AnswerStore(store.sub("answers", "one-sampled"))

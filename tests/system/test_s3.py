@@ -51,9 +51,9 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def jobs_in(store: Any, texts: str, teacher: Path) -> list[Any]:
     """A capture of two sets of draws and a training from them, all in `store`."""
-    from trainer.spec import CacheSpec, DistillSpec, StudentSpec, TeacherSpec
-    from trainer.teacher import Capture
-    from trainer.training import Training
+    from trainer.spec.sections import CacheSpec, DistillSpec, StudentSpec, TeacherSpec
+    from trainer.teacher.job import Capture
+    from trainer.training.job import Training
 
     data = data_spec(texts, max_tokens=POOL * LENGTH)
     distill = DistillSpec(

@@ -106,8 +106,8 @@ def wrapper(seen: list[int]) -> Any:
     """A module of logits, and of how much is held while the head is in use."""
     from torch import nn
 
-    from trainer.fused import head_of
-    from trainer.head import last_hidden
+    from trainer.losses.fused_linear import head_of
+    from trainer.models.head import last_hidden
 
     class Logits(nn.Module):
         engine: Any = SimpleNamespace(held=lambda: 0)
@@ -129,8 +129,8 @@ def load(folder: Path, dtype: str, group: Any, seen: list[int]) -> Any:
     """The sharded engine, telling `seen` at every module how many bytes are held."""
     import torch
 
-    from trainer.models import read_config
-    from trainer.teacher.zero import load_sharded
+    from trainer.models.load import read_config
+    from trainer.teacher.sharded import load_sharded
 
     config = read_config(folder)
     made: list[Any] = []
@@ -183,8 +183,8 @@ def same_as_whole(cases: list[tuple[Path, str]]) -> list[dict[str, Any]]:
     """Sharded and whole, on batches that differ between ranks."""
     import torch
 
-    from trainer.models import load_model
-    from trainer.teacher.zero import largest_layer
+    from trainer.models.load import load_model
+    from trainer.teacher.sharded import largest_layer
 
     register_old_moe()
     worker, results = start(), []
@@ -227,7 +227,7 @@ def two_nodes(folder: Path, sizes: list[int], passes: list[int]) -> dict[str, An
     """Groups of the ranks of pretended nodes, with so many forward passes each."""
     import torch
 
-    from trainer.models import load_model
+    from trainer.models.load import load_model
 
     worker = start()
     starts = np.cumsum([0, *sizes])
@@ -265,7 +265,8 @@ def two_nodes(folder: Path, sizes: list[int], passes: list[int]) -> dict[str, An
 
 def capture_all(jobs: list[tuple[Any, float | None]]) -> list[dict[str, Any]]:
     """Runs captures on two pretended nodes of two ranks, with so much memory per rank if given."""
-    from trainer.teacher import capture, engine
+    from trainer.teacher import teacher as engine
+    from trainer.teacher.capture import capture
 
     worker, results = start(), []
     os.environ["NODE_RANK"] = str(worker.rank // 2)
@@ -390,8 +391,8 @@ def test_one_worker_that_cannot_hold_or_share_a_teacher_is_refused(
 ) -> None:
     import torch
 
-    from trainer.spec import TeacherSpec
-    from trainer.teacher import engine
+    from trainer.spec.sections import TeacherSpec
+    from trainer.teacher import teacher as engine
     from trainer.worker import Worker
 
     monkeypatch.setattr(engine, "memory_of", lambda worker: 1e4)
@@ -407,8 +408,8 @@ def captures(tmp_path_factory) -> dict[str, Any]:
     """What each capture's main rank had to say, its records, and the bytes of its teacher."""
     from cluster.storage import open_store
     from trainer.logits.reader import CacheReader
-    from trainer.spec import CacheSpec, DistillSpec, TeacherSpec
-    from trainer.teacher import Capture, wanted
+    from trainer.spec.sections import CacheSpec, DistillSpec, TeacherSpec
+    from trainer.teacher.job import Capture, wanted
 
     root = tmp_path_factory.mktemp("captures")
     store, data = open_store(root), data_spec(write_texts(root / "texts", documents=120))

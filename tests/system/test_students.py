@@ -32,7 +32,7 @@ ADAPTED = ((1, "bfloat16"), (2, "float32"), (3, "float32"), (3, "bfloat16"))
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
     from cluster.storage import open_store
-    from trainer.spec import CacheSpec
+    from trainer.spec.sections import CacheSpec
 
     root = tmp_path_factory.mktemp("students")
     data = data_spec(write_texts(root / "texts", documents=120))

@@ -55,8 +55,8 @@ def train_all(jobs: list[tuple[Any, int | None]]) -> list[Told]:
     """Trains each job, with a stop asked for in step so-and-so (None: no stop)."""
     import torch
 
-    from trainer import loop
-    from trainer.checkpoints.checkpoint import CheckpointMisfit
+    from trainer.training import loop
+    from trainer.training.checkpoint import CheckpointMisfit
     from trainer.worker import Stopped
 
     worker = start()
@@ -91,9 +91,9 @@ def engine_logits(built: Any, corpus: Any, worker: Any) -> np.ndarray:
     """The training engine's own logits [4 * seq, vocab] of the first report sequences."""
     import torch
 
-    from trainer.loader import make_micro_batch
-    from trainer.losses import CrossEntropy
-    from trainer.student import module as student
+    from trainer.losses.divergences import CrossEntropy
+    from trainer.training import student
+    from trainer.training.loader import make_micro_batch
 
     seen = []
     fused_loss = student.fused_loss
@@ -129,8 +129,8 @@ class World:
     def job(self, name: str, *, kind: str = "llama", tied: bool = True, **distill: Any) -> Any:
         """A training into folders of its own."""
         from cluster.storage import open_store
-        from trainer.spec import CacheSpec, DistillSpec, StudentSpec
-        from trainer.training import Training
+        from trainer.spec.sections import CacheSpec, DistillSpec, StudentSpec
+        from trainer.training.job import Training
 
         values: dict[str, Any] = {
             "losses": {"forward_kl": 0.7, "ce": 0.3},
@@ -162,7 +162,7 @@ class World:
     def drawn_job(self, name: str, **distill: Any) -> Any:
         """The same from drawn ids, over four epochs."""
         from cluster.storage import open_store
-        from trainer.spec import CacheSpec
+        from trainer.spec.sections import CacheSpec
 
         return replace(
             self.job(name, temperature=1.0, **distill),
@@ -175,7 +175,7 @@ class World:
 def make_world(root: Path, caches: dict[str, dict[str, Any]], **texts: Any) -> World:
     """With the teacher's records of the whole corpus, by the caches' names."""
     from cluster.storage import open_store
-    from trainer.spec import CacheSpec
+    from trainer.spec.sections import CacheSpec
 
     data = data_spec(write_texts(root / "texts", **texts))
     store = open_store(root)
@@ -392,7 +392,7 @@ def untrained(world: World, job: Any) -> Any:
     import torch
 
     from trainer.corpus.tokenizer import load_tokenizer
-    from trainer.models import build_model, new_config
+    from trainer.models.load import build_model, new_config
 
     tokenizer = load_tokenizer(world.corpus.tokenizer_folder())
     config = new_config("student.config", job.student.config, tokenizer, LENGTH)
@@ -491,7 +491,7 @@ def test_only_safetensors_are_in_the_folder(world, two) -> None:
 
 def test_names_of_a_wrapper_are_no_names_of_a_student(world, tmp_path) -> None:
     from trainer.corpus.tokenizer import load_tokenizer
-    from trainer.student.saving import save_student
+    from trainer.training.save_student import save_student
 
     folder = world.teacher
     model, tokenizer = load_plain(folder), load_tokenizer(folder)

@@ -3,11 +3,14 @@
 corpus = open_corpus(open_store("./runs/_corpora/<fingerprint>"))
 part = corpus.part("train")
 batch = part.batch(np.array([3, 1, 4]))
+
+A corpus that is in storage already, named in the spec: where its sources are not at hand.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +20,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cluster.storage import Store
-from trainer.corpus import tables
-from trainer.corpus.pack import position_ids
+from trainer.corpus import arrow
+from trainer.corpus.packing import position_ids
+from trainer.fingerprint import fingerprint
+from trainer.spec.sections import DataSpec
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -50,7 +55,7 @@ class Part:
         self._names = [file["name"] for file in entry["files"]]
         counts = [file["sequences"] for file in entry["files"]]
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._tables: dict[int, tables.Table] = {}
+        self._tables: dict[int, arrow.Table] = {}
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -103,12 +108,12 @@ class Part:
                 result[some] = starts[wanted[some] - self._first[file], 1:].any(axis=1)
         return result
 
-    def _table(self, file: int) -> tables.Table:
+    def _table(self, file: int) -> arrow.Table:
         if file not in self._tables:
-            self._tables[file] = tables.read(self._store.fetch(self._names[file]))
+            self._tables[file] = arrow.read(self._store.fetch(self._names[file]))
         return self._tables[file]
 
-    def _all(self) -> list[tables.Table]:
+    def _all(self) -> list[arrow.Table]:
         return [self._table(file) for file in range(len(self._names))]
 
 
@@ -172,3 +177,65 @@ def next_tokens(input_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     labels = np.zeros_like(input_ids)
     labels[:, :-1] = input_ids[:, 1:]
     return labels
+
+
+def existing_identity(
+    data: DataSpec,
+    corpus: Store,
+    tokenizer: Mapping[str, Any],
+    train_sequences: int | None = None,
+) -> dict[str, Any]:
+    """The identity of the finished corpus `corpus`, named by `data.corpus`.
+
+    tokenizer: the identity of the spec's, flat. train_sequences: as many of train as are read.
+    Raises ValueError, one line, if the corpus is not there, has fewer sequences although there are
+    more, or was made with other settings, another tokenizer or another number of sources.
+    """
+    try:
+        manifest = open_corpus(corpus).manifest
+        found: dict[str, Any] = manifest["identity"]
+    except ValueError as error:
+        raise ValueError(f"data.corpus: {error}") from None
+    if fingerprint(found) != data.corpus:
+        raise ValueError(
+            f"data.corpus: what is at {corpus.url} is another corpus than its name says"
+        )
+    wanted = {
+        **{f"data.{key}": value for key, value in settings(data).items()},
+        **{f"tokenizer.{key}": value for key, value in tokenizer.items()},
+    }
+    for key, value in wanted.items():
+        if key in found and found[key] != value:
+            raise ValueError(
+                f"{key}: got {value}, but the corpus {data.corpus} (data.corpus) was made with "
+                f"{found[key]}; set it so, or remove data.corpus"
+            )
+    there = manifest["parts"]["train"]["sequences"]
+    if there < (train_sequences or 0) and not has_all(manifest):
+        raise ValueError(
+            f"data.corpus: {data.corpus} has {there:,} sequences of train and not all of its "
+            f"sources, but {train_sequences:,} are read; lower data.max_tokens or distill.steps, "
+            "or remove data.corpus"
+        )
+    sources = {key.split(".")[2] for key in found if key.startswith("data.train.")}
+    if len(sources) != len(data.train):
+        raise ValueError(
+            f"data.train: has {len(data.train)} sources, but the corpus {data.corpus} "
+            f"(data.corpus) was made of {len(sources)}; give those, or remove data.corpus"
+        )
+    return found
+
+
+def of_held_out(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a corpus's identity decides the sequences of select and report."""
+    return {key: value for key, value in identity.items() if key != TRAIN_SEQUENCES}
+
+
+def has_all(manifest: Mapping[str, Any]) -> bool:
+    """Whether a corpus has all documents of its sources, so that no other one has more of train."""
+    return bool(manifest.get("whole", True))
+
+
+def settings(data: DataSpec) -> dict[str, Any]:
+    """What of `data`, beside its sources, decides the sequences."""
+    return data.model_dump(exclude={"max_tokens", "train", "corpus"})

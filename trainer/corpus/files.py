@@ -1,6 +1,6 @@
 """Local files as documents: globs of txt, json, jsonl or parquet.
 
-JSON lines are read by `trainer.corpus.jsonlines`, everything else by Hugging Face `datasets`.
+JSON lines are read by `trainer.corpus.json_lines`, everything else by Hugging Face `datasets`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainer.corpus import jsonlines
+from trainer.corpus import json_lines
 
 LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SHARD_BYTES = 64 << 20  # a larger file is cut into row ranges of about this size
@@ -104,7 +104,7 @@ def cut(rows: int, parts: int) -> list[tuple[int, int]]:
 def columns(label: str, path: str, wanted: Columns) -> list[str]:
     """Names of the columns of a file, from its first rows."""
     if _is_json(path):
-        return jsonlines.columns(label, path, wanted)
+        return json_lines.columns(label, path, wanted)
     with reading(label):
         for table in _open(label, path, streaming=True).with_format("arrow").iter(batch_size=1):
             return list(table.column_names)
@@ -134,7 +134,7 @@ def rows(
     """The columns' values of rows [start, stop) of a file, in order; see `column_values`."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{label}: not on this node; put it on storage all nodes share")
-    if _is_json(path) and (stop is None or not jsonlines.is_list(path)):
+    if _is_json(path) and (stop is None or not json_lines.is_list(path)):
         yield from _json_values(label, path, wanted, start, stop, optional)
         return
     with reading(label):
@@ -169,13 +169,13 @@ def _json_values(
 ) -> Iterator[Any]:
     names = (*wanted, *optional)
     missing, seen = set(wanted), dict[str, None]()
-    for row in jsonlines.rows(label, path, start, stop):
+    for row in json_lines.rows(label, path, start, stop):
         if missing:
             missing.difference_update(row)
             seen |= dict.fromkeys(row)
         yield row.get(names[0]) if len(names) == 1 else tuple(map(row.get, names))
     if missing:  # a range of a file may have nulls alone, which need not be written
-        found = list(seen) if stop is None else jsonlines.columns(label, path, wanted)
+        found = list(seen) if stop is None else json_lines.columns(label, path, wanted)
         check_columns(label, found, wanted)
 
 
@@ -239,8 +239,8 @@ def _is_json(path: str) -> bool:
 
 
 def _count(label: str, path: str) -> int:
-    if _is_json(path) and not jsonlines.is_list(path):
-        return jsonlines.count(path)
+    if _is_json(path) and not json_lines.is_list(path):
+        return json_lines.count(path)
     return len(_open(label, path, streaming=False))
 
 

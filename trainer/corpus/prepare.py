@@ -32,14 +32,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.storage import Store
-from trainer.corpus import pack, sources, tables
+from trainer.corpus import arrow, sources
+from trainer.corpus import packing as pack
 from trainer.corpus import tokenizer as tokenizers_
-from trainer.corpus.chat import chat_faults
-from trainer.corpus.corpus import FORMAT, MANIFEST, PARTS, TOKENIZER, TRAIN_SEQUENCES
-from trainer.corpus.given import settings
-from trainer.corpus.parts import Documents, merge, read_in_order, read_rows, scan
+from trainer.corpus.chat_template import chat_faults
+from trainer.corpus.corpus import FORMAT, MANIFEST, PARTS, TOKENIZER, TRAIN_SEQUENCES, settings
 from trainer.corpus.sources import Document, Shard
-from trainer.spec import DataSpec, TokenizerSpec
+from trainer.corpus.splits import Documents, merge, read_in_order, read_rows, scan
+from trainer.spec.sections import DataSpec, TokenizerSpec
 
 Each = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
 
@@ -110,13 +110,13 @@ def prepare(
             found = held_out.select_and_report(tokenizer)
         store.upload_folder(folder, TOKENIZER)
 
-    files: dict[str, list[tables.FileInfo]] = {}
+    files: dict[str, list[arrow.FileInfo]] = {}
     train = _Train(data, shards, documents, store, each, found)
     files["train"], cut, whole = train.write(identity.get(TRAIN_SEQUENCES))
     if not files["train"]:
         raise too_small(data, f"all {len(documents)} documents are in select and report")
     for name, (packed, origin) in found.parts.items():
-        files[name] = [tables.write(store, f"{name}-00000.arrow", packed, origin)]
+        files[name] = [arrow.write(store, f"{name}-00000.arrow", packed, origin)]
         cut += packed.cut
     manifest = _manifest(data, tokenizer, identity, shards, documents, cut, files, whole)
     store.write_json(MANIFEST, manifest)
@@ -143,7 +143,7 @@ def write_train(
     store: Store,
     length: int,
     packing: pack.Packing,
-) -> tuple[tables.FileInfo | None, int]:
+) -> tuple[arrow.FileInfo | None, int]:
     """Tokenise and pack documents `rows` of a shard, in that order, and publish them; a task.
 
     None when no sequence has a position to learn from; and how many conversations were cut.
@@ -154,7 +154,7 @@ def write_train(
     if len(packed) == 0:
         return None, packed.cut
     origin = np.full(len(packed), shard.source, dtype=np.int16)
-    return tables.write(store, name, packed, origin), packed.cut
+    return arrow.write(store, name, packed, origin), packed.cut
 
 
 def too_small(data: DataSpec, found: str) -> ValueError:
@@ -192,7 +192,7 @@ class _Train:
     each: Each
     held_out: _Parts
 
-    def write(self, wanted: int | None) -> tuple[list[tables.FileInfo], int, bool]:
+    def write(self, wanted: int | None) -> tuple[list[arrow.FileInfo], int, bool]:
         """The files of at least `wanted` sequences, as far as there are so many; how many
         conversations were cut; whether all documents are in them. None: all documents.
 
@@ -217,7 +217,7 @@ class _Train:
                 self.store.delete(file.name)
             size = max(size, float(sizes[count - 1])) * min(wanted / max(found, 1), 2.0)
 
-    def _write(self, name: str, stop: int | None = None) -> tuple[list[tables.FileInfo], int]:
+    def _write(self, name: str, stop: int | None = None) -> tuple[list[arrow.FileInfo], int]:
         """Files of the documents before `stop`, in the order of their hashes; or of all, as the
         sources have them."""
         data = self.data
@@ -335,7 +335,7 @@ def _manifest(
     shards: list[Shard],
     documents: Documents,
     cut: int,
-    files: dict[str, list[tables.FileInfo]],
+    files: dict[str, list[arrow.FileInfo]],
     whole: bool,
 ) -> dict[str, Any]:
     import tokenizers

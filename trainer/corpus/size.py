@@ -9,12 +9,12 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from trainer.corpus.chat import chat_faults
-from trainer.corpus.parts import TOKEN_BYTES, measure
+from trainer.corpus.chat_template import chat_faults
 from trainer.corpus.prepare import resolve_all, too_small
 from trainer.corpus.sources import WHOLE, Shard, read_documents
+from trainer.corpus.splits import TOKEN_BYTES, measure
 from trainer.corpus.tokenizer import encode
-from trainer.spec import DataSpec, TokenizerSpec
+from trainer.spec.sections import DataSpec, TokenizerSpec
 
 SAMPLE_DOCUMENTS = 100  # of each source, to measure tokens per byte
 MARGIN = 1.5  # the other documents may be denser than the sample

@@ -6,7 +6,8 @@ many tasks, gets the same result. Everything but the built-in prose and JSON is 
 by Hugging Face `datasets`.
 
 A .txt file is one document (`sample_by="document"`); in the other formats a row is a document:
-a text, token ids, or a row of which the assistant's words are learnt (`trainer.corpus.rows`).
+a text, token ids, or a row of which the assistant's words are learnt
+(`trainer.corpus.conversations`).
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainer.corpus import files, hub, pythondocs
-from trainer.corpus.rows import COMPLETION, PROMPT, Row, conversation, prompt_completion
-from trainer.spec import SourceSpec
+from trainer.corpus import files, hub, python_docs
+from trainer.corpus.conversations import COMPLETION, PROMPT, Row, conversation, prompt_completion
+from trainer.spec.sections import SourceSpec
 
 BUILTIN = "builtin:python-docs"
 TOOLS = "tools"  # the column of what the assistant of a conversation may call
-WHOLE = ("messages", "prompt_completion")  # formats whose rows are `trainer.corpus.rows`
+WHOLE = ("messages", "prompt_completion")  # formats whose rows are `trainer.corpus.conversations`
 RENDERING = 2  # raised when rows with messages, or prompts, become other tokens or labels
 
 Document = str | list[int] | Row
@@ -83,8 +84,8 @@ def resolve(source: SourceSpec, index: int) -> list[Shard]:
             raise ValueError(f"{key}: {BUILTIN} has format: text and column: text only")
         return [
             Shard(**common, number=number, kind="python-docs", path=BUILTIN,
-                  start=start, stop=stop, fingerprint=pythondocs.version())
-            for number, (start, stop) in enumerate(pythondocs.ranges())
+                  start=start, stop=stop, fingerprint=python_docs.version())
+            for number, (start, stop) in enumerate(python_docs.ranges())
         ]  # fmt: skip
     if files.is_local(source.source):
         pieces = files.pieces(key, source.source, columns)
@@ -109,13 +110,13 @@ def read_documents(shard: Shard) -> Iterator[Document]:
         RuntimeError: the data is not what it was when the shards were made.
     """
     if shard.kind == "python-docs":
-        if shard.fingerprint != pythondocs.version():
+        if shard.fingerprint != python_docs.version():
             raise RuntimeError(
                 f"{shard.label}: made with Python {shard.fingerprint}, this worker runs "
-                f"{pythondocs.version()}; use one Python on all nodes"
+                f"{python_docs.version()}; use one Python on all nodes"
             )
         assert shard.stop is not None
-        yield from pythondocs.documents(shard.start, shard.stop)
+        yield from python_docs.documents(shard.start, shard.stop)
         return
     check = _CHECKS[shard.format]
     if shard.format not in WHOLE:
@@ -162,7 +163,7 @@ def fingerprint(source: SourceSpec, index: int = 0) -> dict[str, str | int]:
     if source.format in WHOLE:
         shared["rendering"] = RENDERING
     if source.source.startswith("builtin:"):
-        return {**shared, "source": source.source, **pythondocs.fingerprint()}
+        return {**shared, "source": source.source, **python_docs.fingerprint()}
     if files.is_local(source.source):
         return {**shared, **files.fingerprint(key, source.source)}
     return {**shared, **hub.fingerprint(key, source.source, source.name, source.split)}

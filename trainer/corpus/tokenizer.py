@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.corpus import pack, sources
-from trainer.corpus.chat import Chat
+from trainer.corpus import packing, sources
+from trainer.corpus.chat_template import Chat
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -141,7 +141,7 @@ def check_same_vocabulary(
 
 def encode(
     tokenizer: Any, documents: Sequence[sources.Document], label: str
-) -> list[pack.Document]:
+) -> list[packing.Document]:
     """Token ids of documents, each ended by the end-of-text token; see `chat` for conversations.
 
     Text gets the tokens that the tokenizer itself puts around it (a model that begins every text
@@ -154,7 +154,7 @@ def encode(
     eos, size = int(tokenizer.eos_token_id), vocabulary_size(tokenizer)
     backend = tokenizer.backend_tokenizer
     chat = Chat(tokenizer)
-    result: list[pack.Document] = []
+    result: list[packing.Document] = []
     for start in range(0, len(documents), BATCH_DOCUMENTS):
         batch = documents[start : start + BATCH_DOCUMENTS]
         texts = [document for document in batch if isinstance(document, str)]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trainer.logits.codebook import Codebook, check_coding
 from trainer.logits.codec import events_of
-from trainer.logits.model import (
+from trainer.logits.contexts import (
     CENTROIDS,
     CONTEXTS,
     COUNT,

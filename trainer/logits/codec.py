@@ -1,10 +1,10 @@
 """One sequence's teacher records as bytes, and back. Pure functions on arrays; no Python per row.
 
 Layout (little-endian): a head (version, method, width of the widest row, positions), then one bit
-stream over all rows in 32-bit words, as `trainer.logits.model` describes it, coded by the cache's
-codebook. Records for evaluation end with their tails, entropies and true log-probabilities as
-float32. Checksums are the store's business; still, arbitrary bytes raise ValueError or give wrong
-records, and never read or write outside of their arrays.
+stream over all rows in 32-bit words, as `trainer.logits.contexts` describes it, coded by the
+cache's codebook. Records for evaluation end with their tails, entropies and true log-probabilities
+as float32. Checksums are the store's business; still, arbitrary bytes raise ValueError or give
+wrong records, and never read or write outside of their arrays.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.logits.codebook import Codebook
-from trainer.logits.model import STATE_OF
+from trainer.logits.contexts import STATE_OF
+from trainer.logits.decoder import exact_arrays, sample_arrays, topk_arrays
+from trainer.logits.encoder import exact_rows, sample_rows, topk_rows
 from trainer.logits.rans import pack
 from trainer.logits.records import VERSION, Coding, Draws, Records
-from trainer.logits.rows import exact_arrays, sample_arrays, topk_arrays
-from trainer.logits.symbols import exact_rows, sample_rows, topk_rows
 
 _HEAD = struct.Struct("<BBHI")  # version, method, width, positions
 _METHODS = {"topk": 0, "sample": 1, "exact": 2}
@@ -46,7 +46,7 @@ def others(coding: Coding) -> list[int]:
 
 
 def events_of(item: Records | Draws, book: Codebook) -> tuple[NDArray[np.uint64], int, bool]:
-    """The rows as events of `trainer.logits.symbols`, the ids of the widest row, and whether all
+    """The rows as events of `trainer.logits.encoder`, the ids of the widest row, and whether all
     rows have all ids, so that their numbers are not told.
 
     Raises ValueError for wrong ids or NaN.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.logits.model import inline, jit
+from trainer.logits.contexts import inline, jit
 
 PRECISION = 11
 SYMBOLS = 128
@@ -96,7 +96,7 @@ def _put_plain(state, words, at, value, bits):  # type: ignore[no-untyped-def]
 
 @jit
 def pack(events, state_of, bases, codes, words):  # type: ignore[no-untyped-def]
-    """Codes events (see `trainer.logits.symbols`); returns the lowest word used.
+    """Codes events (see `trainer.logits.encoder`); returns the lowest word used.
 
     state_of: uint8 [contexts], the state (0 or 1) of each context's symbols; bits without a symbol
     belong to the first. bases: uint64 [contexts], where the table of each starts in `codes`, of

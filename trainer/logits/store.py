@@ -24,8 +24,8 @@ from typing import Any
 
 from cluster.storage import Store
 from trainer.fingerprint import fingerprint
-from trainer.logits.codebook import Codebook
-from trainer.logits.codebook_file import (
+from trainer.logits.codebook import (
+    Codebook,
     codebook_path,
     family_of,
     pack_codebook,

@@ -9,11 +9,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from threading import Event, Thread
 from typing import Any
 
-from trainer.responses.client import Client, Reply, Unanswered
-from trainer.responses.limits import too_many
+from trainer.responses.client import Client, Reply, Unanswered, too_many
 from trainer.responses.prompts import Prompt, read_prompts
 from trainer.responses.store import Answer, AnswerStore
-from trainer.spec import AnswersEndpoint, DataSpec, ResponsesSpec
+from trainer.spec.sections import AnswersEndpoint, DataSpec, ResponsesSpec
 from trainer.worker import Hooks, Stopped
 
 # Answers are published at least so often, and progress is told at most so often, in seconds.

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.fingerprint import flatten
-from trainer.models import hash_files
+from trainer.models.load import hash_files
 from trainer.responses.store import FORMAT
-from trainer.spec import AnswersEndpoint, AnswersFile, DataSpec, ResponsesSpec
+from trainer.spec.sections import AnswersEndpoint, AnswersFile, DataSpec, ResponsesSpec
 
 # Keys of `responses` that decide a generated answer.
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "samples", "seed")

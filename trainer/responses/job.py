@@ -16,7 +16,8 @@ import torch
 
 from cluster.storage import Store
 from trainer.corpus.tokenizer import load_tokenizer, vocabulary_size
-from trainer.models import count_parameters, find_model, max_length, meta_model, read_config
+from trainer.models.load import count_parameters, find_model, max_length, meta_model, read_config
+from trainer.responses.client import FAILING, too_many
 from trainer.responses.generate import (
     Settings,
     TeacherWithAnswers,
@@ -26,14 +27,13 @@ from trainer.responses.generate import (
     make_settings,
     prompt_ids,
 )
-from trainer.responses.limits import FAILING, too_many
 from trainer.responses.prompts import Prompt, read_prompts
 from trainer.responses.store import Answer, AnswerStore
-from trainer.spec import DataSpec, ResponsesSpec, TeacherSpec
-from trainer.teacher.draws import stream
-from trainer.teacher.engine import Teacher, load_teacher
+from trainer.spec.sections import DataSpec, ResponsesSpec, TeacherSpec
 from trainer.teacher.placement import groups_for, memory_of
-from trainer.teacher.zero import largest_layer
+from trainer.teacher.sampling import stream
+from trainer.teacher.sharded import largest_layer
+from trainer.teacher.teacher import Teacher, load_teacher
 from trainer.worker import Stopped, Worker, torch_dtype
 
 # Progress is told at most so often.

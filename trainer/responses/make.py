@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.storage import Store
-from trainer.auto import BATCH_TOKENS
 from trainer.fingerprint import fingerprint
+from trainer.resolve_auto import BATCH_TOKENS
 from trainer.responses.store import FILES, AnswerStore
-from trainer.spec import AnswersFile, DataSpec, ResponsesSpec, SourceSpec
+from trainer.spec.sections import AnswersFile, DataSpec, ResponsesSpec, SourceSpec
 
 if TYPE_CHECKING:
     from trainer.worker import Hooks
+
 
 RESPONSES = "_responses"
 Each = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
@@ -67,7 +68,7 @@ def collect(spec: Any, answers: AnswerStore, hooks: Hooks) -> dict[str, Any]:
     """
     responses: ResponsesSpec = spec.responses
     if isinstance(responses.origin, AnswersFile):
-        from trainer.responses.given import copy_file
+        from trainer.responses.answers_file import copy_file
 
         return copy_file(responses.origin, answers)
     from trainer.responses.ask import ask_all

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.corpus import sources
-from trainer.corpus.rows import Conversation, prompt_completion
-from trainer.spec import DataSpec, SourceSpec
+from trainer.corpus.conversations import Conversation, prompt_completion
+from trainer.spec.sections import DataSpec, SourceSpec
 
 Message = dict[str, str]
 # The column that holds a source's prompts, where the source names none.

@@ -38,12 +38,11 @@ from trainer.corpus.prepare import prepare
 from trainer.corpus.tokenizer import load_tokenizer
 from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import encode
-from trainer.logits.coding import coding_of
 from trainer.logits.reader import CacheReader
-from trainer.logits.records import Draws, Records
+from trainer.logits.records import Draws, Records, coding_of
 from trainer.logits.store import open_cache, publish_codebook, write_shard
-from trainer.teacher import wanted
-from trainer.teacher.draws import BLOCK, draw, stream, uniforms
+from trainer.teacher.job import wanted
+from trainer.teacher.sampling import BLOCK, draw, stream, uniforms
 
 METHODS = {
     "topk": {"method": "topk", "k": 12, "temperatures": [2.0, 1.0]},
@@ -288,7 +287,7 @@ def test_a_teacher_too_large_for_this_machine_is_refused_in_a_line(
     fill(find(spec, [], "./runs"))
     size = 2 * load_plain(world[1]).num_parameters()
     for free, code in ((size, 2), (2 * size, 0)):
-        monkeypatch.setattr("trainer.logits.rerun._free", lambda device, free=free: float(free))
+        monkeypatch.setattr("trainer.verify.rerun._free", lambda device, free=free: float(free))
         capsys.readouterr()
         assert main(["cache", "verify", spec, "--json"]) == code
         out, err = capsys.readouterr()

@@ -11,8 +11,8 @@ from jobs.remote.portable import portable
 from jobs.spec import JobSpec
 from tests.fixtures import small_job
 from tests.fixtures.corpora import LENGTH, make_corpus, save_model, write_texts
-from trainer.dtypes import recorded_dtypes
 from trainer.processor import cpu_dtype
+from trainer.resolve_auto import recorded_dtypes
 
 SECTIONS = ("teacher", "distill", "sweep")
 
@@ -21,7 +21,7 @@ SECTIONS = ("teacher", "distill", "sweep")
 def spec(tmp_path: Path) -> JobSpec:
     """A job with every dtype auto and a teacher that is there."""
     from cluster.storage import open_store
-    from trainer.spec import DataSpec
+    from trainer.spec.sections import DataSpec
 
     data = {"train": [{"source": write_texts(tmp_path / "texts")}], "sequence_length": LENGTH}
     held = {"select_sequences": 4, "report_sequences": 4}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jobs.errors import SpecErrors
 from jobs.load import dump_spec, find_spec, load_spec, recipes
 from jobs.schema import json_schema, spec_of
-from trainer.yamlfile import as_yaml, parse
+from trainer.spec.yaml import as_yaml, parse
 
 GOOD = """\
 name: a-run

@@ -17,14 +17,14 @@ from jobs.stages.base import Context
 from jobs.todo import Plan
 from tests.fixtures import small_job
 from tests.fixtures.corpora import save_model
-from trainer.auto import resolve
 from trainer.corpus.corpus import is_complete
 from trainer.corpus.prepare import serial
 from trainer.corpus.tokenizer import train_tokenizer
-from trainer.job import find_corpus
+from trainer.resolve_auto import resolve
 from trainer.responses.make import open_answers
 from trainer.responses.prompts import read_prompts
 from trainer.responses.store import Answer, AnswerStore
+from trainer.stage_inputs import find_corpus
 
 
 class Quiet:

@@ -34,15 +34,14 @@ from tests.fixtures.corpora import (
     write_texts,
 )
 from trainer.corpus.corpus import Batch, Corpus, open_corpus
+from trainer.corpus.schedule import make_schedule
 from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import encode
-from trainer.logits.coding import coding_of
 from trainer.logits.reader import CacheReader
-from trainer.logits.records import Draws
+from trainer.logits.records import Draws, coding_of
 from trainer.logits.store import publish_codebook, write_shard
-from trainer.lossspec import LossesSpec
-from trainer.schedule import make_schedule
-from trainer.spec import CacheSpec, DataSpec, DistillSpec
+from trainer.spec.losses import LossesSpec
+from trainer.spec.sections import CacheSpec, DataSpec, DistillSpec
 
 # A training that reads the whole train part, and one that reads six sequences of it.
 ALL = DistillSpec(steps=100, tokens_per_step=64 * LENGTH, learning_rate=1e-3)

@@ -12,9 +12,14 @@ from cluster.storage import Store, open_store
 from jobs.inputs import Inputs
 from jobs.schema import spec_of
 from jobs.spec import JobSpec
-from trainer.auto import resolve
-from trainer.job import train_sequences, training_folders, unfinished_faults, unfinished_trainings
 from trainer.processor import DtypeName
+from trainer.resolve_auto import resolve
+from trainer.stage_inputs import (
+    train_sequences,
+    training_folders,
+    unfinished_faults,
+    unfinished_trainings,
+)
 from trainer.tasks import make_capture, make_trainings
 
 

@@ -21,8 +21,8 @@ from quant.quant_spec import QuantSpec
 from quant.spec import Task
 from tests.fixtures import small_job
 from tests.fixtures.corpora import save_model
-from trainer.auto import resolve
 from trainer.corpus.tokenizer import train_tokenizer
+from trainer.resolve_auto import resolve
 
 OUTPUTS: dict[str, dict[str, Any]] = {
     "prepare": {"corpus": "one"},

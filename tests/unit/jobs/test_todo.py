@@ -18,16 +18,15 @@ from jobs.stages.capture import count_lacking
 from jobs.todo import Plan
 from tests.fixtures import small_job
 from tests.fixtures.corpora import save_model, write_texts
-from trainer.auto import resolve
 from trainer.corpus.corpus import open_corpus
 from trainer.corpus.prepare import prepare
 from trainer.corpus.tokenizer import load_tokenizer, train_tokenizer
-from trainer.job import training_folders
 from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import encode
-from trainer.logits.coding import coding_of
-from trainer.logits.records import Draws, Records
+from trainer.logits.records import Draws, Records, coding_of
 from trainer.logits.store import open_cache, publish_codebook, write_shard
+from trainer.resolve_auto import resolve
+from trainer.stage_inputs import training_folders
 from trainer.tasks import make_capture
 from trainer.teacher.job import wanted
 

@@ -234,7 +234,7 @@ def test_a_tied_weight_answers_to_both_names():
             {"*.attention.*": FOUR},
             ["layers['*.attention.*']: matches no layer; there are for example"],
         ),
-        ({"lm_head": FOUR}, ["lm_head is not quantized (head=False); may be None"]),
+        ({"lm_head": FOUR}, ["lm_head is not quantized (head=False); may only be left so"]),
         ({"*": 4}, ["layers['*']: is 4; may be a QuantSpec, or None"]),
         ({3: None}, ["layers[3]: is None"]),
         ({"*.down_proj": QuantSpec(4, 48)}, ["group_size 48 does not do", "down_proj", "128"]),
@@ -247,7 +247,9 @@ def test_wrong_entries_of_layers(layers, words):
 
 def test_experts_get_no_spec_of_their_own():
     line = refusal(tiny("mixtral", "meta"), FOUR, {"*.experts": QuantSpec(2, 32)})
-    assert "experts.gate_up_proj is not quantized (cannot be quantized); may be None" in line
+    assert (
+        "experts.gate_up_proj is not quantized (cannot be quantized); may only be left so" in line
+    )
 
 
 # -- group sizes -------------------------------------------------------------------------------

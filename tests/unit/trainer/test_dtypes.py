@@ -8,9 +8,8 @@ import yaml
 from cluster.storage import EventWriter, open_store
 from jobs.spec import JobSpec
 from tests.fixtures import small_job
-from trainer.auto import resolve
-from trainer.dtypes import recorded_dtypes, undecided_dtypes, with_auto, with_dtypes
 from trainer.processor import cpu_dtype
+from trainer.resolve_auto import recorded_dtypes, resolve, undecided_dtypes, with_auto, with_dtypes
 
 
 @pytest.fixture

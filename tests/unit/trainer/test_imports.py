@@ -25,7 +25,7 @@ def test_hqq_by_itself_imports_the_compiler() -> None:
 def test_the_compiler_is_not_imported() -> None:
     muon = "deepspeed.runtime.zero.muon.original_muon"  # which every engine of DeepSpeed imports
     found = modules_after(
-        f"import quant.evaluation.cell, trainer.loop, transformers.cache_utils, {muon}"
+        f"import quant.evaluation.cell, trainer.training.loop, transformers.cache_utils, {muon}"
     )
     assert "hqq.core.quantize" in found, "transformers imports it where it is installed"
     assert COMPILER not in found

@@ -20,7 +20,7 @@ from jobs.manifests.options import (
     read_secrets,
     read_volumes,
 )
-from trainer.rules import NAME
+from trainer.spec.rules import NAME
 
 RUN_NAMES = st.from_regex(NAME, fullmatch=True)
 

@@ -262,7 +262,7 @@ def test_the_kernels_are_those_of_the_whole_model(folder: Path) -> None:
     ("place", "command"),
     [
         ("quant.quantize.quantize_weight", "quantize model --bits 4 --group-size 32 --out new"),
-        ("trainer.models.load_model", "quantize model --bits 4 --group-size 32 --out new"),
+        ("trainer.models.load.load_model", "quantize model --bits 4 --group-size 32 --out new"),
         ("quant.quantize.quantize_weight", "generate model --bits 4 --group-size 32 --prompt a"),
         ("transformers.LlamaForCausalLM.forward", "generate model --prompt a"),
     ],

@@ -16,8 +16,8 @@ from jobs.plan.place import named_place
 from jobs.plan.record import record
 from jobs.schema import spec_of
 from tests.fixtures.forecast_models import plan_of, spec_data
-from trainer.corpus.given import settings
-from trainer.models import tokenizer_identity
+from trainer.corpus.corpus import settings
+from trainer.models.load import tokenizer_identity
 
 READ = 1000 * 1048576
 

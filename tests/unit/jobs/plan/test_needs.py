@@ -107,8 +107,8 @@ def test_what_makes_training_smaller(tmp_path) -> None:
 def test_adapters_are_counted_as_peft_makes_them() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from trainer.spec import LoraSpec
-    from trainer.student.lora import add_adapters
+    from trainer.models.lora import add_adapters
+    from trainer.spec.sections import LoraSpec
 
     for targets in ("auto", ["q_proj", "down_proj"]):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL))
@@ -121,16 +121,23 @@ def test_sizes_are_those_of_the_code_that_works_with_them() -> None:
     """Copied here, as a plan must not wait for torch."""
     from jobs.cells import needs as cells
     from jobs.plan import needs
-    from trainer import evaluation, feed, fused
-    from trainer.teacher import compress, zero
+    from trainer.losses import fused_linear
+    from trainer.teacher import forward, sharded
+    from trainer.training import evaluation, loader
 
-    assert (training.CPU_CHUNK, training.GPU_CHUNK) == (fused.CPU_CHUNK, fused.GPU_CHUNK)
-    assert (training.CPU_STRIP, training.GPU_STRIP) == (fused.CPU_STRIP, fused.GPU_STRIP)
-    assert (needs.CPU_STRIP, needs.GPU_STRIP) == (compress.CPU_STRIP, compress.GPU_STRIP)
-    assert (training.AHEAD_BYTES, training.AHEAD_STEPS) == (feed.AHEAD_BYTES, feed.AHEAD_STEPS)
+    assert (training.CPU_CHUNK, training.GPU_CHUNK) == (
+        fused_linear.CPU_CHUNK,
+        fused_linear.GPU_CHUNK,
+    )
+    assert (training.CPU_STRIP, training.GPU_STRIP) == (
+        fused_linear.CPU_STRIP,
+        fused_linear.GPU_STRIP,
+    )
+    assert (needs.CPU_STRIP, needs.GPU_STRIP) == (forward.CPU_STRIP, forward.GPU_STRIP)
+    assert (training.AHEAD_BYTES, training.AHEAD_STEPS) == (loader.AHEAD_BYTES, loader.AHEAD_STEPS)
     assert training.KEPT_BYTES == evaluation.KEPT_BYTES
-    assert needs.CHUNK_TOKENS == compress.CHUNK_TOKENS
-    assert (needs.PREFETCH, needs.GPU_WEIGHTS) == (zero.PREFETCH, cells.GPU_WEIGHTS)
+    assert needs.CHUNK_TOKENS == forward.CHUNK_TOKENS
+    assert (needs.PREFETCH, needs.GPU_WEIGHTS) == (sharded.PREFETCH, cells.GPU_WEIGHTS)
 
 
 def test_workers_fill_one_node_after_the_other() -> None:

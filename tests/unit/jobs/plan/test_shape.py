@@ -9,7 +9,7 @@ import pytest
 
 from jobs.plan.families import FAMILIES
 from jobs.plan.shape import shape_of
-from trainer.student.families import TEACHERS
+from trainer.models.families import TEACHERS
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -67,7 +67,7 @@ def test_other_families_are_counted_from_the_model() -> None:
 
 
 def test_no_model_is_built_for_a_common_family(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "trainer.models", None)
+    monkeypatch.setitem(sys.modules, "trainer.models.load", None)
     llama = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
     heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}
     found = shape_of({"model_type": "llama", **llama, **heads})
@@ -114,7 +114,7 @@ def build(kind: str, **sizes: Any) -> tuple[Any, Any]:
 
 
 def assert_same(found: Any, model: Any, config: Any) -> None:
-    from trainer.teacher.zero import largest_layer
+    from trainer.teacher.sharded import largest_layer
 
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.largest == largest_layer(model)

@@ -7,8 +7,8 @@ import os
 import pytest
 
 from jobs.plan.training import states
-from trainer.engineconfig import training_config
-from trainer.spec import DistillSpec
+from trainer.spec.sections import DistillSpec
+from trainer.training.engine import training_config
 
 PARAMETERS, LARGEST = 8_030_261_248, 525_340_672  # Llama 3 8B; its embeddings with the last norm
 GIB = 1 << 30

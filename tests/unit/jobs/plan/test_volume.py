@@ -9,7 +9,7 @@ import pytest
 
 from jobs.plan.volume import cache_bytes, place_bits
 from tests.bench.figures import results_by_kind
-from trainer.spec import CacheSpec
+from trainer.spec.sections import CacheSpec
 
 MEASURED = results_by_kind("cache")["avx512_bf16"]  # bytes do not depend on the processor
 WAYS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ def test_a_captured_cache_takes_what_was_foretold(way, tmp_path) -> None:
     from cluster.storage import open_store
     from trainer.logits.codebook_fit import fit_codebook
     from trainer.logits.codec import encode
-    from trainer.logits.coding import coding_of
+    from trainer.logits.records import coding_of
     from trainer.logits.store import open_cache, publish_codebook, write_shard
 
     vocab, length, sequences = 32000, 256, 6

@@ -17,7 +17,7 @@ from jobs.remote.portable import portable
 from tests.fixtures import small_job
 from trainer.corpus.prepare import prepare
 from trainer.fingerprint import fingerprint
-from trainer.job import identities
+from trainer.stage_inputs import identities
 
 
 def job(folder: Path, **changes: Any) -> Job:

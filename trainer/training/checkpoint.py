@@ -1,0 +1,280 @@
+"""Checkpoints of a DeepSpeed engine on any storage, whole or not there.
+
+    checkpoints/<name>/inputs.json                       what the training was made from
+    checkpoints/<name>/<step>-<attempt>-<token>/...      what the ranks saved
+    checkpoints/<name>/<step>-<attempt>-<token>.json     written last: world, stage, file hashes
+
+The token is of one group of ranks: a group that is started again within an attempt, for a node was
+lost, must not write where ranks of that node still do. Every rank saves into a temporary folder of
+its own and uploads what it wrote (`saver`); a checkpoint exists once its JSON does. DeepSpeed reads
+its files with pickle, so only files whose hashes the JSON holds are loaded, from the run's own
+folder. Another number of ranks loads them through a universal checkpoint
+(trainer/training/universal.py).
+
+Folders on this machine's disk for the time being, which outlive no process for long.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.storage import Store
+from trainer.training import universal
+from trainer.training.checkpoint_names import records
+from trainer.worker import Worker
+
+_PREFIX = "stillhouse-state-"
+# Younger ones may not be locked yet.
+_YOUNG_S = 60.0
+
+
+class Scratch:
+    """A new folder below the system's temporary one (TMPDIR); `close` removes it.
+
+    A killed process leaves its folder behind, and one with a checkpoint in it is large: whoever
+    makes the next removes those whose lock nobody holds any more.
+    """
+
+    def __init__(self) -> None:
+        _sweep(Path(tempfile.gettempdir()))
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._lock = os.open(self.path, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        """Removes it; a second time does nothing."""
+        lock, self._lock = self._lock, -1  # first: another thread may close it as well
+        if lock >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(lock)
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _sweep(parent: Path) -> None:
+    for path in parent.glob(f"{_PREFIX}*"):
+        try:
+            lock = os.open(path, os.O_RDONLY)
+        except OSError:  # removed by now, or another user's
+            continue
+        try:
+            if time.time() - os.fstat(lock).st_mtime > _YOUNG_S:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError:  # in use
+            pass
+        finally:
+            os.close(lock)
+
+
+# The folder in a checkpoint that DeepSpeed reads and writes.
+TAG = "state"
+# Files of one rank; what has no such name is read by all.
+_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
+
+
+class CheckpointMisfit(ValueError):
+    """A checkpoint that cannot be loaded as things are."""
+
+
+class CheckpointFailed(OSError):
+    """A checkpoint that could not be saved."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: where it is and what it says of itself.
+
+    folder: its name. step: steps that are done in it. world: ranks that wrote it. files: hash of
+    each file, by path below the folder. state: what `Saver.begin` was given.
+    """
+
+    folder: str
+    step: int
+    world: int
+    zero_stage: int
+    files: dict[str, str]
+    state: dict[str, Any]
+
+
+def find_latest(store: Store) -> Checkpoint | None:
+    """The complete checkpoint of the highest step (then attempt) in `store`, if any.
+
+    Raises CheckpointMisfit, naming the file, if what it says of itself cannot be read.
+    """
+    names = records(store.list(""))
+    if not names:
+        return None
+    name = names[-1]
+    try:
+        data = store.read_json(name)
+        wanted = {field.name for field in fields(Checkpoint)} - {"folder"}
+        if not isinstance(data, dict) or set(data) != wanted:
+            raise ValueError(f"{store.path(name)}: must hold {', '.join(sorted(wanted))}")
+    except ValueError as error:
+        raise CheckpointMisfit(f"{error}; {_before(store, name)}") from error
+    return Checkpoint(folder=name.removesuffix(".json"), **data)
+
+
+def newest(store: Store, worker: Worker) -> Checkpoint | None:
+    """What `find_latest` finds on rank 0, on every rank, or raised there; collective."""
+    found, fault = None, None
+    if worker.is_main:
+        try:
+            found = find_latest(store)
+        except CheckpointMisfit as error:
+            fault = str(error)
+    found, fault = worker.share((found, fault))
+    if fault is not None:
+        raise CheckpointMisfit(fault)
+    return found
+
+
+def load(
+    engine: Any, store: Store, checkpoint: Checkpoint, worker: Worker, patient: Any = None
+) -> None:
+    """Puts a fresh engine into the checkpoint's state, on any number of ranks; collective.
+
+    patient: a `Worker.patient_group`, in which ranks wait for each other's downloads.
+    Raises CheckpointMisfit, on all ranks, for a file that is missing or damaged, for another ZeRO
+    stage, and for what DeepSpeed cannot load.
+    """
+    path = store.path(checkpoint.folder)
+    stage = engine.zero_optimization_stage()
+    if checkpoint.zero_stage != stage:
+        raise CheckpointMisfit(
+            f"{path}: was written with distill.zero_stage={checkpoint.zero_stage}, this run has "
+            f"{stage}; set it back, or start over with --redo distill"
+        )
+    if checkpoint.world == worker.world:
+        mine = [name for name in checkpoint.files if _rank_of(name) in (None, worker.rank)]
+        with Scratch() as folder:
+            fault = fetch(store, checkpoint, mine, folder)
+            worker.wait(patient)
+            _agree(worker, fault)
+            loaded, _ = engine.load_checkpoint(
+                str(folder),
+                tag=TAG,
+                load_module_strict=not has_frozen(engine.module),  # which were not saved
+            )
+        _agree(worker, None if loaded else f"{path}: DeepSpeed found nothing to load in it")
+        return
+    # One copy of the conversion per machine, made by its first rank.
+    node = next(ranks for ranks in worker.nodes() if worker.rank in ranks)
+    with Scratch() as folder:
+        fault = None
+        if worker.rank == node[0]:
+            fault = fetch(store, checkpoint, checkpoint.files, folder / "saved")
+            if fault is None:
+                fault = universal.convert(folder / "saved" / TAG, folder / "universal" / TAG)
+                fault = fault and f"{path}: {fault}; {ways_out(checkpoint)}"
+        worker.wait(patient)  # a conversion may take longer than ranks wait otherwise
+        _agree(worker, fault)
+        converted = worker.gather(str(folder / "universal"))[node[0]]
+        fault = universal.load(engine, converted, TAG)
+        _agree(worker, fault and f"{path}: {fault}; {ways_out(checkpoint)}")  # before it is removed
+
+
+def fetch(store: Store, checkpoint: Checkpoint, names: Iterable[str], target: Path) -> str | None:
+    """Puts files of a checkpoint below `target`; a fault, one line, or None.
+
+    As links where the storage is a local folder.
+    """
+    for name in names:
+        place, fault = target / name, ""
+        try:
+            bring(store, f"{checkpoint.folder}/{name}", place)
+        except FileNotFoundError:
+            fault = "missing"
+        else:
+            if hash_file(place) != checkpoint.files[name]:
+                place.unlink()  # nobody is to read it
+                fault = "damaged: its hash differs"
+        if fault:
+            path = store.path(checkpoint.folder, name)
+            return f"{path}: {fault}; {_before(store, f'{checkpoint.folder}.json')}"
+    return None
+
+
+def bring(store: Store, name: str, place: Path) -> None:
+    """Puts an object at `place`: a link to it where it is local, else a download.
+
+    Past the machine's cache of downloads, which only grows: a state is read once. Raises
+    FileNotFoundError.
+    """
+    source = store.local(name)
+    if source is not None and not source.is_file():
+        raise FileNotFoundError(source)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if source is not None:
+        place.symlink_to(source.absolute())
+    else:
+        store.download(name, place)
+
+
+def has_frozen(module: torch.nn.Module) -> bool:
+    """Whether some parameters are not trained."""
+    return any(not parameter.requires_grad for parameter in module.parameters())
+
+
+def ways_out(checkpoint: Checkpoint) -> str:
+    """What a user can do where another number of workers cannot load a checkpoint."""
+    return (
+        f"it was written by {checkpoint.world} workers: set resources.distill.workers="
+        f"{checkpoint.world}, or start over with --redo distill"
+    )
+
+
+def prune(store: Store, keep: int) -> None:
+    """Deletes all but the newest `keep` complete checkpoints, and what a kill left of others."""
+    there = store.list("")
+    complete = records(there)
+    kept = {name.removesuffix(".json") for name in (complete[-keep:] if keep else [])}
+    for name in complete:  # first: without its JSON a checkpoint is none
+        if name.removesuffix(".json") not in kept:
+            store.delete(name)
+    for name in there:
+        if not name.endswith(".json") and name not in kept and name[:8].isdigit():
+            store.delete(name, recursive=True)
+
+
+def hash_file(path: Path) -> str:
+    """blake2b-128 of a file's content, in hex."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _rank_of(name: str) -> int | None:
+    """The rank that alone needs a file, at the number of ranks that wrote it."""
+    found = _OF_RANK.search(name)
+    return None if found is None else int(found[1])
+
+
+def _before(store: Store, name: str) -> str:
+    return f"delete {store.path(name)} to continue from the checkpoint before it"
+
+
+def _agree(worker: Worker, fault: str | None) -> None:
+    """Raises the first rank's fault on all ranks; collective."""
+    for told in worker.gather(fault):
+        if told is not None:
+            raise CheckpointMisfit(told)
