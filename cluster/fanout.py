@@ -7,14 +7,12 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from cluster.flight import Flight
-from cluster.outcomes import Failure, Timing, of_ray, one_line, where
-from cluster.progress import TELL_S, Board, Progress
-from cluster.room import Need, Nodes
-from cluster.task import End, Start
-from cluster.waiting import Job, Waiting
+from cluster.failures import Failure, Timing, of_ray, one_line, where
+from cluster.kv import TELL_S, Board, Progress
+from cluster.resources import Nodes, ResourceRequest
+from cluster.task import End, Job, Start, TaskAttempt, Waiting
 
-__all__ = ["Cancelled", "Failure", "FanOut", "Need", "Progress", "Timing", "fan_out"]
+__all__ = ["Cancelled", "Failure", "FanOut", "ResourceRequest", "Progress", "Timing", "fan_out"]
 
 _POLL_S = 0.3
 # Where memory ran out by no fault of a task it rests before its second attempt, twice so long
@@ -43,7 +41,7 @@ class FanOut:
         self,
         function: Callable[..., Any],
         *,
-        need: Need,
+        need: ResourceRequest,
         retries: int = 3,
         in_flight: int | None = None,
         limit_s: float | None = None,
@@ -51,7 +49,7 @@ class FanOut:
         should_stop: Callable[[], bool] = lambda: False,
         on_start: Callable[[str, str], None] = lambda key, where: None,
         on_retry: Callable[[str, str, int], None] = lambda key, why, attempt: None,
-        on_wait: Callable[[Need, float], None] = lambda need, seconds: None,
+        on_wait: Callable[[ResourceRequest, float], None] = lambda need, seconds: None,
         on_progress: Callable[[str, Progress], None] | None = None,
     ) -> None:
         """need, limit_s: of tasks that are added without their own; limit_s in seconds of running.
@@ -64,7 +62,7 @@ class FanOut:
         number of the new attempt (the second is 2). on_wait(need, seconds) now and then while tasks
         are with Ray and none runs: what one of them needs, and for how long that has been so.
         on_progress(key, progress) when a running task has said how far it is, about once a second;
-        the function is then called with a `report` more, a `cluster.progress.Report`.
+        the function is then called with a `report` more, a `cluster.kv.Report`.
         """
         self._function, self._need, self._limit_s = function, need, limit_s
         self._retries, self._in_flight, self._patience_s = retries, in_flight, patience_s
@@ -76,7 +74,7 @@ class FanOut:
         self._nodes = Nodes()
         self._waiting = Waiting(self._lane)
         self._changes = 0  # of the nodes, that the lanes are made for
-        self._flying: dict[Any, Flight] = {}  # by stream
+        self._flying: dict[Any, TaskAttempt] = {}  # by stream
         self._slots: list[int] = []  # numbers that are free
         self._slots_made = 0
         self._resting: list[tuple[float, Job]] = []  # until when, monotonic
@@ -89,7 +87,7 @@ class FanOut:
         self,
         key: str,
         *arguments: Any,
-        need: Need | None = None,
+        need: ResourceRequest | None = None,
         after: Sequence[str] = (),
         priority: float = 0,
         limit_s: float | None = None,
@@ -186,21 +184,21 @@ class FanOut:
             self._slots.append(self._slots_made)
             self._slots_made += 1
         progress = None if self._on_progress is None else self._board.new_key()
-        flight = Flight.launch(self._function, job, self._slots.pop(), progress)
+        flight = TaskAttempt.launch(self._function, job, self._slots.pop(), progress)
         self._flying[flight.stream] = flight
 
-    def _remove(self, flight: Flight) -> None:
+    def _remove(self, flight: TaskAttempt) -> None:
         del self._flying[flight.stream]
         if flight.progress is not None:
             self._board.drop(flight.progress)
         if not flight.kills:  # a kill under way must not meet another task of its name
             self._slots.append(flight.slot)
 
-    def _lane(self, need: Need) -> Hashable:
+    def _lane(self, need: ResourceRequest) -> Hashable:
         """Tasks of equal lanes compete for the same nodes, and GPUs."""
         return need.gpus > 0, self._nodes.holders(need)
 
-    def _share(self, need: Need) -> float:
+    def _share(self, need: ResourceRequest) -> float:
         """The part of the cluster that a task takes; of a task that has no place now, 1."""
         return 1.0 / max(1, self._nodes.room(need))
 
@@ -220,7 +218,7 @@ class FanOut:
         for stream in ready:
             self._take(self._flying[stream])
 
-    def _take(self, flight: Flight) -> None:
+    def _take(self, flight: TaskAttempt) -> None:
         """The next word of a task."""
         import ray
 
@@ -239,7 +237,7 @@ class FanOut:
             else:
                 self._land(flight, word.value, word)
 
-    def _failed(self, flight: Flight, failure: Failure, mendable: bool) -> None:
+    def _failed(self, flight: TaskAttempt, failure: Failure, mendable: bool) -> None:
         """A task whose process did not answer: it runs again, or that is its end."""
         job = flight.job
         if failure.kind == "lost":
@@ -257,7 +255,7 @@ class FanOut:
         else:
             self._land(flight, failure)
 
-    def _land(self, flight: Flight, value: Any, end: End | None = None) -> None:
+    def _land(self, flight: TaskAttempt, value: Any, end: End | None = None) -> None:
         self._remove(flight)
         self._end(flight.job, value, flight.start, end)
 
@@ -346,7 +344,7 @@ def fan_out(
     in_flight: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_start: Callable[[str], None] = lambda key: None,
-    on_wait: Callable[[Need, float], None] = lambda need, seconds: None,
+    on_wait: Callable[[ResourceRequest, float], None] = lambda need, seconds: None,
 ) -> Iterator[tuple[str, Any]]:
     """Runs `function(*items[key])` as one Ray task per key; yields (key, result) as they end.
 
@@ -354,7 +352,7 @@ def fan_out(
     """
     pool = FanOut(
         function,
-        need=Need(cpus, gpus),
+        need=ResourceRequest(cpus, gpus),
         retries=retries,
         in_flight=in_flight,
         should_stop=should_stop,

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.package import check_size, checkout, ray_excludes, travelling
-from cluster.room import GPU_TYPE
+from cluster.resources import GPU_TYPE
+from cluster.working_dir import check_size, checkout, ray_excludes, travelling
 
 # After Ray's end its processes have so long to go by themselves.
 END_SECONDS = 10.0

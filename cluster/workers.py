@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.handover import Handover
-from cluster.losses import loss_callback
+from cluster.failures import failure_callback
+from cluster.kv import Handover
 from cluster.session import Cluster
 from cluster.spec import WorkerResources
 
@@ -160,7 +160,7 @@ class Launch:
                     # Ray Train's own book-keeping; the state of the job is on the run's storage.
                     storage_path=self._scratch.name,
                     failure_config=FailureConfig(max_failures=max_failures),
-                    callbacks=[loss_callback(on_loss)],
+                    callbacks=[failure_callback(on_loss)],
                 ),
             ).fit()
         except BaseException as error:  # handed to the waiting thread

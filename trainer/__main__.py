@@ -58,7 +58,7 @@ RANK_0_SECONDS = 5.0
 
 
 class TrainerSpec(Section):
-    """The sections of a spec that are read here; see `jobs.spec.JobSpec` for all."""
+    """The sections of a spec that are read here; see `jobs.spec.job.JobSpec` for all."""
 
     name: str = Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})
     seed: int = Field(17, ge=0, le=2**32 - 1)
@@ -118,10 +118,10 @@ def make_corpus(
 
     Raises ValueError for wrong sources, and `Stopped`.
     """
+    from cluster.storage.keys import fingerprint
     from trainer.corpus.corpus import is_complete
     from trainer.corpus.prepare import prepare
     from trainer.corpus.tokenizer import load_tokenizer
-    from trainer.fingerprint import fingerprint
     from trainer.responses.make import answered, on_answers
     from trainer.stage_inputs import corpus_of
     from trainer.worker import Stopped
@@ -265,7 +265,7 @@ class Rank:
 
     def _inputs(self, spec: Any, names: stage_inputs.Identities, corpus: Store) -> dict[str, Any]:
         """Of the trainings. Raises ValueError if an unfinished one would be passed over."""
-        from trainer.fingerprint import fingerprint
+        from cluster.storage.keys import fingerprint
 
         def find() -> tuple[dict[str, Any], list[str]]:
             cache = None if spec.teacher is None else fingerprint(names.cache)
@@ -282,9 +282,9 @@ class Rank:
     def _prepare(self, spec: Any, names: stage_inputs.Identities, root: Store) -> Store:
         """The corpus, made unless it is there. Raises ValueError for what the spec names wrongly,
         one line for each fault."""
+        from cluster.storage.keys import fingerprint
         from trainer.checks import world_faults
         from trainer.corpus.corpus import is_complete
-        from trainer.fingerprint import fingerprint
         from trainer.stage_inputs import find_corpus
 
         def find() -> Store | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage import Store
-from trainer.fingerprint import flatten
+from cluster.storage.keys import flatten
 from trainer.logits.records import VERSION as CACHE_FORMAT
 from trainer.models.load import find_model, identity, tokenizer_identity
 from trainer.spec.sections import (
@@ -100,7 +100,7 @@ class Identities:
     @cached_property
     def responses(self) -> dict[str, Any]:
         """Everything that decides the answers of distill.mode: responses."""
-        from trainer.responses.identity import responses_identity
+        from trainer.responses.store import responses_identity
 
         assert self.responses_spec is not None
         return responses_identity(
@@ -113,7 +113,7 @@ class Identities:
         far as it is known before there are answers (see `trainer.stage_inputs.corpus_of`)."""
         from trainer.corpus.corpus import existing_identity
         from trainer.corpus.prepare import corpus_identity
-        from trainer.responses.identity import corpus_of_answers
+        from trainer.responses.store import corpus_of_answers
 
         if self.given is not None:
             return existing_identity(self.data, self.given, self.tokenizer, self.train_sequences)

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.storage import Store, open_store
-from trainer.fingerprint import fingerprint, flatten
+from cluster.storage.keys import fingerprint, flatten
 from trainer.identity import Identities
-from trainer.responses.identity import corpus_of_content
 from trainer.responses.make import open_answers
-from trainer.responses.store import AnswerStore
+from trainer.responses.store import AnswerStore, corpus_of_content
 from trainer.spec.losses import LossesSpec
 from trainer.spec.rules import Sections
 from trainer.spec.sections import AnswersFile, DataSpec, SourceSpec, StudentSpec

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.storage.names import HIDDEN, has_magic, is_hidden
+from cluster.storage.keys import HIDDEN, has_magic, is_hidden
 
 # Their drivers pass mode="create" on as a conditional put. The default of fsspec for all others
 # looks first and writes then, so two writers can both believe that they were first.

@@ -1,18 +1,88 @@
-"""The one door to shared files: a folder on any fsspec URL, whose objects are published whole."""
+"""The one door to shared files: a folder on any fsspec URL, whose objects are published whole.
+
+A local cache of downloaded objects, so that remote ones can be memory-mapped.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.storage import fetched, strict_json
+from cluster.storage import strict_json
+from cluster.storage.keys import HIDDEN, join, matches, split_pattern
 from cluster.storage.local import LocalFolder, walk
-from cluster.storage.names import HIDDEN, join, matches, split_pattern
 from cluster.storage.remote import RemoteObjects
+
+# Whichever of these a filesystem reports tells a replaced object from the one fetched before.
+VERSION_KEYS = ("size", "ETag", "etag", "md5Hash", "generation", "VersionId", "created", "mtime")
+
+
+def cache_folder() -> Path:
+    """STILLHOUSE_CACHE, or `stillhouse` in XDG_CACHE_HOME (default ~/.cache)."""
+    named = os.environ.get("STILLHOUSE_CACHE")
+    if named:
+        return Path(named).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "stillhouse"
+
+
+def version(info: dict[str, Any]) -> str:
+    """What identifies the content of an object, from its fsspec info."""
+    return repr([(key, str(info[key])) for key in VERSION_KEYS if info.get(key) is not None])
+
+
+def fetched(url: str, version: str, download: Callable[[Path], None]) -> Path:
+    """The cached copy of a URL at a version, downloaded first if it is not there yet.
+
+    Several processes of a machine download it once: the others wait. A copy appears whole or
+    not at all. Raises ValueError when the cache folder cannot be written.
+    """
+    target = place(url, version)
+    home, digest = target.parent.parent, target.parent.name
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            return target
+        with _locked(home / f"{digest}.lock"):
+            if target.exists():
+                return target
+            temporary = home / f".{digest}-{uuid.uuid4().hex}"
+            try:
+                temporary.mkdir()
+                download(temporary / target.name)
+                os.replace(temporary, target.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except PermissionError as error:
+        raise ValueError(
+            f"the download cache {home} is not writable; set STILLHOUSE_CACHE to a folder that is"
+        ) from error
+    return target
+
+
+def place(url: str, version: str) -> Path:
+    """Where the copy of a URL at a version is, or will be."""
+    digest = hashlib.blake2b(f"{url}\n{version}".encode(), digest_size=16).hexdigest()
+    # One folder per version, and the object's own name in it: readers go by the suffix.
+    return cache_folder() / "objects" / digest / url.rpartition("/")[2]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel even when the holder is killed
+        yield
+
 
 TRANSFERS = 8  # objects of a folder that travel at once
 Names = list[str]  # spelled before the class, where `list` is a method
@@ -186,14 +256,14 @@ class Store:
             backend.size(key)  # raises when missing
             return backend.file(key)
         info = backend.info(key)
-        wanted = fetched.version(info)
+        wanted = version(info)
 
         def download(to: Path) -> None:
             self._get(key, to, int(info["size"]))
-            if fetched.version(backend.info(key)) != wanted:
+            if version(backend.info(key)) != wanted:
                 raise OSError(f"{self.path(p)} was replaced while it was fetched; fetch it again")
 
-        return fetched.fetched(self.path(p), wanted, download)
+        return fetched(self.path(p), wanted, download)
 
     def fetch_folder(self, p: str) -> Path:
         """A local folder with every object under p: itself when local, else a cached copy."""
@@ -203,14 +273,14 @@ class Store:
                 raise FileNotFoundError(f"no folder at {self.path(p)}")
             return backend.file(key)
         identity = _identity(backend, key)
-        return fetched.fetched(self.path(p), identity, lambda to: self.download_folder(p, to))
+        return fetched(self.path(p), identity, lambda to: self.download_folder(p, to))
 
     def has_copy(self, p: str = "") -> bool:
         """Whether `fetch_folder` would find the folder on this machine, and fetch nothing."""
         backend, key = self._backend, self._key(p)
         if isinstance(backend, LocalFolder):
             return True
-        return fetched.place(self.path(p), _identity(backend, key)).exists()
+        return place(self.path(p), _identity(backend, key)).exists()
 
     def check_writable(self) -> None:
         """Raise ValueError, in one line that says why and how to mend it, if writing fails here.
@@ -245,7 +315,7 @@ class Store:
 def _identity(backend: RemoteObjects, key: str) -> str:
     """What identifies the contents of a remote folder."""
     infos = backend.find_info(key)
-    return repr([(name, fetched.version(info)) for name, info in infos.items()])
+    return repr([(name, version(info)) for name, info in infos.items()])
 
 
 def open_store(url: str | os.PathLike[str], **options: Any) -> Store:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage import Store, open_store
-from jobs.dtypes import local_dtypes
+from cluster.storage.keys import fingerprint
 from jobs.errors import SpecErrors
-from jobs.inputs import Inputs, capture_of
-from jobs.load import load_spec, recipes
-from jobs.rundir import RunDir
-from jobs.spec import JobSpec
-from jobs.todo import is_current
-from trainer.fingerprint import fingerprint
+from jobs.forecast.dtypes import local_dtypes
+from jobs.pipeline.skip import is_current
+from jobs.run.directory import RunDir
+from jobs.run.inputs import Inputs, capture_of
+from jobs.spec.job import JobSpec
+from jobs.spec.load import load_spec, recipes
 from trainer.identity import Identities
 from trainer.logits.store import IDENTITY, SHARDS
 from trainer.resolve_auto import recorded_dtypes, resolve

@@ -10,10 +10,8 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
-from jobs.caches.coverage import Coverage
-from jobs.caches.facts import UNIQUES, Facts, Histogram, Kind
-from jobs.caches.users import Run
-from jobs.report.figures import NOTHING, fixed
+from jobs.caches.describe import UNIQUES, Coverage, Facts, Histogram, Kind, Run
+from jobs.report.formats import NOTHING, fixed
 
 _BAR = 40
 

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Store, open_store
 from jobs.errors import SpecErrors
-from jobs.models.find import Found
-from jobs.models.load import compute_dtype, load_any, load_tokenizer, quiet
-from jobs.models.patience import progress_bar
-from jobs.models.show import bits, size
+from jobs.models.find import Found, compute_dtype, load_any, load_tokenizer, quiet
+from jobs.models.terminal import bits, progress_bar, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +29,7 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Material:
+class ExportInputs:
     """What there is to choose on: ids int64 `[n, seq]`, the 16-bit model; notes: of the two."""
 
     ids: Tensor | None = None
@@ -82,7 +80,7 @@ def export_to(
 
     model = load_any(found, "cpu", "plain")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    material = Material() if kind == "bf16" else material_of(found, tokenizer, longest)
+    material = ExportInputs() if kind == "bf16" else material_of(found, tokenizer, longest)
     try:
         with progress_bar("trying") as progress:
             found_report = export_hf(
@@ -112,7 +110,7 @@ def file_name(found: Found) -> str:
     return model_name(found.folder)
 
 
-def material_of(found: Found, tokenizer: Any, longest: int | None) -> Material:
+def material_of(found: Found, tokenizer: Any, longest: int | None) -> ExportInputs:
     """The select part of the run's corpus and the model that the cell was made from.
 
     Without a run, prose that ships with Python, in sequences of at most `longest` tokens.
@@ -120,17 +118,17 @@ def material_of(found: Found, tokenizer: Any, longest: int | None) -> Material:
     if found.run is None:
         return _prose(tokenizer, min(longest or PROSE_TOKENS, PROSE_TOKENS))
     notes: list[str] = []
-    return Material(_calibration(found.run, notes), _original(found.run, notes), notes)
+    return ExportInputs(_calibration(found.run, notes), _original(found.run, notes), notes)
 
 
-def _prose(tokenizer: Any, length: int) -> Material:
+def _prose(tokenizer: Any, length: int) -> ExportInputs:
     """Excerpts from all over the text, of the same number of tokens."""
     import torch
 
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions leave it out
-        return Material(
+        return ExportInputs(
             notes=["No run, and this Python ships without pydoc_data: KL is not measured."]
         )
     text = "\n".join(topics[name] for name in sorted(topics))
@@ -142,20 +140,20 @@ def _prose(tokenizer: Any, length: int) -> Material:
     found = tokenizer(excerpts, add_special_tokens=False, verbose=False).input_ids
     length = min(length, *map(len, found))
     if not length:
-        return Material(notes=["The tokenizer makes no tokens of prose: KL is not measured."])
+        return ExportInputs(notes=["The tokenizer makes no tokens of prose: KL is not measured."])
     ids = torch.tensor([row[:length] for row in found], dtype=torch.int64)
     note = (
         f"No run, so KL is measured on {ids.numel():,} tokens of the prose that ships with Python "
         f"(pydoc_data.topics, {len(ids)} sequences of {length}), to the quantized model itself."
     )
-    return Material(ids, notes=[note])
+    return ExportInputs(ids, notes=[note])
 
 
 def _calibration(run: Store, notes: list[str]) -> Tensor | None:
     import numpy as np
     import torch
 
-    from jobs.rundir import RunDir
+    from jobs.run.directory import RunDir
     from trainer.corpus.corpus import open_corpus
 
     record = RunDir(run).record("prepare")

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from jobs.errors import SpecErrors
-from jobs.models.find import Found
-from jobs.models.load import compute_dtype, load_any, quiet
-from jobs.models.show import rate, size
+from jobs.models.find import Found, compute_dtype, load_any, quiet
+from jobs.models.terminal import rate, size
 
 if TYPE_CHECKING:
     from quant.generation.stream import Statistics, Stream
@@ -44,7 +43,7 @@ def read_prompt(given: str | None) -> str:
     return text
 
 
-def draw_faults(temperature: float | None, top_p: float | None, seed: int | None) -> list[str]:
+def sampling_faults(temperature: float | None, top_p: float | None, seed: int | None) -> list[str]:
     """A line for each option that is out of range or would do nothing."""
     from quant.generation import stream
 
@@ -142,11 +141,11 @@ def write_text(made: Stream) -> int:
         made.close()
         if not last.endswith("\n"):  # before an error's line too
             typer.echo()
-    typer.echo(line_of(made.statistics), err=True)
+    typer.echo(statistics_line(made.statistics), err=True)
     return code
 
 
-def line_of(found: Statistics) -> str:
+def statistics_line(found: Statistics) -> str:
     """The figures of a generation, on one line."""
     return (
         f"prompt: {_tokens(found.prompt_tokens)}, {rate(found.prompt_tokens_per_s)}; "

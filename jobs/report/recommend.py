@@ -9,10 +9,20 @@ import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from jobs.report import figures as f
-from jobs.report.baseline import Baseline, kept, retention
-from jobs.report.front import OWN, TEACHER, Candidate, candidates, model_of, tied, yardstick
-from jobs.report.source import RunData, number
+from jobs.report import formats as f
+from jobs.report.pareto import (
+    OWN,
+    TEACHER,
+    Baseline,
+    Candidate,
+    candidates,
+    kept,
+    model_of,
+    retention,
+    tied,
+    yardstick,
+)
+from jobs.report.run_data import RunData, number
 
 __all__ = ["Recommendation", "in_words", "recommend"]
 ENOUGH = 99.0  # percent of the accuracy that is to be kept where no limit is given

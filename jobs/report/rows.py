@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.storage import Store
-from jobs.report.source import ROLES, RunData, load_run, number
+from jobs.report.run_data import ROLES, RunData, load_run, number
 from quant.grid import RECOVERED
 from quant.quant_spec import CHANNEL, DYNAMIC, METHODS
 

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from jobs.report import figures as f
+from jobs.report import formats as f
 from jobs.report.rows import CELLS, Row, in_words, too, widths
 from quant.quant_spec import DYNAMIC
 

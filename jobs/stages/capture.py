@@ -6,15 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.storage import Store, open_store
-from jobs.inputs import Outputs, capture_of
-from jobs.spec import JobSpec
-from jobs.stages.base import Context
-from jobs.stages.ranks import run_ranks
+from jobs.run.context import Context
+from jobs.run.inputs import Outputs, capture_of
+from jobs.spec.job import JobSpec
+from jobs.stages.worker_group import run_ranks
 
 
 def run(context: Context) -> dict[str, Any]:
     """Adds what the cache lacks; returns the cache's name and the capture's metrics."""
-    from trainer.fingerprint import fingerprint
+    from cluster.storage.keys import fingerprint
     from trainer.logits.store import open_cache
 
     spec = context.spec

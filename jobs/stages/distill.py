@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.workers import Group
-from jobs.stages.base import Context
+from jobs.run.context import Context
 from jobs.stages.capture import devices
-from jobs.stages.ranks import run_ranks
+from jobs.stages.worker_group import run_ranks
 from trainer.stage_inputs import unfinished_trainings
 from trainer.tasks import make_trainings
 

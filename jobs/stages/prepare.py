@@ -12,9 +12,8 @@ from typing import Any
 
 from cluster.fanout import Cancelled, Failure, fan_out
 from jobs.errors import Interrupted, SpecErrors
-from jobs.stages.base import Context
-from jobs.stages.placement import tasks_wait
-from jobs.stages.ranks import run_ranks
+from jobs.run.context import Context, tasks_wait
+from jobs.stages.worker_group import run_ranks
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -23,10 +22,10 @@ def run(context: Context) -> dict[str, Any]:
     A corpus of answers is named by them as well, so that other answers to the same prompts change
     what the stages after this one are made from, and no corpus that another run has read.
     """
+    from cluster.storage.keys import fingerprint
     from trainer.corpus.corpus import is_complete, of_held_out, open_corpus
     from trainer.corpus.prepare import prepare
     from trainer.corpus.tokenizer import load_tokenizer
-    from trainer.fingerprint import fingerprint
     from trainer.responses.make import answered, on_answers
     from trainer.stage_inputs import corpus_of
 

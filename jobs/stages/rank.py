@@ -19,9 +19,9 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from cluster.handover import Handover
+from cluster.kv import Handover
 from cluster.storage import Attempt, Fenced, Store
-from jobs.live.requests import Requests
+from jobs.run.requests import Requests
 
 if TYPE_CHECKING:
     from trainer.run_task import Task

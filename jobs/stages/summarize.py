@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.report.build import build_report
-from jobs.stages.base import Context
-from trainer.fingerprint import fingerprint
+from cluster.storage.keys import fingerprint
+from jobs.report import build_report
+from jobs.run.context import Context
 
 
 def run(context: Context) -> dict[str, Any]:

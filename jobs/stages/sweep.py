@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from cluster.fanout import Cancelled, Failure, FanOut, Need, Progress
-from jobs.cells import keep
-from jobs.cells.allocation import Allocations, Item
-from jobs.cells.exclusive import measure_speeds
-from jobs.cells.material import Material, Source
-from jobs.cells.needs import Needs
-from jobs.cells.prints import cell_fingerprint, extra_fingerprint, model_fingerprint
-from jobs.cells.running import Running
-from jobs.cells.sources import sources_of
-from jobs.cells.work import call, cell_task, extra_task, made_path, model_task, teacher_task
+from cluster.fanout import Cancelled, Failure, FanOut, Progress
+from cluster.resources import ResourceRequest
+from cluster.storage.keys import fingerprint
 from jobs.errors import Interrupted
-from jobs.stages.base import Context
-from jobs.stages.placement import tasks_wait
+from jobs.run.context import Context, tasks_wait
+from jobs.sweep import fingerprints
+from jobs.sweep.allocation import Allocations, Item
+from jobs.sweep.fingerprints import cell_fingerprint, extra_fingerprint, model_fingerprint
+from jobs.sweep.progress import Running
+from jobs.sweep.resources import CellRequests
+from jobs.sweep.shared import SharedContext, Source, sources_of
+from jobs.sweep.speed_pass import measure_speeds
+from jobs.sweep.tasks import call, cell_task, extra_task, made_path, model_task, teacher_task
 from quant.grid import Cell, grid, main_model
-from trainer.fingerprint import fingerprint
 from trainer.stage_inputs import learnt_data
 
 
@@ -47,8 +46,8 @@ class _Sweep:
         assert spec.sweep is not None
         self.spec, self.sweep = spec, spec.sweep
         self.sources = sources_of(context)
-        self.needs = Needs.of(context, self.sources)
-        self.material = Material(
+        self.needs = CellRequests.of(context, self.sources)
+        self.material = SharedContext(
             sweep=spec.sweep,
             corpus=context.corpus,
             cache=context.cache,
@@ -93,7 +92,9 @@ class _Sweep:
     def _stands(self, cell: Cell) -> bool:
         """Whether a cell has a result that stands; it is taken over then."""
         found = self.finished(f"cells/{cell.key}/result.json", self.print_of(cell))
-        if found is None or not keep.complete(self.sweep, found, self.context.run.store, cell.key):
+        if found is None or not fingerprints.complete(
+            self.sweep, found, self.context.run.store, cell.key
+        ):
             return False
         self.results[cell.key] = found
         return True
@@ -126,7 +127,7 @@ class _Sweep:
         for cell in [] if context.forced else self.allocations.known():
             self.cells.setdefault(cell.key, cell)
         todo = [cell for cell in self.cells.values() if not self._stands(cell)]
-        again = keep.missing(self.sweep, self.results, context.run.store)
+        again = fingerprints.missing(self.sweep, self.results, context.run.store)
         todo += [self.cells[key] for key in again]
         for key in again:
             del self.results[key]
@@ -213,7 +214,7 @@ class _Sweep:
         arguments: tuple[Any, ...],
         loads: Source | None = None,
         after: Sequence[str] = (),
-        need: Need | None = None,
+        need: ResourceRequest | None = None,
     ) -> None:
         """A task beside the cells; loads: the 16-bit model that it takes the memory of."""
         need = need or (self.needs.task() if loads is None else self.needs.model(loads))
@@ -344,7 +345,7 @@ class _Sweep:
 
     def tidy(self) -> None:
         """Models that are not to be kept go; so do references, unless something failed."""
-        keep.drop(self.sweep, self.results, self.context.attempt)
+        fingerprints.drop(self.sweep, self.results, self.context.attempt)
         if not self._all_failed():
             self.context.attempt.fence()
             store = self.context.run.store

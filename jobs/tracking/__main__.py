@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from cluster.storage import open_store
-from jobs.tracking.mode import MODES, default_folder, resolve
+from jobs.tracking.launch import MODES, default_folder, resolve
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         except ImportError as error:
             print(f"W&B: not tracked, wandb cannot be imported ({error}); pip install wandb")
             return 1
-        from jobs.tracking import publish as projection
+        from jobs.tracking import writers as projection
 
         def wait() -> bool:
             if _waited(args.poll, args.parent):

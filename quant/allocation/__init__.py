@@ -15,8 +15,7 @@ ones; `uniform_controls` says which uniform models an allocation must beat.
 
 from __future__ import annotations
 
-from quant.allocation.candidates import Allocation, candidates, uniform_controls
-from quant.allocation.neighbours import neighbours
+from quant.allocation.candidates import Allocation, candidates, neighbours, uniform_controls
 from quant.allocation.options import Option, Options, layer_options, uniform_bytes
 from quant.allocation.sensitivity import pieces_of, sensitivity
 

@@ -28,7 +28,7 @@ from quant.artifact.sizes import (
 )
 from quant.layers.linear import QuantEmbedding, QuantLinear, QuantWeight
 from quant.quant_spec import DYNAMIC, QuantSpec
-from quant.tokenizer_files import is_tokenizer_file
+from trainer.corpus.tokenizer import is_tokenizer_file
 
 
 def save_quantized(

@@ -15,8 +15,10 @@ from quant.evaluation.batches import (
     CountedLogits,
     DataHash,
     HeadLogits,
+    Sequences,
     TeacherRecords,
     aligned,
+    batch_progress,
     inputs,
     place,
     sparse,
@@ -32,7 +34,6 @@ from quant.evaluation.metrics import (
     sums_of,
     with_interval,
 )
-from quant.evaluation.progress import Sequences, batch_progress
 from quant.evaluation.reference import StoredReference
 
 __all__ = ["Batch", "TeacherRecords", "evaluate", "perplexity", "teacher_metrics"]

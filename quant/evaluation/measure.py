@@ -12,9 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant.artifact.description import FORMAT
-from quant.evaluation.batches import Batch, TeacherRecords
+from quant.evaluation.batches import Batch, Sequences, TeacherRecords
 from quant.evaluation.evaluate import evaluate
-from quant.evaluation.progress import Sequences
 from quant.evaluation.reference import open_reference
 from quant.spec import Task
 

@@ -11,11 +11,10 @@ from typing import Literal
 from torch import nn
 
 from quant.kernels.blocks import Blocks
-from quant.kernels.gemlite import Gemlite
+from quant.kernels.cuda import Gemlite, TinyGemm
 from quant.kernels.int4 import Int4
 from quant.kernels.int8_dynamic import Int8Dynamic
 from quant.kernels.kernel import Kernel, Refused, StoredWeight
-from quant.kernels.tinygemm import TinyGemm
 
 Preference = Literal["speed", "memory", "plain"]
 PREFERENCES = ("speed", "memory", "plain")

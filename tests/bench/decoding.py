@@ -106,7 +106,13 @@ def rates(
 
 def first_token_seconds(folder: Path) -> float:
     """From the start of the command to the first character of its text."""
-    command = [sys.executable, "-c", "from jobs.cli import main; main()", "generate", str(folder)]
+    command = [
+        sys.executable,
+        "-c",
+        "from jobs.cli.main import main; main()",
+        "generate",
+        str(folder),
+    ]
     command += ["--prompt", "The import statement", "--max-new-tokens", "4"]
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage import Store, open_store
-from jobs.load import load_spec
-from jobs.plan.forecast import forecast
-from jobs.plan.place import this_machine
-from jobs.plan.training import states
-from jobs.report.planned import lines
-from jobs.report.source import load_run
-from jobs.rundir import RunDir
+from jobs.forecast.forecast import forecast
+from jobs.forecast.place import this_machine
+from jobs.forecast.training_memory import states
+from jobs.report.page_details import lines
+from jobs.report.run_data import load_run
+from jobs.run.directory import RunDir
+from jobs.spec.load import load_spec
 from tests.bench.figures import machine, result_file, write_result
 from tests.fixtures.forecast_models import LLAMA_8B, LLAMA_70B, folder_of
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import psutil
 
-from cluster.fanout import Failure, FanOut, Need
+from cluster.fanout import Failure, FanOut
+from cluster.resources import ResourceRequest
 
 NODES = 10
 
@@ -62,7 +63,7 @@ def _nothing(index: int) -> int:
 def _empty(count: int) -> float:
     """Seconds for so many tasks that do nothing. Raises AssertionError if one is lost."""
     began = time.perf_counter()
-    pool = FanOut(_nothing, need=Need(1))
+    pool = FanOut(_nothing, need=ResourceRequest(1))
     for index in range(count):
         pool.add(f"cell/{index}", index)
     found = 0

@@ -30,7 +30,7 @@ WAYS: dict[str, tuple[str, dict[str, float], dict[str, Any]]] = {
 
 def demo_spec(cache: dict[str, Any], storage: Path) -> Any:
     """The demo's recipe with another cache, everything resolved."""
-    from jobs.load import load_spec
+    from jobs.spec.load import load_spec
     from trainer.resolve_auto import resolve
 
     spec = load_spec("demo", [])

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.everywhere import Silent, on_every_node
-from cluster.installing import install_seconds
+from cluster.nodes import Silent, install_seconds, run_on_every_node
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -51,16 +50,16 @@ def test_nodes_answer_or_are_named(ray: Any) -> None:
     def on_wait(waiting: list[str], count: int) -> None:
         waits.append((waiting, count))
 
-    [good] = on_every_node(answer, 2.0, False, on_wait=on_wait)
+    [good] = run_on_every_node(answer, 2.0, False, on_wait=on_wait)
     assert good.value == 2.0 and good.error is good.lost is None
     # Who tells of the first that is waited for can do so at every word.
     assert waits and all(each == ([good.node], 1) for each in waits)
-    [bad] = on_every_node(answer, 0, True)
+    [bad] = run_on_every_node(answer, 0, True)
     assert bad.error == "OSError: the disk is gone" and bad.value is None
-    [slow] = on_every_node(answer, 60, False, limit_s=1)
+    [slow] = run_on_every_node(answer, 60, False, limit_s=1)
     assert slow.lost == "gave no answer within 1 s" and slow.alive
     with pytest.raises(Silent):
-        on_every_node(answer, 60, False, should_stop=lambda: True)
+        run_on_every_node(answer, 60, False, should_stop=lambda: True)
 
 
 def test_ray_tells_how_long_packages_may_take(ray: Any) -> None:

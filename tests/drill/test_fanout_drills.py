@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.fanout import Failure, FanOut, Need
+from cluster.fanout import Failure, FanOut
+from cluster.resources import ResourceRequest
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -81,7 +82,7 @@ def test_a_node_is_lost_among_tasks_that_raise_and_hang(tmp_path: Path) -> None:
     with nodes(1, 1, 1) as (_, others):
         pool = FanOut(
             work,
-            need=Need(1),
+            need=ResourceRequest(1),
             limit_s=15,
             on_retry=lambda key, why, attempt: retried.update({key: why}),
         )
@@ -129,9 +130,9 @@ def runs_on(folder: Path, keys: list[str], node: Any) -> bool:
 
 def test_what_only_the_lost_node_could_hold_fails_with_the_numbers(tmp_path: Path) -> None:
     with nodes(1, 2) as (_, (other,)):
-        pool = FanOut(work, need=Need(1), patience_s=5)
+        pool = FanOut(work, need=ResourceRequest(1), patience_s=5)
         for index in range(4):
-            pool.add(f"wide{index}", tmp_path, f"wide{index}", "", 600, need=Need(2))
+            pool.add(f"wide{index}", tmp_path, f"wide{index}", "", 600, need=ResourceRequest(2))
         pool.add("small0", tmp_path, "small0", "", 1)
         found: dict[str, Any] = {}
         for key, result in pool:
@@ -152,8 +153,8 @@ def test_what_only_the_lost_node_could_hold_fails_with_the_numbers(tmp_path: Pat
 
 def test_a_node_that_takes_the_place_of_a_lost_one_gets_its_tasks(tmp_path: Path) -> None:
     with nodes(1, 2) as (cluster, (other,)):
-        pool = FanOut(work, need=Need(1), patience_s=120)
-        pool.add("wide", tmp_path, "wide", "", 8, need=Need(2))
+        pool = FanOut(work, need=ResourceRequest(1), patience_s=120)
+        pool.add("wide", tmp_path, "wide", "", 8, need=ResourceRequest(2))
         for index in range(30):
             pool.add(f"small{index}", tmp_path, f"small{index}", "", 0.5)
         found: dict[str, Any] = {}
@@ -190,7 +191,7 @@ def test_one_task_takes_all_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         log_to_driver=False,
     )
     try:
-        pool = FanOut(work, need=Need(1), on_retry=lambda key, *_: retried.append(key))
+        pool = FanOut(work, need=ResourceRequest(1), on_retry=lambda key, *_: retried.append(key))
         pool.add("old", tmp_path, "old", "", 15)
         pool.add("first", tmp_path, "first", "", 1)
         found: dict[str, Any] = {}

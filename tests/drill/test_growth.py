@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cluster.rayjobs import RayJobs  # noqa: E402
+from cluster.ray_jobs import RayJobs  # noqa: E402
 from cluster.storage import read_events  # noqa: E402
 from tests.drill.test_jobs import ROOT, World  # noqa: E402
 from tests.fixtures import autoscaling, ray_clusters, small_job  # noqa: E402

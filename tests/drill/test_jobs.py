@@ -17,9 +17,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cluster.rayjobs import RayJobs  # noqa: E402
+from cluster.ray_jobs import RayJobs  # noqa: E402
 from cluster.storage import Store, open_store, read_events  # noqa: E402
-from jobs.live.status import status_of  # noqa: E402
+from jobs.monitor.status import status_of  # noqa: E402
 from tests.fixtures import ray_clusters as rays  # noqa: E402
 from tests.fixtures import small_job
 

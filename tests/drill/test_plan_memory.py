@@ -58,7 +58,7 @@ def train(data: dict[str, Any], root: str) -> dict[str, Any]:
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     from cluster.storage import open_store
-    from jobs.schema import spec_of
+    from jobs.spec.load import spec_of
     from trainer.resolve_auto import resolve
     from trainer.tasks import make_trainings
 
@@ -86,7 +86,7 @@ def test_a_training_takes_what_was_foretold(name, tmp_path) -> None:
 def make_spec(case: dict[str, Any], root: Path) -> dict[str, Any]:
     """Plain training of random weights; its corpus is made in `root`."""
     from cluster.storage import open_store
-    from jobs.schema import spec_of
+    from jobs.spec.load import spec_of
     from trainer.corpus.tokenizer import load_tokenizer, train_tokenizer
 
     train_tokenizer([" ".join(WORDS)], 320, root / "tokenizer")
@@ -118,9 +118,9 @@ def make_spec(case: dict[str, Any], root: Path) -> dict[str, Any]:
 
 def forecast(case: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     """What a plan says of one worker."""
-    from jobs.plan.forecast import forecast
-    from jobs.plan.place import cluster_place
-    from jobs.schema import spec_of
+    from jobs.forecast.forecast import forecast
+    from jobs.forecast.place import cluster_place
+    from jobs.spec.load import spec_of
 
     place = cluster_place([(case["world"], 0)], None, 1e12)
     found = forecast(spec_of({**spec, "resources": {"distill": {"workers": case["world"]}}}), place)

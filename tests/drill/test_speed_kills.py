@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.fanout import Need
+from cluster.resources import ResourceRequest
 from cluster.storage import Attempt, Store, open_store
-from jobs.cells.exclusive import measure_speeds
-from jobs.cells.material import Material, Source
+from jobs.sweep.shared import SharedContext, Source
+from jobs.sweep.speed_pass import measure_speeds
 from quant.grid import uniform
 from quant.quant_spec import QuantSpec
 from quant.spec import SweepSpec
@@ -59,7 +59,7 @@ def measure(store: Store) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any
     """The pass over all cells of the run: their results, and the events."""
     attempt, events = Attempt.claim(store), []
     sweep = SweepSpec(speed_prompt_tokens=4, speed_decode_tokens=100)
-    material = Material(sweep, store, None, attempt, 256, 1, 1, 0)
+    material = SharedContext(sweep, store, None, attempt, 256, 1, 1, 0)
     source = Source("student", store.sub("student"), "main", "tiny", "tiny", "references")
     context: Any = SimpleNamespace(
         run=SimpleNamespace(store=store),
@@ -70,7 +70,9 @@ def measure(store: Store) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any
         reporter=SimpleNamespace(say=lambda text: None),
         beacon=SimpleNamespace(tell=lambda **fields: None),
     )
-    needs: Any = SimpleNamespace(exclusive=lambda speeds: (Need(2.0, 0), 1), limit_s=60.0)
+    needs: Any = SimpleNamespace(
+        exclusive=lambda speeds: (ResourceRequest(2.0, 0), 1), limit_s=60.0
+    )
     results = {key: store.read_json(f"cells/{key}/result.json") for key in KEYS}
     models = dict.fromkeys(KEYS, "student")
     measure_speeds(context, material, needs, {"student": source}, models, results)

@@ -158,10 +158,10 @@ def test_the_models_are_there(spec, finished) -> None:
 
 def test_the_pipeline_finds_everything_where_torchrun_left_it(spec, finished, monkeypatch) -> None:
     """`stillhouse run` of the same spec has nothing to prepare, to capture, or to train."""
-    from jobs.inputs import Inputs
-    from jobs.load import load_spec
+    from cluster.storage.keys import fingerprint
+    from jobs.run.inputs import Inputs
+    from jobs.spec.load import load_spec
     from trainer.corpus.corpus import is_complete, open_corpus
-    from trainer.fingerprint import fingerprint
     from trainer.resolve_auto import resolve
     from trainer.tasks import make_capture, make_trainings
     from trainer.teacher.job import missing

@@ -204,7 +204,7 @@ def test_the_records_are_what_the_teacher_says(made) -> None:
 
 
 def test_nothing_is_missing_afterwards_and_the_sweep_reads_it(made) -> None:
-    from jobs.cells.material import teacher_batch
+    from jobs.sweep.shared import teacher_batch
     from trainer.logits.reader import CacheReader
     from trainer.logits.store import CacheDamaged
     from trainer.teacher.job import missing

@@ -15,13 +15,14 @@ import numpy as np
 import psutil
 import pytest
 
-from cluster.fanout import Cancelled, Failure, FanOut, Need, Progress, fan_out
+from cluster.fanout import Cancelled, Failure, FanOut, Progress, fan_out
+from cluster.resources import ResourceRequest
 
 pytestmark = pytest.mark.timeout(400)
 
 MEMORY = 1_000_000_000
 LONG_S = 600.0  # longer than a test may take
-ONE = Need(1)
+ONE = ResourceRequest(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -202,10 +203,10 @@ def test_a_lost_worker_is_made_good_and_one_that_always_dies_is_lost(tmp_path: P
 
 def test_what_fits_on_no_node_is_refused_with_the_numbers(tmp_path: Path) -> None:
     pool = FanOut(work, need=ONE)
-    pool.add("large", tmp_path, "large", need=Need(1, 0, 12_300_000_000))
-    pool.add("wide", tmp_path, "wide", need=Need(3))
-    pool.add("gpu", tmp_path, "gpu", need=Need(1, 1))
-    pool.add("good", tmp_path, "good", need=Need(2, 0, MEMORY))
+    pool.add("large", tmp_path, "large", need=ResourceRequest(1, 0, 12_300_000_000))
+    pool.add("wide", tmp_path, "wide", need=ResourceRequest(3))
+    pool.add("gpu", tmp_path, "gpu", need=ResourceRequest(1, 1))
+    pool.add("good", tmp_path, "good", need=ResourceRequest(2, 0, MEMORY))
     found = dict(pool)
     assert found["good"][0] == "good"
     assert found["large"].kind == "memory"
@@ -219,14 +220,14 @@ def test_what_fits_on_no_node_is_refused_with_the_numbers(tmp_path: Path) -> Non
 
 
 def test_tasks_run_together_where_memory_holds_them(tmp_path: Path) -> None:
-    pool = FanOut(work, need=Need(0.5, 0, int(0.4 * MEMORY)))
+    pool = FanOut(work, need=ResourceRequest(0.5, 0, int(0.4 * MEMORY)))
     for key in "abc":
         pool.add(key, tmp_path, key, "meet")
     assert not any(isinstance(result, Failure) for _, result in pool)
 
 
 def test_tasks_wait_for_memory(tmp_path: Path) -> None:
-    pool = FanOut(work, need=Need(0.5, 0, int(0.6 * MEMORY)))
+    pool = FanOut(work, need=ResourceRequest(0.5, 0, int(0.6 * MEMORY)))
     for key in "abc":
         pool.add(key, tmp_path, key, "", 0.5)
     assert not any(isinstance(result, Failure) for _, result in pool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from cluster.losses import in_words
+from cluster.failures import in_words
 
 
 def died(text: str) -> WorkerHealthCheckFailedError:

@@ -12,7 +12,7 @@ def hold(sizes: list[int]) -> tuple[int | None, int | None, int | None]:
     import torch
 
     from tests.fixtures.ranks import start
-    from trainer.memory import PeakMemory
+    from trainer.worker import PeakMemory
 
     worker = start()
     before = torch.ones(100 * MB // 4)  # noqa: F841 - is no part of the growth

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cluster.storage import Attempt, Store, open_store, read_events
-from jobs.tracking.plan import run_id
+from jobs.tracking.wandb_runs import run_id
 from tests.fixtures import small_job
 from tests.fixtures.lm_eval_tasks import write_task
 from tests.fixtures.ranks import ROOT

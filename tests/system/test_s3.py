@@ -94,7 +94,7 @@ def jobs_in(store: Any, texts: str, teacher: Path) -> list[Any]:
 
 def test_capture_and_distill_from_a_bucket_are_those_from_a_folder(bucket, tmp_path) -> None:
     from cluster.storage import open_store
-    from cluster.storage.fetched import cache_folder
+    from cluster.storage.store import cache_folder
     from trainer.logits.reader import CacheReader
 
     folder = open_store(tmp_path / "runs")

@@ -52,7 +52,7 @@ class Table:
     loss_tokens: NDArray[np.int32]
 
 
-def write(store: Store, name: str, packed: Packed, sources: NDArray[np.int16]) -> FileInfo:
+def write_table(store: Store, name: str, packed: Packed, sources: NDArray[np.int16]) -> FileInfo:
     """Publish sequences (at least one) as one file; `sources` int16 [n]."""
     loss_tokens = packed.loss_mask.sum(axis=1, dtype=np.int32)
     length = packed.input_ids.shape[1]
@@ -76,7 +76,7 @@ def write(store: Store, name: str, packed: Packed, sources: NDArray[np.int16]) -
     return FileInfo(name, len(packed), int(loss_tokens.sum()), len(data), digest)
 
 
-def read(path: Path) -> Table:
+def read_table(path: Path) -> Table:
     """Map a file into memory; nothing is read before it is used."""
     batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     keys = np.frombuffer(batch.column("key").buffers()[1], dtype=np.uint8)

@@ -3,8 +3,6 @@
 corpus = open_corpus(open_store("./runs/_corpora/<fingerprint>"))
 part = corpus.part("train")
 batch = part.batch(np.array([3, 1, 4]))
-
-A corpus that is in storage already, named in the spec: where its sources are not at hand.
 """
 
 from __future__ import annotations
@@ -20,9 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cluster.storage import Store
-from trainer.corpus import arrow
+from cluster.storage.keys import fingerprint
+from trainer.corpus.arrow import Table, read_table
 from trainer.corpus.packing import position_ids
-from trainer.fingerprint import fingerprint
 from trainer.spec.sections import DataSpec
 
 FORMAT = 1
@@ -55,7 +53,7 @@ class Part:
         self._names = [file["name"] for file in entry["files"]]
         counts = [file["sequences"] for file in entry["files"]]
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._tables: dict[int, arrow.Table] = {}
+        self._tables: dict[int, Table] = {}
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -108,12 +106,12 @@ class Part:
                 result[some] = starts[wanted[some] - self._first[file], 1:].any(axis=1)
         return result
 
-    def _table(self, file: int) -> arrow.Table:
+    def _table(self, file: int) -> Table:
         if file not in self._tables:
-            self._tables[file] = arrow.read(self._store.fetch(self._names[file]))
+            self._tables[file] = read_table(self._store.fetch(self._names[file]))
         return self._tables[file]
 
-    def _all(self) -> list[arrow.Table]:
+    def _all(self) -> list[Table]:
         return [self._table(file) for file in range(len(self._names))]
 
 

@@ -116,7 +116,7 @@ def prepare(
     if not files["train"]:
         raise too_small(data, f"all {len(documents)} documents are in select and report")
     for name, (packed, origin) in found.parts.items():
-        files[name] = [arrow.write(store, f"{name}-00000.arrow", packed, origin)]
+        files[name] = [arrow.write_table(store, f"{name}-00000.arrow", packed, origin)]
         cut += packed.cut
     manifest = _manifest(data, tokenizer, identity, shards, documents, cut, files, whole)
     store.write_json(MANIFEST, manifest)
@@ -154,7 +154,7 @@ def write_train(
     if len(packed) == 0:
         return None, packed.cut
     origin = np.full(len(packed), shard.source, dtype=np.int16)
-    return arrow.write(store, name, packed, origin), packed.cut
+    return arrow.write_table(store, name, packed, origin), packed.cut
 
 
 def too_small(data: DataSpec, found: str) -> ValueError:

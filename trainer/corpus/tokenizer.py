@@ -1,11 +1,14 @@
 """Tokenizers: load one, train one, compare two, and turn documents into token ids.
 
 Always the transformers fast tokenizers; its files are what a student folder carries.
+
+The files of a tokenizer in a model's folder: which they are, and copying them to another.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -183,3 +186,42 @@ def _download(url: str, folder: Path) -> None:
     for name in store.list():
         if name.endswith(SUFFIXES) and not name.endswith(".index.json"):
             (folder / name).write_bytes(store.read_bytes(name))
+
+
+TEMPLATES = "additional_chat_templates"  # a folder, as transformers.utils.hub calls it
+VOCABULARIES = {  # any of which a tokenizer can be read from
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+}
+OTHERS = {
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+}
+
+
+def is_tokenizer_file(path: Path) -> bool:
+    """Whether a file (or the folder of chat templates) is a tokenizer's."""
+    if path.is_dir():
+        return path.name == TEMPLATES
+    return path.name in VOCABULARIES | OTHERS or path.suffix == ".tiktoken"
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer's vocabulary is there."""
+    return any((folder / name).is_file() for name in VOCABULARIES)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies what a tokenizer is read from, with its chat templates."""
+    for path in sorted(source.iterdir()):
+        if is_tokenizer_file(path):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, target / path.name)

@@ -20,7 +20,7 @@ from functools import lru_cache
 import xxhash
 
 from cluster.storage import Store
-from trainer.fingerprint import fingerprint
+from cluster.storage.keys import fingerprint
 from trainer.logits.codebook import Codebook, codebook_path, family_of, spare_path, unpack_codebook
 from trainer.logits.codec import decode
 from trainer.logits.index import MAX_SEQUENCES, Index, kind_of, rows_in

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.storage import Store
-from trainer.fingerprint import fingerprint
+from cluster.storage.keys import fingerprint
 from trainer.logits.codebook import (
     Codebook,
     codebook_path,

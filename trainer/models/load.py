@@ -1,17 +1,63 @@
-"""Models by name: find the folder, build from a config, load weights, tell what they are."""
+"""Models by name: find the folder, build from a config, load weights, tell what they are.
+
+The architectures that can be trained and taught from: those that tests have verified.
+
+Verified of a family (`tests/unit/trainer/models/test_families.py`): our head gives the model's own
+logits; documents packed into one sequence are as good as apart; what is saved loads again as it
+was. Of others any of these may fail in silence: bloom and opt attend across documents, for they
+take no notice of positions that restart.
+
+How far a forward pass is, by its layers.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.storage import open_store
-from trainer.models.families import check_family
 
-if TYPE_CHECKING:  # looking a model up must not cost seconds of imports
+if TYPE_CHECKING:
     import torch
+    from torch import nn
+
+
+# By model_type of transformers configs.
+STUDENTS = frozenset((
+    "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2",
+    "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite", "helium", "llama", "mistral",
+    "nemotron", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3",
+    "stablelm", "starcoder2",
+))  # fmt: skip
+# Mixtures of experts teach; training one would need a loss that keeps its experts in balance.
+TEACHERS = STUDENTS | {"granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"}
+
+
+def check_family(role: str, config: Any, key: str | None = None) -> None:
+    """Raises ValueError, one line, unless this config's family is verified for `role`.
+
+    role: "student" or "teacher". key: of the spec, that names the model; `<role>.model` if not
+    given. A student that is sliced from its teacher is a student by the teacher's config.
+    """
+    known = STUDENTS if role == "student" else TEACHERS
+    kind = config.model_type
+    if kind in known:
+        return
+    text = config.get_text_config()
+    hint = ""
+    if text is not config and text.model_type in known:
+        hint = f" (of this model the text part alone, saved as a {text.model_type}, can be used)"
+    elif kind in TEACHERS:
+        hint = " (as a teacher it can be used)"
+    raise ValueError(
+        f"{key or f'{role}.model'}: got a model of type {kind}{hint}; may be one of "
+        f"{', '.join(sorted(known))}"
+    )
+
 
 # What a checkpoint consists of for us: no pickles, no other frameworks' weights.
 WEIGHTS = "*.safetensors"
@@ -266,3 +312,30 @@ def hash_files(paths: list[Path]) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def layer_progress(module: nn.Module, say: Callable[[float], None]) -> Iterator[None]:
+    """Within the block `say(share)` is called after each layer of a forward pass of `module`.
+
+    share: of its layers that are done, up to 1. A module without a list of layers says nothing.
+    """
+    # The outermost one: experts are lists within a layer.
+    from torch import nn
+
+    layers = next((each for each in module.modules() if isinstance(each, nn.ModuleList)), ())
+
+    def hook(number: int) -> Callable[..., None]:
+        def after(*_: Any) -> None:
+            say(number / len(layers))
+
+        return after
+
+    handles = [
+        layer.register_forward_hook(hook(number)) for number, layer in enumerate(layers, start=1)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -12,7 +12,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.models.families import check_family
+from trainer.models.load import check_family
 
 if TYPE_CHECKING:  # a fault in a spec must not cost seconds of imports
     import torch

@@ -10,8 +10,7 @@ from typing import Any, Literal
 from trainer.corpus.conversations import conversation, prompt_completion
 from trainer.corpus.size import check_size
 from trainer.corpus.sources import TOOLS, refuse_tools
-from trainer.responses.identity import answers_path
-from trainer.responses.store import FILE_BYTES, AnswerStore
+from trainer.responses.store import FILE_BYTES, AnswerStore, answers_path
 from trainer.spec.sections import AnswersFile, DataSpec, SourceSpec
 
 Format = Literal["messages", "prompt_completion"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.storage import Store
-from trainer.fingerprint import fingerprint
+from cluster.storage.keys import fingerprint
 from trainer.resolve_auto import BATCH_TOKENS
 from trainer.responses.store import FILES, AnswerStore
 from trainer.spec.sections import AnswersFile, DataSpec, ResponsesSpec, SourceSpec

@@ -1,7 +1,8 @@
 """Rules across the sections of a spec that the trainer reads, the same for all launchers.
 
 Each gives one line (the key, what it got, what it may be), or None. Rules about the world (files,
-models) are `jobs.checks` and the launchers'; these read the spec alone, and import nothing heavy.
+models) are `jobs.spec.checks` and the launchers'; these read the spec alone, and import nothing
+heavy.
 """
 
 from __future__ import annotations

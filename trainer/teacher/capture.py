@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from trainer.corpus.corpus import Batch, Corpus, next_tokens, open_corpus
 from trainer.logits.records import coding_of, train_kinds
-from trainer.memory import PeakMemory
-from trainer.progress import layer_progress
+from trainer.models.load import layer_progress
 from trainer.teacher.forward import TeacherWithRecords
 from trainer.teacher.job import (
     Block,
@@ -33,7 +32,7 @@ from trainer.teacher.job import (
 from trainer.teacher.sampling import stream
 from trainer.teacher.teacher import Teacher, load_teacher
 from trainer.teacher.writer import Codebooks, Made, Writer
-from trainer.worker import Stopped, Worker
+from trainer.worker import PeakMemory, Stopped, Worker
 
 # Progress is told at most so often.
 PROGRESS_SECONDS = 1.0

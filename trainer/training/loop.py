@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from trainer.corpus.corpus import Corpus, open_corpus
-from trainer.memory import PeakMemory
 from trainer.spec.losses import WeightSchedule
 from trainer.training import checkpoint
 from trainer.training.best_weights import BestWeights
@@ -34,7 +33,7 @@ from trainer.training.nonfinite import (
 from trainer.training.save_student import publish, read_done, student_state
 from trainer.training.saver import Saver
 from trainer.training.student import build
-from trainer.worker import Stopped, Worker
+from trainer.worker import PeakMemory, Stopped, Worker
 
 if TYPE_CHECKING:
     from trainer.training.signals import OnlineTeacher

@@ -21,10 +21,9 @@ from trainer.corpus.tokenizer import load_tokenizer
 from trainer.losses.divergences import Loss, Target
 from trainer.losses.fused_linear import Head, fused_loss, head_of
 from trainer.models import hidden_states
-from trainer.models.families import check_family
 from trainer.models.head import check_head, last_hidden
 from trainer.models.hidden_states import HiddenLoss, HiddenPairs, collected
-from trainer.models.load import build_model, find_model, new_config, read_config
+from trainer.models.load import build_model, check_family, find_model, new_config, read_config
 from trainer.models.lora import add_adapters, is_adapter
 from trainer.models.slicing import slice_model
 from trainer.training.engine import make_optimizer, training_config

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from quant.artifact.atomic_folder import whole_folder
 from quant.artifact.sizes import stored_tensors
 from quant.export.hf.compressed_tensors import Packed, quantization_config
-from quant.tokenizer_files import copy_tokenizer, has_tokenizer
+from trainer.corpus.tokenizer import copy_tokenizer, has_tokenizer
 
 SINGLE = "model.safetensors"
 

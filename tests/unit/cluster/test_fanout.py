@@ -12,16 +12,15 @@ from collections.abc import Container, Hashable, Iterator
 import psutil
 import pytest
 
-from cluster.outcomes import Failure, of_exception, of_ray, one_line
-from cluster.room import Need, Nodes
-from cluster.task import end_process
-from cluster.waiting import Job, Waiting
+from cluster.failures import Failure, of_exception, of_ray, one_line
+from cluster.resources import Nodes, ResourceRequest
+from cluster.task import Job, Waiting, end_process
 
 GB = 1_000_000_000
 
 
 def job(key: str, priority: float = 0, gpus: float = 0) -> Job:
-    return Job(key, (), Need(1, gpus), None, priority)
+    return Job(key, (), ResourceRequest(1, gpus), None, priority)
 
 
 def nodes(*resources: dict[str, float]) -> Nodes:
@@ -39,61 +38,64 @@ def lanes() -> Waiting:
 @pytest.mark.parametrize(
     ("need", "times"),
     [
-        (Need(1), 4),
-        (Need(1.5), 2),
-        (Need(0.1), 40),  # 4 // 0.1 is 39
-        (Need(1, 0.5), 4),
-        (Need(1, 0.25), 4),
-        (Need(0.5, 0.25), 8),
-        (Need(1, 3), 0),
-        (Need(1, 0, 3 * GB), 3),
-        (Need(1, 0, 10 * GB), 1),
-        (Need(1, 0, 10 * GB + 1), 0),
-        (Need(0), 400),  # takes nothing, and still is a process
+        (ResourceRequest(1), 4),
+        (ResourceRequest(1.5), 2),
+        (ResourceRequest(0.1), 40),  # 4 // 0.1 is 39
+        (ResourceRequest(1, 0.5), 4),
+        (ResourceRequest(1, 0.25), 4),
+        (ResourceRequest(0.5, 0.25), 8),
+        (ResourceRequest(1, 3), 0),
+        (ResourceRequest(1, 0, 3 * GB), 3),
+        (ResourceRequest(1, 0, 10 * GB), 1),
+        (ResourceRequest(1, 0, 10 * GB + 1), 0),
+        (ResourceRequest(0), 400),  # takes nothing, and still is a process
     ],
 )
-def test_how_often_a_need_fits_on_a_node(need: Need, times: int) -> None:
+def test_how_often_a_need_fits_on_a_node(need: ResourceRequest, times: int) -> None:
     assert need.times({"CPU": 4.0, "GPU": 2.0, "memory": 10.0 * GB}) == times
 
 
 def test_impossible_needs_are_refused() -> None:
     with pytest.raises(ValueError, match="negative"):
-        Need(1, 0, -5)
+        ResourceRequest(1, 0, -5)
     with pytest.raises(ValueError, match="whole number, not 1.5"):
-        Need(1, 1.5)
+        ResourceRequest(1, 1.5)
 
 
 def test_why_no_node_can_hold_a_need() -> None:
     found = nodes({"CPU": 4, "memory": 8 * GB}, {"CPU": 1, "GPU": 1, "memory": 4 * GB})
-    memory = found.lacking(Need(1, 0, int(12.34 * GB)))
+    memory = found.lacking(ResourceRequest(1, 0, int(12.34 * GB)))
     assert memory.error == "needs 12.3 GB of memory, the largest node has 8.0 GB"
     assert memory.kind == "memory"
-    together = found.lacking(Need(1, 1, 6 * GB))  # the node with the GPU has too little
+    together = found.lacking(ResourceRequest(1, 1, 6 * GB))  # the node with the GPU has too little
     assert together.kind == "memory"
     assert together.error == (
         "needs 1 CPUs, 1 GPUs and 6.0 GB of memory, no node has that (nodes: "
         "1 of 1 CPUs, 1 GPUs, 4.0 GB; 1 of 4 CPUs, 0 GPUs, 8.0 GB)"
     )
-    assert found.lacking(Need(2, 1)).kind == "resources"
-    assert nodes().lacking(Need(2)).error == "needs 2 CPUs, the cluster has no node left"
+    assert found.lacking(ResourceRequest(2, 1)).kind == "resources"
+    assert nodes().lacking(ResourceRequest(2)).error == "needs 2 CPUs, the cluster has no node left"
 
 
 def test_a_need_that_only_a_lost_node_could_hold_waits() -> None:
     found = nodes({"CPU": 1}, {"CPU": 4})
-    assert found.room(Need(2)) == 2 and found.homeless_s(Need(2)) == 0
-    assert found.homeless_s(Need(5)) == math.inf
-    assert found.holders(Need(2)) == {"1"} and found.holders(Need(1)) == {"0", "1"}
+    assert found.room(ResourceRequest(2)) == 2 and found.homeless_s(ResourceRequest(2)) == 0
+    assert found.homeless_s(ResourceRequest(5)) == math.inf
+    assert found.holders(ResourceRequest(2)) == {"1"} and found.holders(ResourceRequest(1)) == {
+        "0",
+        "1",
+    }
     before = time.monotonic()
     found.learn({"0": {"CPU": 1}})
-    assert found.room(Need(2)) == 0 and found.holders(Need(2)) == frozenset()
-    assert found.homeless_s(Need(2)) <= time.monotonic() - before
+    assert found.room(ResourceRequest(2)) == 0 and found.holders(ResourceRequest(2)) == frozenset()
+    assert found.homeless_s(ResourceRequest(2)) <= time.monotonic() - before
     since = time.monotonic()
     time.sleep(0.02)
     least = time.monotonic() - since
-    assert least <= found.homeless_s(Need(2)) <= time.monotonic() - before
-    assert found.homeless_s(Need(5)) == math.inf
+    assert least <= found.homeless_s(ResourceRequest(2)) <= time.monotonic() - before
+    assert found.homeless_s(ResourceRequest(5)) == math.inf
     found.learn({"0": {"CPU": 1}, "2": {"CPU": 2}})  # another takes its place
-    assert found.homeless_s(Need(2)) == 0 and found.changes == 3
+    assert found.homeless_s(ResourceRequest(2)) == 0 and found.changes == 3
 
 
 def test_jobs_go_by_priority_then_as_they_came_and_gpus_apart() -> None:
@@ -126,8 +128,8 @@ def test_lanes_are_made_anew_when_the_nodes_are_others() -> None:
     found = nodes({"CPU": 1}, {"CPU": 4})
     waiting = Waiting(found.holders)
     for key, cpus in (("wide0", 2.0), ("small", 1.0), ("wide1", 2.0)):
-        waiting.add(Job(key, (), Need(cpus), None, 0))
-    assert order(waiting, {found.holders(Need(2))}) == ["small"]
+        waiting.add(Job(key, (), ResourceRequest(cpus), None, 0))
+    assert order(waiting, {found.holders(ResourceRequest(2))}) == ["small"]
     found.learn({"0": {"CPU": 4}})
     waiting.regroup()
     assert order(waiting, {frozenset("1")}) == ["wide0", "wide1"]

@@ -7,27 +7,27 @@ from typing import Any
 
 import pytest
 
-from cluster.room import GPU_TYPE, Need
+from cluster.resources import GPU_TYPE, ResourceRequest
 from cluster.session import Cluster
-from jobs.cells.needs import Needs
+from jobs.sweep.resources import CellRequests
 
 H100 = {"CPU": 8.0, "GPU": 4.0, GPU_TYPE + "H100": 1.0}
 L4 = {"CPU": 8.0, "GPU": 8.0, GPU_TYPE + "L4": 1.0}
 
 
 def test_a_need_of_one_type_fits_its_nodes_alone() -> None:
-    assert Need(1, 1, gpu_type="H100").times(H100) == 4
-    assert Need(1, 1, gpu_type="H100").times(L4) == 0
-    assert Need(1, 1).times(L4) == 8
-    assert str(Need(1, 1, gpu_type="L4")) == "1 CPUs and 1 L4 GPUs"
-    assert str(Need(1, 1)) == "1 CPUs and 1 GPUs"
+    assert ResourceRequest(1, 1, gpu_type="H100").times(H100) == 4
+    assert ResourceRequest(1, 1, gpu_type="H100").times(L4) == 0
+    assert ResourceRequest(1, 1).times(L4) == 8
+    assert str(ResourceRequest(1, 1, gpu_type="L4")) == "1 CPUs and 1 L4 GPUs"
+    assert str(ResourceRequest(1, 1)) == "1 CPUs and 1 GPUs"
 
 
-def needs(gpus: float, *types: str) -> Needs:
+def needs(gpus: float, *types: str) -> CellRequests:
     sizes: Any = tuple((16, 4 if kind else 0) for kind in types)
     cluster = Cluster("x", sizes, False, machines=len(types), gpu_types=types)
     other: Any = SimpleNamespace()
-    return Needs(other, other, cluster, 128, 1, gpus, {})
+    return CellRequests(other, other, cluster, 128, 1, gpus, {})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.manifest import USER
+from cluster.kuberay import USER
 
 ROOT = Path(__file__).parents[3]
 CODE = ("jobs", "trainer", "quant", "cluster")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import SpecErrors
-from jobs.load import load_spec
+from jobs.spec.load import load_spec
 from trainer.__main__ import load
 
 SPEC = """

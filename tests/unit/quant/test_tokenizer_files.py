@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from quant.tokenizer_files import TEMPLATES, copy_tokenizer, has_tokenizer, is_tokenizer_file
+from trainer.corpus.tokenizer import TEMPLATES, copy_tokenizer, has_tokenizer, is_tokenizer_file
 
 
 def test_the_folder_of_templates_is_transformers_own() -> None:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from cluster.storage import EventWriter, open_store
-from jobs.spec import JobSpec
+from jobs.spec.job import JobSpec
 from tests.fixtures import small_job
 from trainer.processor import cpu_dtype
 from trainer.resolve_auto import recorded_dtypes, resolve, undecided_dtypes, with_auto, with_dtypes

@@ -32,7 +32,7 @@ def test_the_compiler_is_not_imported() -> None:
 
 
 def test_the_driver_imports_no_models() -> None:
-    found = modules_after("import jobs.pipeline, jobs.stages.sweep")
+    found = modules_after("import jobs.pipeline.pipeline, jobs.stages.sweep")
     assert not found & {"torch", "transformers", "ray", "deepspeed", "hqq"}
 
 

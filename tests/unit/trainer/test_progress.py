@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.fixtures.corpora import config_values
-from trainer.progress import layer_progress
+from trainer.models.load import layer_progress
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

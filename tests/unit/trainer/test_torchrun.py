@@ -39,7 +39,7 @@ def faults(file: Path, *overrides: str) -> list[str]:
 
 
 def test_it_reads_what_the_pipeline_reads(file: Path) -> None:
-    from jobs.load import load_spec
+    from jobs.spec.load import load_spec
 
     overrides = ["distill.learning_rate=1e-3", "data.train.0.weight=2", "distill.mode=online"]
     mine, theirs = load(str(file), overrides), load_spec(file, overrides)
@@ -50,7 +50,7 @@ def test_it_reads_what_the_pipeline_reads(file: Path) -> None:
 
 def test_it_keeps_the_rules_of_the_pipeline(file: Path) -> None:
     from jobs.errors import SpecErrors
-    from jobs.load import load_spec
+    from jobs.spec.load import load_spec
 
     for overrides in (
         ["distill.tokens_per_step=100", "data.max_tokens=3"],

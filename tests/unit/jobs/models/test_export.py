@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.storage import open_store
-from jobs.cli import main
+from jobs.cli.main import main
 from jobs.models.export import _original
-from jobs.runs import cells_of
+from jobs.run.directory import cells_of
 from quant.artifact import load_quantized
 from tests.fixtures.corpora import data_spec, make_corpus, save_model, write_texts
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from jobs.cli import main
+from jobs.cli.main import main
 from quant.artifact import load_quantized, read_description, save_quantized
 from quant.artifact.sizes import true_bits_per_weight
 from quant.quant_spec import QuantSpec

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import main
+from jobs.cli.main import main
 from tests.fixtures.model_commands import run, told
 
 
@@ -18,9 +18,9 @@ from tests.fixtures.model_commands import run, told
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Stands in for the pipeline, which is tested with a cluster: keeps the specs."""
     calls: list[Any] = []
-    module = ModuleType("jobs.pipeline")
+    module = ModuleType("jobs.pipeline.pipeline")
     module.run_pipeline = lambda spec: calls.append(spec) or 0  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "jobs.pipeline", module)
+    monkeypatch.setitem(sys.modules, "jobs.pipeline.pipeline", module)
     return calls
 
 
@@ -85,7 +85,7 @@ def test_wrong_options_of_a_sweep(pipeline: list[Any], capsys: pytest.CaptureFix
     ],
 )
 def test_the_run_is_named_after_the_model(model: str, name: str) -> None:
-    from jobs.models.sweep import run_name
+    from jobs.models.quantize import run_name
 
     if model == "./":
         os.chdir("model")

@@ -142,12 +142,12 @@ def test_the_file_is_plain_safetensors_of_the_last_hidden_states(make_llama, bat
 
 def test_heads_are_found_however_a_folder_stores_them(batches, tmp_path, monkeypatch):
     """In shards; in another dtype than the config's; tied, with a base that was saved alone."""
-    import quant.evaluation.head_only
+    import quant.evaluation.reference
 
     def no_way(folder):
         raise AssertionError(f"the whole model of {folder} was loaded for its head")
 
-    monkeypatch.setattr(quant.evaluation.head_only, "whole_model", no_way)
+    monkeypatch.setattr(quant.evaluation.reference, "whole_model", no_way)
     sharded, cast, alone = (tmp_path / name for name in ("sharded", "cast", "alone"))
     tiny("llama").save_pretrained(sharded, max_shard_size="50KB")
     assert (sharded / "model.safetensors.index.json").exists()
@@ -168,11 +168,11 @@ def test_heads_are_found_however_a_folder_stores_them(batches, tmp_path, monkeyp
 def test_what_the_mapping_cannot_read_is_left_to_transformers(
     make_llama, batches, tmp_path, monkeypatch
 ):
-    import quant.evaluation.head_only
+    import quant.evaluation.reference
 
-    calls, whole = [], quant.evaluation.head_only.whole_model
+    calls, whole = [], quant.evaluation.reference.whole_model
     monkeypatch.setattr(
-        quant.evaluation.head_only, "whole_model", lambda *at: calls.append(at) or whole(*at)
+        quant.evaluation.reference, "whole_model", lambda *at: calls.append(at) or whole(*at)
     )
     folder = tmp_path / "model"
     model = saved(make_llama(tied=True), folder)

@@ -9,15 +9,14 @@ import pytest
 import torch
 
 import quant.codes as codes_module
-import quant.kernels.tinygemm as tinygemm
+import quant.kernels.cuda as tinygemm
 from quant.codes import pack
 from quant.kernels import candidates, choose
 from quant.kernels.blocks import Blocks
-from quant.kernels.gemlite import Gemlite
+from quant.kernels.cuda import Gemlite, TinyGemm, check_product
 from quant.kernels.int4 import Int4
 from quant.kernels.int8_dynamic import Int8Dynamic
 from quant.kernels.kernel import Refused, StoredWeight
-from quant.kernels.tinygemm import TinyGemm, check_product
 from tests.fixtures.kernel_layers import heavy_tailed, random_codes, random_input, weight_in_float64
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from cluster.storage import Store, open_store
+from cluster.storage.keys import fingerprint
 from trainer.corpus import packing as pack
 from trainer.corpus.corpus import Corpus, existing_identity, has_all, open_corpus
 from trainer.corpus.prepare import corpus_identity, prepare, serial, write_train
 from trainer.corpus.splits import read_in_order
 from trainer.corpus.tokenizer import load_tokenizer, train_tokenizer
-from trainer.fingerprint import fingerprint
 from trainer.spec.sections import DataSpec, SourceSpec, TokenizerSpec
 
 WORDS = [f"w{chr(97 + a)}{chr(97 + b)}" for a in range(9) for b in range(9)]

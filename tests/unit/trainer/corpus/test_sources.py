@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trainer.corpus import files, hub, python_docs
+from trainer.corpus import files, python_docs, sources
 from trainer.corpus.sources import Shard, fingerprint, read_documents, resolve
 from trainer.spec.sections import SourceSpec
 
@@ -22,7 +22,7 @@ from trainer.spec.sections import SourceSpec
 def _own_cache(tmp_path, monkeypatch) -> None:
     datasets = files.library()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    hub._cached.cache_clear()
+    sources._cached.cache_clear()
 
 
 def jsonl(path: Path, rows: list[dict]) -> Path:
@@ -354,7 +354,7 @@ def test_a_hub_data_set_is_read_in_row_ranges(tmp_path, monkeypatch, offline) ->
 
     shutil.rmtree(tmp_path / "cache")
     put_in_hub_cache(tmp_path / "cache", rows, "b" * 40)  # another commit
-    hub._cached.cache_clear()
+    sources._cached.cache_clear()
     assert fingerprint(source) != before
     with pytest.raises(RuntimeError, match="another version of the data set"):
         list(read_documents(shards[0]))

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from cluster.storage import Store, open_store
+from cluster.storage.keys import fingerprint
 from cluster.storage.remote import RemoteObjects
 from tests.bench.opening import measure
 from tests.fixtures.s3 import REGION, s3_server
-from trainer.fingerprint import fingerprint
 from trainer.logits.codebook import Codebook
 from trainer.logits.codebook_fit import fit_codebook
 from trainer.logits.codec import decode, encode
@@ -407,7 +407,7 @@ def test_a_folder_that_holds_another_identity_is_refused(store, cache) -> None:
 
 def test_names_do_not_depend_on_the_process() -> None:
     """Python's salted hash() as a key finds nothing in the next process."""
-    code = f"from trainer.fingerprint import fingerprint as f; print(f({IDENTITY!r}))"
+    code = f"from cluster.storage.keys import fingerprint as f; print(f({IDENTITY!r}))"
     for seed in ("1", "2"):
         found = subprocess.run(
             [sys.executable, "-c", code],

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from trainer.losses.fused_linear import head_of
-from trainer.models.families import STUDENTS, TEACHERS, check_family
 from trainer.models.head import check_head, last_hidden
+from trainer.models.load import STUDENTS, TEACHERS, check_family
 from trainer.training.save_student import save_student
 
 VOCAB = 50

@@ -13,16 +13,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluster.storage import open_store
 from tests.fixtures.corpora import config_values
+from trainer.checks import responses_faults
 from trainer.corpus.sources import RENDERING
 from trainer.responses import job as answers_job
 from trainer.responses.answers_file import copy_file
-from trainer.responses.errors import world_faults
 from trainer.responses.generate import NextToken, Settings, TeacherWithAnswers, UnderWay, nucleus
-from trainer.responses.identity import corpus_of_answers, corpus_of_content, responses_identity
 from trainer.responses.job import Answers
 from trainer.responses.make import answered, on_answers, open_answers
 from trainer.responses.prompts import Prompt, prompt_key, read_prompts
-from trainer.responses.store import Answer, AnswerStore
+from trainer.responses.store import (
+    Answer,
+    AnswerStore,
+    corpus_of_answers,
+    corpus_of_content,
+    responses_identity,
+)
 from trainer.spec.rules import responses_fault
 from trainer.spec.sections import DataSpec, ResponsesSpec, SourceSpec, TeacherSpec, TokenizerSpec
 from trainer.teacher.sampling import stream
@@ -292,14 +297,14 @@ def test_faults_of_the_world(tmp_path):
         data = data_of((jsonl(tmp_path / "a.jsonl", [{"prompt": "One"}]), "prompt_completion"))
         responses = ResponsesSpec.model_validate({"from": endpoint(api_key_env="NO_KEY")})
 
-    assert world_faults(Spec, {"NO_KEY": "secret"}) == []
-    (fault,) = world_faults(Spec, {"NO_KEY": " "})
+    assert responses_faults(Spec, {"NO_KEY": "secret"}) == []
+    (fault,) = responses_faults(Spec, {"NO_KEY": " "})
     assert "responses.from.api_key_env: the environment variable NO_KEY is not set" in fault
     Spec.data = data_of((jsonl(tmp_path / "b.jsonl", [{"prompt": ""}]), "prompt_completion"))
-    (fault,) = world_faults(Spec, {"NO_KEY": "secret"})
+    (fault,) = responses_faults(Spec, {"NO_KEY": "secret"})
     assert fault.startswith("data.train.0: ")
     Spec.responses = ResponsesSpec.model_validate({"from": {"file": str(tmp_path / "no.jsonl")}})
-    (fault,) = world_faults(Spec, {})
+    (fault,) = responses_faults(Spec, {})
     assert fault.startswith("responses.from.file: no file")
 
 
@@ -311,7 +316,7 @@ def test_a_file_of_answers_is_read_to_its_end_before_work(tmp_path):
     def faults(*rows: Any, tokenizer: Any = None) -> list[str]:
         path = jsonl(tmp_path / "a.jsonl", list(rows))
         Spec.responses = ResponsesSpec.model_validate({"from": {"file": path}})
-        return world_faults(Spec, {}, tokenizer=tokenizer)
+        return responses_faults(Spec, {}, tokenizer=tokenizer)
 
     good = {"messages": [USER, BOT]}
     assert faults(good, good) == []
@@ -335,10 +340,10 @@ def test_answers_must_leave_room_for_a_prompt(tmp_path, monkeypatch):
         json.dumps({"model_type": "llama", "max_position_embeddings": 64})
     )
     monkeypatch.setattr("trainer.models.load.find_model", lambda *_: tmp_path)
-    (fault,) = world_faults(Spec)
+    (fault,) = responses_faults(Spec)
     assert fault.startswith("responses.max_new_tokens: got 64; may be less than the teacher's 64")
     Spec.responses = ResponsesSpec(max_new_tokens=63)
-    assert world_faults(Spec) == []
+    assert responses_faults(Spec) == []
 
 
 def test_prompts_without_room_are_failures_and_may_not_be_many(tmp_path, monkeypatch):
@@ -420,15 +425,15 @@ def test_messages_need_a_chat_template(tmp_path, monkeypatch):
         )
         responses = ResponsesSpec()
 
-    (fault,) = world_faults(Spec, tokenizer=Tokenizer())
+    (fault,) = responses_faults(Spec, tokenizer=Tokenizer())
     assert fault.startswith("data.train.1: holds messages") and "tokenizer plain has none" in fault
     path = jsonl(tmp_path / "c.jsonl", [{"messages": [USER, BOT]}])
     Spec.responses = ResponsesSpec.model_validate({"from": {"file": path}})
-    (fault,) = world_faults(Spec, tokenizer=Tokenizer())
+    (fault,) = responses_faults(Spec, tokenizer=Tokenizer())
     assert fault.startswith("responses.from.file: holds messages")
     Tokenizer.chat_template = "x"
     monkeypatch.setattr("trainer.responses.answers_file.check_size", lambda data, tokenizer: None)
-    assert world_faults(Spec, tokenizer=Tokenizer()) == []
+    assert responses_faults(Spec, tokenizer=Tokenizer()) == []
 
 
 @pytest.mark.parametrize("stop_after", [None, 3])

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from cluster.storage import open_store
 from tests.fixtures.waiting import Clock, until
-from trainer.corpus import arrow, packing
+from trainer.corpus import packing
+from trainer.corpus.arrow import write_table
 from trainer.corpus.corpus import Part, next_tokens
 from trainer.corpus.schedule import Schedule
 from trainer.logits.codebook_fit import fit_codebook
@@ -48,7 +49,7 @@ def part(tmp_path) -> Part:
     ]
     packed = packing.pack(documents, LENGTH, "documents", 1)
     store = open_store(tmp_path)
-    info = arrow.write(store, "train.arrow", packed, np.zeros(len(packed), np.int16))
+    info = write_table(store, "train.arrow", packed, np.zeros(len(packed), np.int16))
     return Part(store, {"files": [info.as_dict()]}, LENGTH)
 
 

@@ -1,0 +1,166 @@
+"""What every stage gets to work with, and how it waits for work on the cluster.
+
+Workers and tasks that are not at work yet: what they wait for, and for how long they may.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.resources import ResourceRequest
+from cluster.session import Cluster, Resources, free
+from cluster.storage import Attempt, EventTail, EventWriter, Store, open_store
+from cluster.workers import Group, Launch, is_pending
+from jobs.run.directory import RunDir
+from jobs.run.heartbeat import Heartbeat
+from jobs.run.inputs import Inputs, Outputs
+from jobs.run.progress import Reporter
+from jobs.spec.job import JobSpec
+
+
+@dataclass(frozen=True)
+class WaitingGroup:
+    """A group that has done its stage and waits for the work of another one."""
+
+    launch: Launch
+    group: Group
+    stage: str
+
+    def fits(self, stage: str, group: Group) -> bool:
+        """Whether it is for this stage, as large as that needs it, and still there."""
+        return (self.stage, self.group) == (stage, group) and not self.launch.wait(0)
+
+
+@dataclass
+class Context:
+    """One attempt of one run, while its stages run."""
+
+    spec: JobSpec
+    run: RunDir
+    inputs: Inputs
+    outputs: Outputs
+    events: EventWriter
+    tail: EventTail
+    reporter: Reporter
+    cluster: Cluster
+    beacon: Heartbeat
+    stop: threading.Event = field(default_factory=threading.Event)
+    saves_asked: int = 0  # checkpoints out of turn
+    forced: bool = False  # the user asked for this stage again, from its beginning
+    todo: Sequence[str] = ()  # the stages of this attempt
+    waiting: WaitingGroup | None = None  # workers of a stage that are there for the next one
+
+    @property
+    def attempt(self) -> Attempt:
+        return self.run.current()
+
+    @property
+    def shared(self) -> Store:
+        """Where corpora and caches of all runs are."""
+        return open_store(self.spec.storage)
+
+    @property
+    def corpus(self) -> Store:
+        return self.shared.sub("_corpora", self.outputs["prepare"]["corpus"])
+
+    @property
+    def cache(self) -> Store | None:
+        if "capture" not in self.outputs:
+            return None
+        return self.shared.sub("_logits", self.outputs["capture"]["cache"])
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Records an event of the driver, and shows it."""
+        self.events.emit(event, **fields)
+        self._show({"event": event, **fields})
+
+    def pump(self) -> list[dict[str, Any]]:
+        """Shows what the workers have recorded since the last call, and returns it."""
+        told = [event for event in self.tail.poll() if event.get("worker")]
+        for event in told:
+            self._show(event)
+        return told
+
+    def _show(self, event: dict[str, Any]) -> None:
+        self.reporter.event(event)
+        self.beacon.event(event)
+
+
+LOOK_SECONDS = 3.0
+
+
+class NotPlaced(RuntimeError):
+    """What a stage needs was not placed in time."""
+
+
+class Placement:
+    """Watches one group until it is at work, and again whenever it has lost workers."""
+
+    def __init__(self, context: Context, stage: str, group: Group) -> None:
+        self._group, self._wait = group, _Wait(context, stage)
+        self._idle_since: float | None = None
+        self._next_look = 0.0
+
+    def look(self, at_work: bool) -> None:
+        """Publishes what the group waits for. Raises NotPlaced after the time that it has."""
+        now = time.monotonic()
+        if at_work:
+            self._idle_since = None
+            return
+        if self._idle_since is None:
+            self._idle_since, self._next_look = now, now
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            self._wait.tell(self._why(), now - self._idle_since)
+
+    def _why(self) -> str:
+        group = self._group
+        count = group.workers if group.fewest is None else group.fewest
+        try:
+            if not is_pending(group):
+                return f"starting {group}"
+            return waiting_for(count * group.cpus, count * group.gpus, *free())
+        except Exception as error:  # Ray's own; a display must not end a run
+            return f"waiting for {group} (Ray does not say what is free: {error})"
+
+
+def tasks_wait(context: Context, stage: str) -> Callable[[ResourceRequest, float], None]:
+    """What a fan-out calls while none of its tasks runs."""
+    wait = _Wait(context, stage)
+
+    def on_wait(need: ResourceRequest, seconds: float) -> None:
+        there, idle = free()
+        has_room = idle.cpus >= need.cpus and idle.gpus >= need.gpus
+        why = waiting_for(need.cpus, need.gpus, there, idle)
+        wait.tell("starting tasks" if has_room else why, seconds)
+
+    return on_wait
+
+
+def waiting_for(cpus: float, gpus: float, there: Resources, idle: Resources) -> str:
+    """What is waited for: "waiting for 8 GPUs: cluster has 4, 2 free"."""
+    if gpus:
+        return f"waiting for {gpus:g} GPUs: cluster has {there.gpus:g}, {idle.gpus:g} free"
+    return f"waiting for {cpus:g} CPUs: cluster has {there.cpus:g}, {idle.cpus:g} free"
+
+
+class _Wait:
+    """Tells why a stage waits, and ends it when that takes too long."""
+
+    def __init__(self, context: Context, stage: str) -> None:
+        self._context, self._stage = context, stage
+        self._limit_s = 60.0 * context.spec.resources.placement_minutes
+
+    def tell(self, why: str, seconds: float) -> None:
+        """seconds: for how long that has been so. Raises NotPlaced after the time that it has."""
+        self._context.beacon.tell(waits=why)
+        self._context.reporter.waits(self._stage, why)
+        if seconds > self._limit_s:
+            raise NotPlaced(
+                f"{why}; not at work after resources.placement_minutes "
+                f"({self._limit_s / 60:g}); free resources, or set it higher"
+            )

@@ -1,0 +1,108 @@
+"""Faults that only the world can tell: files, models, storage. Looked for before Ray starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from cluster.storage import open_store
+from jobs.spec.job import JobSpec
+from quant.quant_spec import CHANNEL, QuantSpec
+from quant.spec import SweepSpec
+from trainer.checks import faults_in, has_student, student_config, world_faults
+from trainer.identity import Identities
+from trainer.models.load import find_model, read_config
+from trainer.stage_inputs import identities
+
+
+def storage_faults(spec: JobSpec) -> list[str]:
+    """Faults of the storage: unknown protocol, not writable."""
+    return faults_in(lambda: open_store(spec.storage).check_writable(), "storage")
+
+
+def spec_faults(spec: JobSpec, stages: list[str]) -> list[str]:
+    """One line per fault of what the spec names, as far as the `stages` to run need it."""
+    found = identities(spec)
+    faults = world_faults(spec, found, set(stages) - {"summarize"})
+    if "sweep" not in stages or spec.sweep is None:
+        return faults
+    if has_student(spec, found):
+        configs = {"student": partial(student_config, spec, found)}
+        if found.teacher_folder is not None:
+            configs["teacher"] = partial(read_config, found.teacher_folder)
+        for role in spec.sweep.models:
+            more = _sweep_faults(spec.sweep, configs[role](), role)
+            faults += [line for line in more if line not in faults]
+    if not faults:  # what follows reads files, which takes a moment
+        faults += _extra_faults(spec.sweep, found)
+        faults += _task_faults(spec.sweep)
+    return faults
+
+
+def _sweep_faults(sweep: SweepSpec, config: Any, role: str) -> list[str]:
+    """What a model cannot be quantized with: its layers, its two ends, the group sizes."""
+    from quant.quantize import check_group_size
+    from quant.targets import find_targets, meta_model
+
+    model, kept = meta_model(config), dict.fromkeys(sweep.keep_16bit)
+    find = partial(_in_keys, find_targets, model)
+    faults = faults_in(partial(find, QuantSpec(8, CHANNEL), kept), "sweep")
+    cells = sweep.cells(role)
+    for table, head in dict.fromkeys((cell.embeddings, cell.head) for cell in cells):
+        if faults or not (table or head):
+            continue
+        ends = QuantSpec(8, CHANNEL, "hqq", table, head)
+        key = "sweep.embeddings" if table else "sweep.head"
+        more = faults_in(partial(find, ends, kept), key)
+        if more and len(sweep.ends) > 1:
+            asked = f"{{embeddings: {str(table).lower()}, head: {str(head).lower()}}}"
+            more = [f"{line}; or sweep.exclude: [{asked}]" for line in more]
+        faults += more
+    if faults:
+        return faults  # what follows would only repeat them
+    for size, table, head in dict.fromkeys(
+        (cell.group_size, cell.embeddings, cell.head) for cell in cells
+    ):
+        check = partial(_in_keys, check_group_size, model, [size], table, head, kept)
+        faults += [line for line in faults_in(check, "sweep.group_size") if line not in faults]
+    return faults
+
+
+def _in_keys(check: Callable[..., object], *arguments: object) -> None:
+    """`check` of `arguments`, whose faults name the key that becomes its `layers`."""
+    from quant.unsupported import LayersError
+
+    key = "sweep.keep_16bit:"
+    try:
+        check(*arguments)
+    except LayersError as error:
+        line = error.line(f"{key} {error.pattern!r}", f"{key} {list(error.keep)}")
+        raise ValueError(line) from error
+
+
+def _extra_faults(sweep: SweepSpec, found: Identities) -> list[str]:
+    """Models quantized elsewhere must be there, and have the ids of the corpus."""
+    from trainer.corpus.tokenizer import check_same_vocabulary
+
+    faults = []
+    for number, extra in enumerate(sweep.extra):
+        key = f"sweep.extra.{number}.path"
+        look = partial(find_model, key, extra.path)
+        more = faults_in(look, key)
+        if not more and found.tokenizer_folder is not None:
+            folder = look()
+            if any(folder.glob("tokenizer*")):
+                check = partial(check_same_vocabulary, found.tokenizer_folder, folder)
+                more = faults_in(check, key)
+        faults += more
+    return faults
+
+
+def _task_faults(sweep: SweepSpec) -> list[str]:
+    """Benchmark tasks must be there, and so must lm-eval."""
+    if not sweep.tasks:
+        return []
+    from quant.evaluation.lm_eval import check_tasks
+
+    return check_tasks(sweep.tasks)

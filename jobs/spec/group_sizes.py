@@ -1,0 +1,78 @@
+"""Group sizes that divide the layers, where none are given: in a spec, and for `quantize`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jobs.spec.job import JobSpec
+from quant.quant_spec import CHANNEL, DYNAMIC, GroupSize, QuantSpec
+
+SINGLE = 64  # the group size of one model, where it fits
+
+
+def resolve_group_sizes(spec: JobSpec) -> JobSpec:
+    """The spec with `sweep.group_size: auto` replaced by sizes for all models of the grid.
+
+    A spec whose models cannot be read or quantized is returned as it is: `jobs.spec.checks` reports
+    why. Raises ValueError, one line, where `sweep.exclude` leaves no cell.
+    """
+    sweep = spec.sweep
+    if sweep is None or sweep.group_size != "auto":
+        return spec
+    try:
+        widths = _widths_of_models(spec)
+    except ValueError:
+        return spec
+    return spec.model_copy(update={"sweep": sweep.with_group_sizes(widths)})
+
+
+def single_group_size(
+    folder: Path, spec: QuantSpec, layers: Mapping[str, QuantSpec | None]
+) -> GroupSize:
+    """The group size of a model that is quantized without one being given: 64, or the largest
+    below it that divides all its layers. Raises ValueError for a model that is none.
+
+    spec, layers: how it is quantized, but for the size.
+    """
+    if spec.method == DYNAMIC:
+        return spec.group_size
+    from trainer.models.load import read_config
+
+    whole = {
+        name: None if own is None else replace(own, group_size=CHANNEL)
+        for name, own in layers.items()
+    }
+    widths = _widths(read_config(folder), replace(spec, group_size=CHANNEL), whole)
+    return next((size for size in (SINGLE, 32, 16) if not any(width % size for width in widths)), 8)
+
+
+def _widths_of_models(spec: JobSpec) -> set[int]:
+    """Input widths of all layers that the cells quantize. Raises ValueError."""
+    from trainer.checks import student_config
+    from trainer.models.load import read_config
+    from trainer.stage_inputs import identities
+
+    sweep, found = spec.sweep, identities(spec)
+    assert sweep is not None
+    widths: set[int] = set()
+    for role in sweep.models:
+        if role == "student":
+            config = student_config(spec, found)
+        else:
+            assert found.teacher_folder is not None
+            config = read_config(found.teacher_folder)
+        ends = dict.fromkeys((cell.embeddings, cell.head) for cell in sweep.cells(role))
+        for embeddings, head in ends:
+            asked = QuantSpec(8, CHANNEL, "hqq", embeddings, head)
+            widths |= _widths(config, asked, dict.fromkeys(sweep.keep_16bit))
+    return widths
+
+
+def _widths(config: Any, spec: QuantSpec, layers: Mapping[str, QuantSpec | None]) -> set[int]:
+    from quant.targets import find_targets, meta_model
+
+    targets = find_targets(meta_model(config), spec, layers or None)
+    return {target.columns for target in targets.layers.values()}

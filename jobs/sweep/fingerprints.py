@@ -1,0 +1,124 @@
+"""Fingerprints: what the result of a cell, or of a model beside the cells, depends on.
+
+Which cells keep their models: all, those on the Pareto front, or none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.storage import Attempt, Store
+from cluster.storage.keys import fingerprint
+from jobs.report.pareto import front_keys
+from jobs.run.inputs import EVALUATION, Outputs, extra_identity, task_identity
+from jobs.spec.job import JobSpec
+from quant.grid import Cell
+from quant.spec import ExtraModel, SweepSpec
+from trainer.stage_inputs import capture_inputs
+
+
+def common(sweep: SweepSpec, outputs: Outputs) -> dict[str, Any]:
+    """What all results of a sweep depend on: the sequences, the records, how they are read."""
+    return {
+        "evaluation": EVALUATION,
+        "corpus": _held_out(outputs),
+        "cache": outputs.get("capture", {}).get("cache"),
+        "batch_sequences": sweep.batch_sequences,
+        "dtype": sweep.dtype,
+        **({"tasks": [task_identity(task) for task in sweep.tasks]} if sweep.tasks else {}),
+    }
+
+
+def _held_out(outputs: Outputs) -> str:
+    """The corpus as far as select and report go: with more of train they are the same."""
+    prepared = outputs["prepare"]
+    return str(prepared.get("held_out", prepared["corpus"]))
+
+
+def cell_fingerprint(cell: Cell, spec: JobSpec, model: Any, outputs: Outputs) -> str:
+    """What a cell's result depends on; `model`: the identity of the 16-bit model it is made of."""
+    sweep = spec.sweep
+    assert sweep is not None
+    kept = sorted(set(sweep.keep_16bit))
+    found = {
+        **common(sweep, outputs),
+        "cell": cell.to_dict(),
+        "model": model,
+        "keep_16bit": kept,
+    }
+    if cell.recovered:
+        assert sweep.recover is not None
+        found["recover"] = sweep.recover.model_dump(exclude={"bits"})
+        found["seed"] = spec.seed
+        found["corpus"] = outputs["prepare"]["corpus"]  # its train part too
+        # It learns from the records that the training of this run had captured.
+        found["captured"] = capture_inputs(spec)
+    return fingerprint(found)
+
+
+def model_fingerprint(role: str, spec: JobSpec, model: Any, outputs: Outputs) -> str:
+    """What the evaluation of a 16-bit model depends on."""
+    assert spec.sweep is not None
+    return fingerprint({**common(spec.sweep, outputs), "role": role, "model": model})
+
+
+def reference_folder(role: str, spec: JobSpec, model: Any, outputs: Outputs) -> str:
+    """Where in the run a model's final hidden states are: named by what they depend on."""
+    assert spec.sweep is not None
+    found = {
+        "corpus": _held_out(outputs),
+        "batch_sequences": spec.sweep.batch_sequences,
+        "dtype": spec.sweep.dtype,
+        "model": model,
+        "evaluation": EVALUATION,
+    }
+    return f"references/{role}-{fingerprint(found)[:16]}"
+
+
+def extra_fingerprint(extra: ExtraModel, spec: JobSpec, student: Any, outputs: Outputs) -> str:
+    """What the evaluation of a model quantized elsewhere depends on; it is beside the student."""
+    print_ = model_fingerprint("extra", spec, student, outputs)
+    return fingerprint({"extra": extra_identity(extra), "beside": print_})
+
+
+def complete(sweep: SweepSpec, result: dict[str, Any], store: Store, key: str) -> bool:
+    """Whether a finished cell has all that is asked for: its speed, and its model if it is kept.
+
+    Of a model that went because it was not on the front it is not known what the front is now: it
+    stands, and `missing` finds those that are.
+    """
+    there = store.exists(f"cells/{key}/model/config.json")
+    if there:
+        return True
+    measured = result.get("decode_tokens_per_s") is not None
+    return measured and sweep.keep_models != "all"
+
+
+def missing(sweep: SweepSpec, results: dict[str, dict[str, Any]], store: Store) -> list[str]:
+    """Cells on the front whose models an earlier sweep did not keep."""
+    if sweep.keep_models != "pareto":
+        return []
+    return [
+        key
+        for key in sorted(front_keys(results))
+        if not store.exists(f"cells/{key}/model/config.json")
+    ]
+
+
+def drop(sweep: SweepSpec, results: dict[str, dict[str, Any]], attempt: Attempt) -> list[str]:
+    """Deletes the models that are not kept, of cells that are measured; returns their keys."""
+    if sweep.keep_models == "all":
+        return []
+    kept = front_keys(results) if sweep.keep_models == "pareto" else set()
+    dropped = []
+    for key, result in results.items():
+        place = f"cells/{key}/model"
+        done = result["status"] == "done" and result.get("decode_tokens_per_s") is not None
+        if not done or key in kept or not attempt.store.exists(place):
+            continue
+        attempt.fence()
+        attempt.store.delete(place, recursive=True)
+        results[key] = {**result, "model_kept": False}
+        attempt.write_json(f"cells/{key}/result.json", results[key])
+        dropped.append(key)
+    return dropped
