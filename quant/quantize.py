@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from quant.artifact.quantized_model import mark_quantized
 from quant.layers.linear import QuantEmbedding, QuantLinear, QuantWeight, quant_weights
-from quant.layers.weight import cast_stored
 from quant.methods import quantize_weight
 from quant.quant_spec import DYNAMIC, QuantSpec
 from quant.targets import Layers, Target, Targets, check_group_size, find_targets
+from trainer.models.load import cast_stored
 
 __all__ = ["check_group_size", "quantize", "stored_dtype"]
 

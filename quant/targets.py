@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from quant.codes import BLOCK
 from quant.quant_spec import CHANNEL, GroupSize, QuantSpec
@@ -28,6 +28,7 @@ from quant.unsupported import (
     unsupported_weights,
     untouched,
 )
+from trainer.models.load import meta_model
 
 
 @dataclass(frozen=True)
@@ -214,14 +215,6 @@ def check_group_size(
     targets = find_targets(model, QuantSpec(8, CHANNEL, "hqq", embeddings, head), layers)
     for size in sizes:
         _check_size(size, list(targets.layers.values()))
-
-
-def meta_model(config_or_model: PreTrainedConfig | PreTrainedModel) -> PreTrainedModel:
-    """The model of a transformers config without weights, on the meta device; a model as it is."""
-    if isinstance(config_or_model, nn.Module):
-        return config_or_model
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config_or_model)
 
 
 def _linears(

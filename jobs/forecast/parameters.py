@@ -291,7 +291,8 @@ def _from_model(text: dict[str, Any], kind: str) -> Shape:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"no {kind} can be built from its config.json ({reason})") from None
     sizes = config.get_text_config()
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    table: Any = model.get_input_embeddings()
     tied = head is not None and head.weight is table.weight
     experts = {
         name: value.numel() for name, value in model.named_parameters() if ".experts." in name

@@ -221,12 +221,12 @@ def load_unquantized(folder: Path, device: str, dtype: torch.dtype | None = None
 
     Raises ValueError, one line, if its weights are not those of its config.
     """
-    from trainer.models.load import load_model
+    from trainer.models.load import load_for_inference
 
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder}: holds no *.safetensors; give a Hugging Face folder")
     try:
-        model = load_model(folder, dtype or "auto")  # type: ignore[arg-type]
+        return load_for_inference(folder, device, dtype)
     except MemoryError:
         raise
     except ValueError as error:
@@ -237,7 +237,6 @@ def load_unquantized(folder: Path, device: str, dtype: torch.dtype | None = None
         raise ValueError(
             f"{folder}: the weights cannot be loaded ({_line(folder, error)})"
         ) from None
-    return model.requires_grad_(False).eval().to(device)
 
 
 def load_any(found: Found, device: str, prefer: str, dtype: torch.dtype | None = None) -> Any:

@@ -103,7 +103,7 @@ def model_of(
         raise SpecErrors([f"--bits {spec.bits}: {found.name} {_is_quantized(found)}"])
     from jobs.models.quantize import check_fits, fitted, load_and_quantize
     from quant.kernels import use_kernels
-    from quant.layers.weight import cast_stored
+    from trainer.models.load import cast_stored
 
     if fit:
         spec = fitted(found.folder, spec)

@@ -43,7 +43,8 @@ def spec_faults(spec: JobSpec, stages: list[str]) -> list[str]:
 def _sweep_faults(sweep: SweepSpec, config: Any, role: str) -> list[str]:
     """What a model cannot be quantized with: its layers, its two ends, the group sizes."""
     from quant.quantize import check_group_size
-    from quant.targets import find_targets, meta_model
+    from quant.targets import find_targets
+    from trainer.models.load import meta_model
 
     model, kept = meta_model(config), dict.fromkeys(sweep.keep_16bit)
     find = partial(_in_keys, find_targets, model)

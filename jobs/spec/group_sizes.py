@@ -72,7 +72,8 @@ def _widths_of_models(spec: JobSpec) -> set[int]:
 
 
 def _widths(config: Any, spec: QuantSpec, layers: Mapping[str, QuantSpec | None]) -> set[int]:
-    from quant.targets import find_targets, meta_model
+    from quant.targets import find_targets
+    from trainer.models.load import meta_model
 
     targets = find_targets(meta_model(config), spec, layers or None)
     return {target.columns for target in targets.layers.values()}

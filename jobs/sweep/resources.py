@@ -167,7 +167,6 @@ def _gpu_type(there: Sequence[str], measured: Collection[str]) -> str:
 
 
 def _model(source: Source) -> Any:
-    from quant.targets import meta_model
-    from trainer.models.load import read_config
+    from trainer.models.load import meta_model, read_config
 
     return meta_model(read_config(source.config_folder()))

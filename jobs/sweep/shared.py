@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,8 +23,12 @@ from jobs.sweep.progress import Advance
 from quant.spec import SweepSpec
 from trainer.corpus.corpus import Batch, open_corpus
 from trainer.logits.reader import CacheReader, read_along
+from trainer.logits.records import Records
 from trainer.models.load import find_model
 from trainer.spec.sections import CacheSpec, DataSpec, DistillSpec
+
+if TYPE_CHECKING:
+    from quant.evaluation.measure import EvaluationConfig, EvaluationData
 
 PARTS = ("select", "report")
 
@@ -93,12 +97,12 @@ class SharedContext:
         for start in range(0, len(found), size):
             yield found.batch(np.arange(start, min(start + size, len(found))))
 
-    def records(self, part: str = "report") -> Iterator[TeacherBatch]:
+    def records(self, part: str = "report") -> Iterator[Records]:
         """The teacher's records of the same batches. Raises ValueError without a teacher."""
         if self.cache is None:
             raise ValueError("there are no records: the spec has no teacher")
         reader = CacheReader(self.cache, "eval")
-        return (teacher_batch(reader, batch) for batch in self.batches(part))
+        return (teacher_records(reader, batch) for batch in self.batches(part))
 
     @property
     def sequence_length(self) -> int:
@@ -109,23 +113,25 @@ class SharedContext:
         """How many a part has."""
         return len(open_corpus(self.corpus).part(part))
 
-    def part(self, name: str, source: Source | None = None, advance: Advance | None = None) -> Any:
-        """A `quant.evaluation.measure.Part`; with the stored reference of `source` if one is given.
+    def part(
+        self, name: str, source: Source | None = None, advance: Advance | None = None
+    ) -> EvaluationData:
+        """What models are evaluated on; with the stored reference of `source` if one is given.
 
         advance: hears how far passes over it are.
         """
         from functools import partial
 
-        from quant.evaluation.measure import Part
+        from quant.evaluation.measure import EvaluationData
 
         reference = None
         if source is not None:
             reference = str(self.attempt.store.fetch_folder(f"{source.references}/{name}"))
         records = None if self.cache is None else partial(self.records, name)
         progress = None if advance is None else advance.part(name, self.sequences(name))
-        return Part(partial(self.batches, name), records, reference, progress)
+        return EvaluationData(partial(self.batches, name), records, reference, progress)
 
-    def setting(self, advance: Advance | None = None) -> Any:
+    def setting(self, advance: Advance | None = None) -> EvaluationConfig:
         """How models are evaluated. advance: hears how far benchmark tasks are."""
         from quant.evaluation.measure import EvaluationConfig
 
@@ -140,30 +146,10 @@ class SharedContext:
         )
 
 
-@dataclass(frozen=True)
-class TeacherBatch:
-    """The teacher's records of a batch: [batch, seq, k] and [batch, seq]; tail is a probability."""
-
-    ids: np.ndarray
-    logprobs: np.ndarray
-    tail: np.ndarray
-    entropy: np.ndarray
-    true_logprob: np.ndarray
-
-
-def teacher_batch(reader: CacheReader, batch: Batch) -> TeacherBatch:
-    """The cached records of a batch, by sequence, where they count; the tail at temperature 1."""
+def teacher_records(reader: CacheReader, batch: Batch) -> Records:
+    """The cached records of a batch along its positions, where they count."""
     keys = [key.tobytes() for key in batch.keys]
-    found = read_along(reader, keys, batch.loss_mask, reader.positions)
-    assert found.entropy is not None and found.true_log_prob is not None  # the kind is eval
-    shape = batch.input_ids.shape
-    return TeacherBatch(
-        found.ids.reshape(*shape, -1),
-        found.log_probs.reshape(*shape, -1),
-        np.exp(found.log_tails[:, 0]).reshape(shape),
-        found.entropy.reshape(shape),
-        found.true_log_prob.reshape(shape),
-    )
+    return read_along(reader, keys, batch.loss_mask, reader.positions)
 
 
 def sources_of(context: Context) -> dict[str, Source]:

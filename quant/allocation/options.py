@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from quant.artifact.sizes import layer_slots, plain_tensors
 from quant.codes import BLOCK
 from quant.quant_spec import CHANNEL, DYNAMIC, GroupSize, QuantSpec
-from quant.targets import Layers, Target, Targets, find_targets, meta_model
+from quant.targets import Layers, Target, Targets, find_targets
+from trainer.models.load import meta_model
 
 SIXTEEN = "16b"  # key of the option that leaves a layer as it is
 SIXTEEN_BYTES = 2  # of a weight that is not quantized, whatever dtype the model is loaded in

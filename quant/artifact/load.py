@@ -23,8 +23,8 @@ from quant.artifact.meta_model import (
     CONFIG,
     GENERATION,
     check_generation_config,
+    checked_meta_model,
     hollow_model,
-    meta_model,
     read_config,
 )
 from quant.artifact.quantized_model import mark_quantized
@@ -33,7 +33,7 @@ from quant.artifact.sizes import PARTS
 from quant.artifact.validate import check_fit
 from quant.kernels import Preference, use_kernels
 from quant.layers.linear import QuantEmbedding, QuantLinear, QuantWeight
-from quant.layers.weight import cast_stored
+from trainer.models.load import cast_stored
 
 
 def load_quantized(
@@ -59,7 +59,7 @@ def load_quantized(
     names = len(file.slots) + len(description.tied)
     config = read_config(folder, names)
     has_generation = check_generation_config(folder)
-    check_fit(description, file, meta_model(config, folder / CONFIG, names), folder)
+    check_fit(description, file, checked_meta_model(config, folder / CONFIG, names), folder)
     model = hollow_model(config)
     loader = _Loader(model, description, file, place)
     loader.layers(prefer)

@@ -82,7 +82,7 @@ def _is_id(value: object) -> bool:
     return all(type(each) is int for each in ids)
 
 
-def meta_model(config: PreTrainedConfig, path: Path, tensors: int) -> PreTrainedModel:
+def checked_meta_model(config: PreTrainedConfig, path: Path, tensors: int) -> PreTrainedModel:
     """The model of a config on the meta device: names and shapes, without any memory.
 
     Raises ValueError (one line) when transformers cannot build it, or when it is far larger than

@@ -17,7 +17,7 @@ from quant.evaluation.evaluate import evaluate, teacher_metrics
 from quant.evaluation.measure import (
     METRICS,
     EvaluationConfig,
-    Part,
+    EvaluationData,
     dtype_name,
     measure,
     metrics,
@@ -27,16 +27,16 @@ from quant.evaluation.measure import (
 from quant.evaluation.memory import Peak
 from quant.evaluation.reference import StoredReference, write_reference
 from quant.layers.linear import dense_weights
-from quant.layers.weight import cast_stored
 from quant.quant_spec import QuantSpec
+from trainer.models.load import cast_stored
 
 Role = Literal["teacher", "student", "control"]
 
 
 def evaluate_model(
     model_folder: str,
-    report: Part,
-    select: Part | None,
+    report: EvaluationData,
+    select: EvaluationData | None,
     role: Role,
     name: str | None = None,
     *,
@@ -111,8 +111,8 @@ def evaluate_model(
 def evaluate_extra(
     extra_folder: str,
     model_folder: str,
-    report: Part,
-    select: Part | None,
+    report: EvaluationData,
+    select: EvaluationData | None,
     name: str,
     *,
     setting: EvaluationConfig | None = None,

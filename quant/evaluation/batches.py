@@ -16,13 +16,15 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer.corpus.corpus import Batch
+from trainer.logits.records import Records
 from trainer.models.load import layer_progress
 
 
@@ -113,36 +115,6 @@ def place(array: Any, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
-class Batch(Protocol):
-    """Token sequences (numpy): ids and positions int64 `[batch, seq]`, loss_mask float32."""
-
-    @property
-    def input_ids(self) -> np.ndarray: ...
-    @property
-    def position_ids(self) -> np.ndarray: ...
-    @property
-    def loss_mask(self) -> np.ndarray: ...
-
-
-class TeacherRecords(Protocol):
-    """A teacher's stored distributions of one batch (numpy), meaningful where loss_mask is 1.
-
-    ids int32, logprobs float32 `[batch, seq, k]`; tail, entropy, true_logprob float32
-    `[batch, seq]`; natural logs of the full softmax.
-    """
-
-    @property
-    def ids(self) -> np.ndarray: ...
-    @property
-    def logprobs(self) -> np.ndarray: ...
-    @property
-    def tail(self) -> np.ndarray: ...
-    @property
-    def entropy(self) -> np.ndarray: ...
-    @property
-    def true_logprob(self) -> np.ndarray: ...
-
-
 class DataHash:
     """A running blake2b-128 over sequences in order: ids, positions and loss masks.
 
@@ -174,8 +146,8 @@ class DataHash:
 
 
 def aligned(
-    batches: Iterable[Batch], records: Iterable[TeacherRecords] | None
-) -> Iterator[tuple[Batch, TeacherRecords | None]]:
+    batches: Iterable[Batch], records: Iterable[Records] | None
+) -> Iterator[tuple[Batch, Records | None]]:
     """Each batch with its records. Raises ValueError when they differ in shape or number."""
     if records is None:
         yield from ((batch, None) for batch in batches)
@@ -185,10 +157,10 @@ def aligned(
         if batch is missing or record is missing:
             less = "batches than teacher records" if batch is missing else "records than batches"
             raise ValueError(f"fewer {less}: both must come from the same sequences")
-        if record.ids.shape[:2] != batch.input_ids.shape:
+        if len(record.ids) != batch.input_ids.size:
             raise ValueError(
-                f"teacher records are {list(record.ids.shape[:2])}, "
-                f"their batch is {list(batch.input_ids.shape)}"
+                f"teacher records are of {len(record.ids)} positions, their batch of "
+                f"{batch.input_ids.size}"
             )
         yield batch, record
 
@@ -206,13 +178,17 @@ def inputs(batch: Batch, device: torch.device | str) -> tuple[Tensor, Tensor, Te
 
 
 def sparse(
-    records: TeacherRecords, counted: Tensor, device: torch.device | str
+    records: Records, counted: Tensor, device: torch.device | str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Records at the counted positions: ids int64, logprobs `[tokens, k]`, tail `[tokens]`."""
+    """Records at the counted positions: ids int64, log_probs `[tokens, k]`, tail `[tokens]`.
+
+    The tail is a probability, at temperature 1.
+    """
+    rows = counted.flatten()
     return (
-        place(records.ids, device)[counted],
-        place(records.logprobs, device).float()[counted],
-        place(records.tail, device).float()[counted],
+        place(records.ids, device)[rows],
+        place(records.log_probs, device).float()[rows],
+        place(np.exp(records.log_tails[:, 0]), device).float()[rows],
     )
 
 

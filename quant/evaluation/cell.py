@@ -21,9 +21,8 @@ from quant.evaluation.kl import full_kl
 from quant.evaluation.measure import (
     METRICS,
     EvaluationConfig,
-    Part,
+    EvaluationData,
     dtype_name,
-    load_model,
     measure,
     reference_of,
     tasks_of,
@@ -34,10 +33,10 @@ from quant.evaluation.speed import measure_speed
 from quant.grid import Cell
 from quant.kernels import use_kernels
 from quant.layers.linear import dense_weights
-from quant.layers.weight import cast_stored
 from quant.methods import load_method
 from quant.quant_spec import DYNAMIC, QuantSpec
 from quant.quantize import Progress, quantize, stored_dtype
+from trainer.models.load import cast_stored, load_for_inference
 from trainer.processor import fast_dtype, processor_name
 
 PROMPT, STEPS = 8, 24
@@ -55,16 +54,16 @@ def kernel_kl(model: PreTrainedModel) -> float:
     length = min(PROMPT + STEPS, getattr(config, "max_position_embeddings", None) or PROMPT + STEPS)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(config.vocab_size, (1, length), generator=generator).to(model.device)
-    chosen = _logprobs(model, ids)
+    chosen = _log_probs(model, ids)
     use_kernels(model, "plain")
     # In double precision: of a kernel that answers as the plain weights do, what float32 rounds off
     # would be less than nothing.
-    plain = _logprobs(model, ids).double().log_softmax(-1)
+    plain = _log_probs(model, ids).double().log_softmax(-1)
     return max(0.0, float(full_kl(plain, chosen.double().log_softmax(-1)).mean()))
 
 
 @torch.no_grad()
-def _logprobs(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def _log_probs(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """float32 `[1 + further ids, vocab]` after the prompt and after each id that follows it."""
     found, cache = [], None
     for part in (ids[:, :PROMPT], *ids[:, PROMPT:].split(1, dim=1)):
@@ -106,8 +105,8 @@ SPEEDS = (
 def run_cell(
     cell: Cell,
     model_folder: str,
-    report: Part,
-    select: Part | None = None,
+    report: EvaluationData,
+    select: EvaluationData | None = None,
     out_folder: str | None = None,
     *,
     setting: EvaluationConfig | None = None,
@@ -181,7 +180,7 @@ def _made(
     progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The cell's model as it is stored, and what is known of it before its evaluation."""
-    model = load_model(model_folder, setting.device)
+    model = load_for_inference(model_folder, setting.device)
     load_method(cell.spec.method)  # importing it is no part of the time
     start = time.perf_counter()
     kept = stored_dtype(model)
@@ -199,7 +198,7 @@ def _made(
 def select_kl(
     cell: Cell,
     model_folder: str,
-    select: Part,
+    select: EvaluationData,
     *,
     setting: EvaluationConfig | None = None,
     keep_16bit: Sequence[str] = (),

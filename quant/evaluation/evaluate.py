@@ -15,8 +15,8 @@ from quant.evaluation.batches import (
     CountedLogits,
     DataHash,
     HeadLogits,
+    Records,
     Sequences,
-    TeacherRecords,
     aligned,
     batch_progress,
     inputs,
@@ -36,7 +36,7 @@ from quant.evaluation.metrics import (
 )
 from quant.evaluation.reference import StoredReference
 
-__all__ = ["Batch", "TeacherRecords", "evaluate", "perplexity", "teacher_metrics"]
+__all__ = ["Batch", "Records", "evaluate", "perplexity", "teacher_metrics"]
 
 BLOCK = 1 << 18  # logits whose distributions are compared at a time: what a CPU's cache holds
 
@@ -46,7 +46,7 @@ def evaluate(
     model: PreTrainedModel | StoredReference,
     batches: Iterable[Batch],
     reference: PreTrainedModel | StoredReference | None = None,
-    teacher_records: Iterable[TeacherRecords] | None = None,
+    teacher_records: Iterable[Records] | None = None,
     device: torch.device | str = "cpu",
     chunk_tokens: int = 256,
     vocab: int | None = None,
@@ -130,9 +130,7 @@ def _logits(
     return CountedLogits(of, ids, positions, counted)
 
 
-def teacher_metrics(
-    batches: Iterable[Batch], teacher_records: Iterable[TeacherRecords]
-) -> dict[str, Any]:
+def teacher_metrics(batches: Iterable[Batch], teacher_records: Iterable[Records]) -> dict[str, Any]:
     """The teacher's own numbers from its records alone, no model needed.
 
     Returns tokens, sequences, nll (nats per token), perplexity, accuracy (its most likely id is the
@@ -193,14 +191,14 @@ def _compared(
 ) -> dict[str, Tensor]:
     own = Distribution.of(logits)
     values = {
-        "nll": -own.logprob(targets[:, None])[:, 0],
+        "nll": -own.log_prob(targets[:, None])[:, 0],
         "correct": own.top1 == targets,
     }
     if reference_logits is not None:
         other = Distribution.of(reference_logits)
         values["kl_to_reference"] = kl_of(other, own)
         values["top1_agreement"] = own.top1 == other.top1
-        values["reference_nll"] = -other.logprob(targets[:, None])[:, 0]
+        values["reference_nll"] = -other.log_prob(targets[:, None])[:, 0]
         values["reference_correct"] = other.top1 == targets
     if record:
         ids, teacher, tail = record
@@ -210,14 +208,15 @@ def _compared(
     return values
 
 
-def _teacher_columns(batch: Batch, records: TeacherRecords) -> Columns:
+def _teacher_columns(batch: Batch, records: Records) -> Columns:
     """What a teacher's records say of the counted positions by themselves."""
     _, counted, targets = inputs(batch, "cpu")
-    ids, logprobs, _ = sparse(records, counted, "cpu")
-    likeliest = ids.gather(1, logprobs.argmax(1, keepdim=True))[:, 0]
-    where = counted.numpy()
+    ids, log_probs, _ = sparse(records, counted, "cpu")
+    likeliest = ids.gather(1, log_probs.argmax(1, keepdim=True))[:, 0]
+    assert records.true_log_prob is not None and records.entropy is not None  # the kind is eval
+    where = counted.flatten().numpy()
     return {
-        "teacher_nll": -records.true_logprob[where].astype(np.float64),
+        "teacher_nll": -records.true_log_prob[where].astype(np.float64),
         "teacher_correct": (likeliest == targets).double().numpy(),
         "teacher_entropy": records.entropy[where].astype(np.float64),
     }

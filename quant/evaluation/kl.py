@@ -28,10 +28,10 @@ def full_kl(reference: Tensor, model: Tensor) -> Tensor:
     return terms.masked_fill_(probability == 0, 0.0).sum(1)
 
 
-def coarsened_kl(model: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
+def coarsened_kl(model: Tensor, ids: Tensor, log_probs: Tensor, tail: Tensor) -> Tensor:
     """KL(record || model) in nats over the record's ids plus one bucket for all other ids.
 
-    model: log-probs `[tokens, vocab]`; ids int64, logprobs float32 `[tokens, k]` (natural log of
+    model: log-probs `[tokens, vocab]`; ids int64, log_probs float32 `[tokens, k]` (natural log of
     the teacher's full softmax), tail float32 `[tokens]` its mass outside the ids. Returns
     `[tokens]`. Both sides use their own tail:
 
@@ -39,16 +39,16 @@ def coarsened_kl(model: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> 
 
     The last two terms are 0 for an exact record; with them rounding in a stored record enters
     in second order only (generalized KL). The result is a lower bound of the full KL.
-    Ids that the model's vocabulary lacks, and empty slots (logprob -inf), go to the tail. The
+    Ids that the model's vocabulary lacks, and empty slots (log_prob -inf), go to the tail. The
     model's tail is a logsumexp over the other ids: 1 - sum(q) would cancel in float32.
     """
-    kept = _kept(model, ids, logprobs)
+    kept = _kept(model, ids, log_probs)
     # An extra column takes the slots that are not kept, so that they hide no id of the model's.
     others = torch.cat([model, model.new_full((model.shape[0], 1), -torch.inf)], dim=1)
     safe = torch.where(kept, ids, model.shape[1])
     log_q = others.gather(1, safe)
     others.scatter_(1, safe, -torch.inf)
-    return _coarsened(log_q, torch.logsumexp(others, dim=1), kept, logprobs, tail)
+    return _coarsened(log_q, torch.logsumexp(others, dim=1), kept, log_probs, tail)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Distribution:
         top = logits.gather(1, at).double() - probability.gather(1, at).double().log()
         return cls(logits, probability, top1, top[:, 0])
 
-    def logprob(self, ids: Tensor) -> Tensor:
+    def log_prob(self, ids: Tensor) -> Tensor:
         """float64 log-probs, in nats, of ids int64 `[tokens, k]`."""
         return self.logits.gather(1, ids).double() - self.log_normalizer[:, None]
 
@@ -99,10 +99,10 @@ def kl_of(reference: Distribution, model: Distribution) -> Tensor:
     return found
 
 
-def coarsened_kl_of(model: Distribution, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
+def coarsened_kl_of(model: Distribution, ids: Tensor, log_probs: Tensor, tail: Tensor) -> Tensor:
     """`coarsened_kl` of a model's distribution, float64 `[tokens]`."""
     probability = model.probability
-    kept = _kept(probability, ids, logprobs)
+    kept = _kept(probability, ids, log_probs)
     some, first = kept.any(1, keepdim=True), kept.int().argmax(1, keepdim=True)
     # A slot that is not kept repeats one that is; without any, it points at an id and changes none.
     safe = torch.where(kept, ids, torch.where(some, ids.gather(1, first), 0))
@@ -110,28 +110,28 @@ def coarsened_kl_of(model: Distribution, ids: Tensor, logprobs: Tensor, tail: Te
     probability.scatter_(1, safe, before.masked_fill(some, 0.0))
     q_tail = probability.sum(1)
     probability.scatter_(1, safe, before)
-    log_q = model.logprob(safe)
-    found = _coarsened(log_q, q_tail.double().log(), kept, logprobs.double(), tail.double())
+    log_q = model.log_prob(safe)
+    found = _coarsened(log_q, q_tail.double().log(), kept, log_probs.double(), tail.double())
     rare = q_tail < VANISHING
     if bool(rare.any()):
         logs = torch.log_softmax(model.logits[rare], dim=-1)
-        found[rare] = coarsened_kl(logs, ids[rare], logprobs[rare], tail[rare]).double()
+        found[rare] = coarsened_kl(logs, ids[rare], log_probs[rare], tail[rare]).double()
     return found
 
 
-def _kept(model: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+def _kept(model: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
     """Which slots of a record have an id of the model's vocabulary, bool `[tokens, k]`."""
-    return (ids >= 0) & (ids < model.shape[1]) & (logprobs != -torch.inf)
+    return (ids >= 0) & (ids < model.shape[1]) & (log_probs != -torch.inf)
 
 
 def _coarsened(
-    log_q: Tensor, log_q_tail: Tensor, kept: Tensor, logprobs: Tensor, tail: Tensor
+    log_q: Tensor, log_q_tail: Tensor, kept: Tensor, log_probs: Tensor, tail: Tensor
 ) -> Tensor:
     """The formula of `coarsened_kl`; log_q `[tokens, k]` counts where `kept` holds."""
-    p = logprobs.exp()
+    p = log_probs.exp()
     p_tail = tail + p.masked_fill(kept, 0.0).sum(1)
     p = p.masked_fill(~kept, 0.0)
-    head = torch.where(kept & (p > 0), p * (logprobs - log_q), 0.0).sum(1)
+    head = torch.where(kept & (p > 0), p * (log_probs - log_q), 0.0).sum(1)
     nothing_left = torch.isneginf(log_q_tail) & (p_tail <= ROUNDING)
     p_tail = p_tail.masked_fill(nothing_left | (p_tail < 0), 0.0)
     rest = torch.where(p_tail > 0, p_tail * (p_tail.log() - log_q_tail), 0.0)

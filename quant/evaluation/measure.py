@@ -9,13 +9,14 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quant.artifact.description import FORMAT
-from quant.evaluation.batches import Batch, Sequences, TeacherRecords
+from quant.evaluation.batches import Batch, Records, Sequences
 from quant.evaluation.evaluate import evaluate
 from quant.evaluation.reference import open_reference
 from quant.spec import Task
+from trainer.models.load import load_for_inference
 
 # What an evaluation says of a model, and where it stands: at the top the part `report`, in
 # `select` the part that choices are made on.
@@ -50,7 +51,7 @@ METRICS = (
 
 
 @dataclass(frozen=True)
-class Part:
+class EvaluationData:
     """A part of the corpus, as models are measured on it.
 
     batches, records: made anew for every pass; the teacher's records are aligned with the batches.
@@ -60,7 +61,7 @@ class Part:
     """
 
     batches: Callable[[], Iterable[Batch]]
-    records: Callable[[], Iterable[TeacherRecords]] | None = None
+    records: Callable[[], Iterable[Records]] | None = None
     reference: str | None = None
     progress: Callable[[str, float], None] | None = None
 
@@ -93,26 +94,13 @@ class EvaluationConfig:
     def load(self, folder: str) -> PreTrainedModel:
         """A 16-bit model, on the device and in the dtype that it is computed in."""
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        return load_model(folder, self.device, dtype)
+        return load_for_inference(folder, self.device, dtype)
 
 
 def versions() -> dict[str, str]:
     """What a result depends on: library versions and the artifact's format."""
     found = {name: version(name) for name in ("torch", "transformers", "hqq")}
     return {**found, "stillhouse_format": str(FORMAT)}
-
-
-def load_model(
-    folder: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """A causal language model from a Hugging Face folder, in the dtype its config names.
-
-    On a CPU its weights lie in a mapping of the file: processes on one machine share them.
-    """
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
-    )
-    return model.requires_grad_(False).eval().to(device)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -124,8 +112,8 @@ def measure(
     model: PreTrainedModel,
     model_folder: str,
     of: str,
-    report: Part,
-    select: Part | None,
+    report: EvaluationData,
+    select: EvaluationData | None,
     setting: EvaluationConfig,
 ) -> dict[str, Any]:
     """The metrics of a model on `report`, and under `select` those on select.
@@ -150,7 +138,7 @@ def measure(
     return {**result["report"], "select": result["select"]}
 
 
-def reference_of(part: Part, folder: str, setting: EvaluationConfig) -> Any:
+def reference_of(part: EvaluationData, folder: str, setting: EvaluationConfig) -> Any:
     """The 16-bit model that a part is compared with: stored, or loaded."""
     if part.reference is None:
         return setting.load(folder)

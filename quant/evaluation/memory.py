@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from quant.artifact.sizes import dense_bytes, layer_slots
 from quant.evaluation.memory_forecast import PROCESS, MemoryEstimate, Sizes, estimate_memory
 from quant.quant_spec import CHANNEL, QuantSpec
-from quant.targets import find_targets, meta_model
+from quant.targets import find_targets
+from trainer.models.load import meta_model
 
 __all__ = ["PROCESS", "MemoryEstimate", "Peak", "cell_memory"]
 

@@ -50,9 +50,9 @@ def load_baseline(
     if device.type != "cpu" or not _fits_twice(Path(folder)):
         names = [fast_dtype(str(device))]
     # Here, so that a machine that has torch alone can measure models that it made itself.
-    from quant.evaluation.measure import load_model
+    from trainer.models.load import load_for_inference
 
-    models = [load_model(str(folder), device, getattr(torch, name)) for name in names]
+    models = [load_for_inference(str(folder), device, getattr(torch, name)) for name in names]
     if len(models) == 1:
         return models[0]
     prompt = random_prompt(models[0], prompt_tokens)

@@ -7,16 +7,13 @@ along the input dimension that never cross rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from quant.codes import Codes, pack_into, packed_width, unpack
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class QuantWeight(nn.Module):
@@ -77,6 +74,9 @@ class QuantWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[rows, columns]`; computed in float32 and rounded once to `dtype`."""
         return self.unpacked().dequantize(dtype)
+
+    def cast_stored(self, dtype: torch.dtype) -> None:
+        """What `trainer.models.load.cast_stored` does to this layer: nothing, codes stay."""
 
     def _let_go(self) -> None:
         """Drop what was made of the stored tensors, which are about to change."""
@@ -166,6 +166,10 @@ class QuantEmbedding(QuantWeight):
             self.dtype = kind
         return super()._apply(fn, recurse)
 
+    def cast_stored(self, dtype: torch.dtype) -> None:
+        """`dtype` is what a lookup gives from now on."""
+        self.dtype = dtype
+
     def _renew(self) -> None:
         for head in self.heads:
             head._renew()
@@ -177,23 +181,3 @@ class QuantEmbedding(QuantWeight):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "heads": WeakSet()})
-
-
-def cast_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast parameters and unquantized persistent buffers to `dtype`, in place, ties kept.
-
-    Unlike `model.to(dtype)`, buffers that are recomputed and never stored (a rotary embedding's
-    frequencies) stay in float32, as `from_pretrained(dtype=...)` has them.
-    """
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    for module in model.modules():
-        if isinstance(module, QuantEmbedding):
-            module.dtype = dtype  # what a lookup gives
-        if isinstance(module, QuantWeight):
-            continue
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
-                setattr(module, name, buffer.to(dtype))
-    model.config.dtype = dtype

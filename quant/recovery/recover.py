@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 
 from cluster.storage import Store
 from quant.evaluation.evaluate import evaluate
-from quant.evaluation.measure import Part as Measured
-from quant.evaluation.measure import load_model
+from quant.evaluation.measure import EvaluationData
 from quant.evaluation.reference import open_reference
 from quant.layers.linear import dense_weights
 from quant.recovery.trainable import Trainable, trainable
@@ -33,6 +32,7 @@ from trainer.corpus.schedule import Schedule, make_schedule
 from trainer.losses.divergences import ForwardKL, Target
 from trainer.losses.fused_linear import fused_loss
 from trainer.models.head import check_head, head_of, last_hidden
+from trainer.models.load import load_for_inference
 from trainer.spec.sections import CacheSpec, DataSpec, DistillSpec
 from trainer.training.engine import learning_rate
 from trainer.training.loader import MicroBatch, Step, StepLoader, threads_for
@@ -54,7 +54,7 @@ def recover(
     cache_spec: CacheSpec | None,
     data: DataSpec | None,
     distill: DistillSpec | None,
-    select: Measured,
+    select: EvaluationData,
     reference_folder: str | None,
     vocab: int,
     seed: int,
@@ -94,7 +94,7 @@ def recover(
         indices = held
     else:
         assert reference_folder is not None
-        signal = _FromStudent(load_model(reference_folder, where, model.dtype), vocab)
+        signal = _FromStudent(load_for_inference(reference_folder, where, model.dtype), vocab)
         indices = np.arange(len(opened.part("train")))
     loader = _loader(opened, indices, signal.teacher, spec, seed, where)
     measure = _measure(select, signal.reference, reference_folder, vocab, where)
@@ -220,7 +220,7 @@ def _loader(
 
 
 def _measure(
-    select: Measured,
+    select: EvaluationData,
     beside: PreTrainedModel | None,
     folder: str | None,
     vocab: int,

@@ -204,7 +204,7 @@ def test_the_records_are_what_the_teacher_says(made) -> None:
 
 
 def test_nothing_is_missing_afterwards_and_the_sweep_reads_it(made) -> None:
-    from jobs.sweep.shared import teacher_batch
+    from jobs.sweep.shared import teacher_records
     from trainer.logits.reader import CacheReader
     from trainer.logits.store import CacheDamaged
     from trainer.teacher.job import missing
@@ -216,13 +216,13 @@ def test_nothing_is_missing_afterwards_and_the_sweep_reads_it(made) -> None:
         job = made.captures["kept", positions]
         assert not any(numbers for _, _, numbers in missing(job, made.corpus))
         with CacheReader(job.cache, "eval") as reader:
-            found.append(teacher_batch(reader, batch))
+            found.append(teacher_records(reader, batch))
             if positions == "loss":
                 other = replace(batch, loss_mask=np.ones_like(batch.loss_mask))
                 with pytest.raises(CacheDamaged, match=f"its sequence has {CHAT_LENGTH}"):
-                    teacher_batch(reader, other)
-    counts = batch.loss_mask == 1
-    for name in ("ids", "logprobs", "tail", "entropy", "true_logprob"):
+                    teacher_records(reader, other)
+    counts = batch.loss_mask.flatten() == 1
+    for name in ("ids", "log_probs", "log_tails", "entropy", "true_log_prob"):
         whole, fewer = (getattr(one, name) for one in found)
         assert whole.shape == fewer.shape
         assert np.array_equal(whole[counts], fewer[counts])

@@ -17,13 +17,14 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.storage import open_store
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 # By model_type of transformers configs.
@@ -173,13 +174,16 @@ def width_of(config: dict[str, Any]) -> int:
     return 768
 
 
-def meta_model(config: Any) -> Any:
-    """The model without memory (meta device): names, shapes and parameter counts."""
+def meta_model(config_or_model: PreTrainedConfig | PreTrainedModel) -> PreTrainedModel:
+    """The model of a config without memory (meta device): names, shapes and parameter counts; a
+    model as it is."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    if isinstance(config_or_model, torch.nn.Module):
+        return config_or_model
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config_or_model)
 
 
 def count_parameters(model: Any) -> int:
@@ -213,21 +217,29 @@ def cast_stored(model: Any, dtype: torch.dtype) -> None:
     """Casts what a checkpoint stores, in place; tied weights stay tied.
 
     Buffers that are never stored (a rotary embedding's frequencies) stay float32, as
-    `from_pretrained` has them: else the saved model would not be the trained one.
+    `from_pretrained` has them: else the saved model would not be the trained one. Modules that
+    have a `cast_stored` of their own (quantized layers) cast their buffers themselves.
     """
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     for module in model.modules():
+        if own := getattr(module, "cast_stored", None):
+            own(dtype)
+            continue
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
                 setattr(module, name, buffer.to(dtype))
     model.config.dtype = dtype
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+def load_model(
+    folder: Path, dtype: torch.dtype | Literal["auto"], device: torch.device | None = None
+) -> Any:
     """A model from safetensors, tensor by tensor onto `device` (None = the CPU).
 
-    Raises ValueError if any weight is missing, left over or misfit.
+    dtype: "auto": that its config names. Raises ValueError if any weight is missing, left over or
+    misfit.
     """
     from transformers import AutoModelForCausalLM
 
@@ -242,6 +254,19 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device | None = N
     model, info = loaded
     check_loading(folder, info)
     return model
+
+
+def load_for_inference(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """A model without gradients on a device. dtype: None: that its config names.
+
+    On a CPU its weights lie in a mapping of the file: processes on one machine share them. Raises
+    ValueError as `load_model`.
+    """
+    return load_model(Path(folder), dtype or "auto").requires_grad_(False).eval().to(device)
 
 
 def check_loading(folder: Path, info: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ from quant.export.hf.compressed_tensors import Packed
 from quant.export.hf.folder import check_folders, write_folder
 from quant.export.hf.trial import Reference, importance, put, quantized_inputs, stock_model
 from quant.layers.linear import QuantEmbedding, quant_weights
-from quant.layers.weight import cast_stored
+from trainer.models.load import cast_stored
 
 SHARD_BYTES = 5_000_000_000
 

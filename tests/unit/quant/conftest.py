@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trainer.logits.records import Records
+
 VOCAB = 256
 
 
@@ -18,15 +20,6 @@ class Batch:
     input_ids: np.ndarray
     position_ids: np.ndarray
     loss_mask: np.ndarray
-
-
-@dataclass
-class Records:
-    ids: np.ndarray
-    logprobs: np.ndarray
-    tail: np.ndarray
-    entropy: np.ndarray
-    true_logprob: np.ndarray
 
 
 def tiny_llama(
@@ -89,17 +82,21 @@ def make_records() -> Callable[..., list[Records]]:
     def make(model: LlamaForCausalLM, batches: list[Batch], k: int) -> list[Records]:
         made = []
         for batch in batches:
-            logprobs = full_logprobs(model, batch).numpy()
-            ids = np.sort(np.argsort(-logprobs, axis=-1)[..., :k], axis=-1)
-            kept = np.take_along_axis(logprobs, ids, -1)
+            log_probs = full_log_probs(model, batch).numpy()
+            ids = np.sort(np.argsort(-log_probs, axis=-1)[..., :k], axis=-1)
+            kept = np.take_along_axis(log_probs, ids, -1)
             following = np.roll(batch.input_ids, -1, axis=1)[..., None]
+            entropy = -(np.exp(log_probs) * log_probs).sum(-1)
+            true = np.take_along_axis(log_probs, following, -1)[..., 0]
+            with np.errstate(divide="ignore"):
+                log_tail = np.log(np.clip(1 - np.exp(kept).sum(-1), 0, 1))
             made.append(
                 Records(
-                    ids.astype(np.int32),
-                    kept.astype(np.float32),
-                    np.clip(1 - np.exp(kept).sum(-1), 0, 1).astype(np.float32),
-                    -(np.exp(logprobs) * logprobs).sum(-1).astype(np.float32),
-                    np.take_along_axis(logprobs, following, -1)[..., 0].astype(np.float32),
+                    ids.reshape(-1, k),
+                    kept.reshape(-1, k).astype(np.float32),
+                    log_tail.reshape(-1, 1).astype(np.float32),
+                    entropy.flatten().astype(np.float32),
+                    true.flatten().astype(np.float32),
                 )
             )
         return made
@@ -107,7 +104,7 @@ def make_records() -> Callable[..., list[Records]]:
     return make
 
 
-def full_logprobs(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+def full_log_probs(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
     """float64 log-softmax `[batch, seq, vocab]` of the model's own whole forward pass."""
     with torch.no_grad():
         output = model(
@@ -119,8 +116,8 @@ def full_logprobs(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
 
 
 @pytest.fixture
-def whole_logprobs() -> Callable[..., torch.Tensor]:
-    return full_logprobs
+def whole_log_probs() -> Callable[..., torch.Tensor]:
+    return full_log_probs
 
 
 @pytest.fixture
@@ -130,7 +127,7 @@ def foretell() -> Callable[..., None]:
     def change(model: LlamaForCausalLM, batches: list[Batch]) -> None:
         for batch in batches:
             for at in range(1, batch.input_ids.shape[1], 2):
-                guess = full_logprobs(model, batch)[:, at - 1].argmax(-1)
+                guess = full_log_probs(model, batch)[:, at - 1].argmax(-1)
                 batch.input_ids[:, at] = guess.numpy()
 
     return change

@@ -17,7 +17,7 @@ from jobs.sweep.allocation import Allocations
 from jobs.sweep.resources import CellRequests
 from jobs.sweep.shared import SharedContext, Source
 from quant.spec import SweepSpec
-from quant.targets import meta_model
+from trainer.models.load import meta_model
 
 MODEL = meta_model(
     LlamaConfig(

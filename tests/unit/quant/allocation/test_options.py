@@ -13,8 +13,8 @@ from quant.artifact import load_quantized, save_quantized
 from quant.artifact.sizes import true_bits_per_weight, true_bytes
 from quant.quant_spec import QuantSpec
 from quant.quantize import quantize
-from quant.targets import meta_model
 from tests.fixtures.model_families import tiny
+from trainer.models.load import meta_model
 
 CHOICES = [(8, 32), (4, 64), (3, 32), (3, "channel"), (2, 16), (1, 8)]
 CASES = [

@@ -58,7 +58,7 @@ def test_it_is_the_kl_of_the_model_quantized_in_that_layer(batches, family, chan
         assert one["kl"] > 0
 
 
-def test_it_is_the_kl_in_float64(make_llama, batches, whole_logprobs):
+def test_it_is_the_kl_in_float64(make_llama, batches, whole_log_probs):
     name = "model.layers.1.mlp.up_proj"
     options = layer_options(make_llama(), QuantSpec(3, 32), [(3, 32)])
     work = [piece for piece in pieces(options) if piece[0] == name]
@@ -67,7 +67,7 @@ def test_it_is_the_kl_in_float64(make_llama, batches, whole_logprobs):
     layer = changed.get_submodule(name)
     layer.weight.copy_(quantize_weight(layer.weight, 3, 32).dequantize())
     for at, batch in enumerate(batches):
-        before, after = whole_logprobs(make_llama(), batch), whole_logprobs(changed, batch)
+        before, after = whole_log_probs(make_llama(), batch), whole_log_probs(changed, batch)
         kl = (before.exp() * (before - after)).sum(-1).numpy() * batch.loss_mask
         first = 3 * at
         assert np.allclose(found["sums"][first : first + len(kl)], kl.sum(1), rtol=1e-4)
@@ -112,11 +112,11 @@ def test_two_parameters_of_one_memory_are_one_weight(make_llama, batches):
 
 
 def test_weights_in_a_files_mapping_are_not_written_to(make_llama, batches, tmp_path):
-    from quant.evaluation.measure import load_model
+    from trainer.models.load import load_for_inference
 
     make_llama().to(torch.bfloat16).save_pretrained(tmp_path)
     content = (tmp_path / "model.safetensors").read_bytes()
-    model, reference = load_model(str(tmp_path)), load_model(str(tmp_path))
+    model, reference = load_for_inference(str(tmp_path)), load_for_inference(str(tmp_path))
     options = layer_options(model, QuantSpec(2, 32, "rtn"), [(2, 32)])
     found = sensitivity(model, reference, batches, pieces(options)[:2])
     assert all(one["kl"] > 0 for one in found.values())

@@ -12,7 +12,7 @@ from quant.artifact.sizes import parameter_count, true_bytes
 from quant.evaluation.baselines import evaluate_extra, evaluate_model, failed_extra
 from quant.evaluation.cell import failed_cell, measure_cell, run_cell, select_kl
 from quant.evaluation.evaluate import evaluate, teacher_metrics
-from quant.evaluation.measure import EvaluationConfig, Part, load_model
+from quant.evaluation.measure import EvaluationConfig, EvaluationData
 from quant.evaluation.speed import generation_seconds, load_baseline, resident_bytes
 from quant.grid import Cell, uniform
 from quant.kernels import kernel_names
@@ -20,6 +20,7 @@ from quant.layers.linear import quant_linears
 from quant.quant_spec import QuantSpec
 from quant.quantize import quantize
 from tests.fixtures.model_families import tiny
+from trainer.models.load import load_for_inference
 from trainer.processor import cpu_dtype
 
 RESULT_KEYS = {
@@ -66,9 +67,11 @@ SPEC = QuantSpec(4, 32)
 CELL = uniform(SPEC)
 
 
-def part(batches, records=None, reference=None) -> Part:
+def part(batches, records=None, reference=None) -> EvaluationData:
     """A part of a corpus that may be read again and again."""
-    return Part(lambda: iter(batches), None if records is None else lambda: records, reference)
+    return EvaluationData(
+        lambda: iter(batches), None if records is None else lambda: records, reference
+    )
 
 
 @pytest.fixture
@@ -93,7 +96,7 @@ def test_a_cell_is_quantized_saved_and_evaluated(
     for key in ("decode_tokens_per_s", "prefill_tokens_per_s", "kernel", "resident_bytes"):
         assert result[key] is None, "known from the second pass on"
     assert result["evaluated_with"] == "dequantized weights in bfloat16"
-    saved, original = load_quantized(out, prefer="plain"), load_model(student)
+    saved, original = load_quantized(out, prefer="plain"), load_for_inference(student)
     assert original.dtype == torch.float32  # the dtype it was saved in
     assert result["bytes"] == true_bytes(saved)
     assert result["parameters"] == parameter_count(original)
@@ -129,7 +132,7 @@ def test_speed_is_measured_beside_the_16_bit_model(student, tmp_path, batches):
     assert found["kernel"] == kernel_names(fast)
     assert found["resident_bytes"] == resident_bytes(fast)
     assert found["baseline_resident_bytes"] == resident_bytes(
-        load_model(student, dtype=getattr(torch, found["baseline_dtype"]))
+        load_for_inference(student, dtype=getattr(torch, found["baseline_dtype"]))
     )
     assert found["speedup"] == found["decode_tokens_per_s"] / found["baseline_decode_tokens_per_s"]
     assert found["prefill_tokens_per_s"] > 0 and found["baseline_prefill_tokens_per_s"] > 0
@@ -148,7 +151,7 @@ ALL = [
 def test_every_kind_of_cell_is_evaluated_and_measured(spec, student, tmp_path, batches):
     out = str(tmp_path / "cell")
     result = run_cell(uniform(spec), student, part(batches), out_folder=out)
-    baseline = load_model(student, dtype=torch.bfloat16)
+    baseline = load_for_inference(student, dtype=torch.bfloat16)
     result |= measure_cell(out, baseline, prompt_tokens=8, decode_tokens=2, repeats=1)
     json.dumps(result, allow_nan=False)
     assert result.keys() >= RESULT_KEYS and result["status"] == "done"
@@ -186,7 +189,7 @@ def test_what_is_evaluated_is_what_the_kernels_run(student, tmp_path, batches):
     for spec in (QuantSpec(4, 32), QuantSpec(8, "channel", "int8-dynamic")):
         out = str(tmp_path / spec.key)
         result = run_cell(uniform(spec), student, part(batches), out_folder=out)
-        fast = evaluate(load_quantized(out), batches, load_model(student))
+        fast = evaluate(load_quantized(out), batches, load_for_inference(student))
         assert fast["perplexity"] == pytest.approx(result["perplexity"], rel=0.02), spec.key
         kl = pytest.approx(result["kl_to_student"], rel=0.1, abs=2e-4)
         assert fast["kl_to_reference"] == kl, spec.key
@@ -212,7 +215,7 @@ def test_unquantized_models(student, tmp_path, make_llama, batches, make_records
     assert top["kl_to_teacher"] is top["retention"] is top["top1_agreement"] is None
 
     low = evaluate_model(student, part(batches, records), None, "student", name="small")
-    found = evaluate(load_model(student), batches, None, records)
+    found = evaluate(load_for_inference(student), batches, None, records)
     assert low.keys() >= EVALUATION_KEYS and low["name"] == "small"
     assert low["kl_to_teacher"] == found["kl_to_teacher"] > 0.1
     assert low["top1_agreement"] == found["teacher_top1_agreement"]
@@ -251,7 +254,7 @@ def test_a_stored_reference_gives_the_numbers_of_the_model_beside(
 
 def test_a_cell_of_the_teacher_is_exactly_compared_with_it(student, batches, make_records):
     """`student` plays the teacher here: its records give the same divergence, but coarsened."""
-    records = make_records(load_model(student), batches, 16)
+    records = make_records(load_for_inference(student), batches, 16)
     result = run_cell(uniform(SPEC, "teacher"), student, part(batches, records))
     assert result["kl_to_student"] is None and result["model"] == "teacher"
     assert result["kl_kinds"] == {"kl_to_teacher": "exact"}
@@ -292,7 +295,7 @@ def test_cells_and_references_are_computed_in_one_dtype(student, tmp_path, batch
     assert stored.dtype is torch.bfloat16
     computed = load_quantized(out, prefer="plain", dtype=getattr(torch, dtype))
     # What was evaluated is what the folder holds: float32 sees no weight that bfloat16 lost.
-    truth = load_model(student, dtype=getattr(torch, dtype))
+    truth = load_for_inference(student, dtype=getattr(torch, dtype))
     found = evaluate(computed, batches, truth)
     assert found["kl_to_reference"] == pytest.approx(cell["kl_to_student"], rel=1e-3, abs=1e-7)
     chosen = select_kl(CELL, student, part(batches), setting=setting)
@@ -301,7 +304,7 @@ def test_cells_and_references_are_computed_in_one_dtype(student, tmp_path, batch
 
 def test_extra_models_are_loaded_as_what_they_are(student, tmp_path, batches, make_llama):
     quantized = str(tmp_path / "ours")
-    model = quantize(load_model(student), SPEC, dtype=torch.bfloat16)
+    model = quantize(load_for_inference(student), SPEC, dtype=torch.bfloat16)
     model.save_pretrained(quantized)
     ours = evaluate_extra(quantized, student, part(batches), part(batches), "ours")
     cell = run_cell(CELL, student, part(batches), part(batches))
@@ -327,12 +330,12 @@ def test_a_16_bit_model_is_mapped_not_copied(tmp_path, make_llama):
     size = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 4}
     make_llama(**size).to(torch.bfloat16).save_pretrained(folder)
     script = (
-        "import sys, quant.evaluation.measure\n"
+        "import sys, trainer.models.load, quant.evaluation.measure\n"
         "def anonymous():\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return int(next(l for l in lines if l.startswith('RssAnon')).split()[1]) * 1024\n"
         "before = anonymous()\n"
-        "model = quant.evaluation.measure.load_model(sys.argv[1])\n"
+        "model = trainer.models.load.load_for_inference(sys.argv[1])\n"
         "total = sum(float(p.sum()) for p in model.parameters())\n"
         "print(anonymous() - before, sum(p.nbytes for p in model.parameters()))\n"
     )

@@ -22,13 +22,14 @@ from quant.evaluation.evaluate import evaluate, teacher_metrics
 from quant.evaluation.reference import write_reference
 from quant.quant_spec import QuantSpec
 from quant.quantize import quantize
+from trainer.logits.reader import take
 
 
-def in_float64(model, reference, batches, whole_logprobs) -> dict[str, float]:
+def in_float64(model, reference, batches, whole_log_probs) -> dict[str, float]:
     """The same numbers, position by position, from the definition."""
     nll, correct, kl, agree, change, reference_nll = [], [], [], [], [], []
     for batch in batches:
-        q, p = whole_logprobs(model, batch).numpy(), whole_logprobs(reference, batch).numpy()
+        q, p = whole_log_probs(model, batch).numpy(), whole_log_probs(reference, batch).numpy()
         for row, at in zip(*np.nonzero(batch.loss_mask), strict=True):
             token = batch.input_ids[row, at + 1]
             nll.append(-q[row, at, token])
@@ -70,11 +71,11 @@ OF_TEACHERS = [
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
 def test_is_what_float64_over_full_logits_gives(
-    make_llama, batches, foretell, whole_logprobs, chunk_tokens
+    make_llama, batches, foretell, whole_log_probs, chunk_tokens
 ):
     model, reference = make_llama(seed=1), make_llama(seed=2)
     foretell(model, batches)
-    expected = in_float64(model, reference, batches, whole_logprobs)
+    expected = in_float64(model, reference, batches, whole_log_probs)
     found = evaluate(model, batches, reference, chunk_tokens=chunk_tokens)
     assert expected["accuracy"] > 0.2 and expected["tokens"] == 5 * 19 - 2 * 5 - 2
     for name, value in expected.items():
@@ -89,14 +90,14 @@ def test_is_what_float64_over_full_logits_gives(
     assert mirrored["kl_kinds"] == {}
 
 
-def test_an_evaluation_of_unshifted_positions_would_differ(make_llama, batches, whole_logprobs):
+def test_an_evaluation_of_unshifted_positions_would_differ(make_llama, batches, whole_log_probs):
     """Peers' bug: scoring token t at position t. A model that copies would look perfect."""
     model = make_llama(seed=1)
     found = evaluate(model, batches)
     for shift in (0, 2):
         wrong = []
         for batch in batches:
-            q = whole_logprobs(model, batch).numpy()
+            q = whole_log_probs(model, batch).numpy()
             tokens = np.roll(batch.input_ids, -shift, axis=1)
             picked = np.take_along_axis(q, tokens[..., None], -1)[..., 0]
             wrong.append(-picked[batch.loss_mask > 0])
@@ -168,10 +169,10 @@ def test_kl_to_teacher_nears_the_full_kl_with_more_ids(make_llama, batches, make
 
 def test_records_shifted_by_a_position_give_another_divergence(make_llama, batches, make_records):
     model = make_llama()
-    records = make_records(model, batches, 32)
-    for field in dataclasses.fields(records[0]):
-        for record in records:
-            setattr(record, field.name, np.roll(getattr(record, field.name), 1, axis=1))
+    records = []
+    for batch, record in zip(batches, make_records(model, batches, 32), strict=True):
+        rows = np.roll(np.arange(len(record.ids)).reshape(batch.input_ids.shape), 1, axis=1)
+        records.append(take(record, rows.flatten()))
     found = evaluate(model, batches, None, records)
     assert found["kl_to_teacher"] > 0.02 and found["teacher_top1_agreement"] < 0.5
 
@@ -187,7 +188,9 @@ def test_fewer_bits_are_further_from_the_original(make_llama, batches):
     assert kl[8]["top1_agreement"] > kl[4]["top1_agreement"] > kl[2]["top1_agreement"]
 
 
-def test_teacher_metrics_need_no_model(make_llama, batches, foretell, make_records, whole_logprobs):
+def test_teacher_metrics_need_no_model(
+    make_llama, batches, foretell, make_records, whole_log_probs
+):
     teacher = make_llama(seed=2)
     foretell(teacher, batches)
     found = teacher_metrics(batches, make_records(teacher, batches, 4))
@@ -199,17 +202,17 @@ def test_teacher_metrics_need_no_model(make_llama, batches, foretell, make_recor
     assert found["per_sequence"]["correct"] == own["per_sequence"]["correct"]
     assert found["per_sequence"]["nll"] == pytest.approx(own["per_sequence"]["nll"], rel=1e-6)
     json.dumps(found, allow_nan=False)
-    logprobs = [whole_logprobs(teacher, b).numpy()[b.loss_mask > 0] for b in batches]
-    entropy = np.concatenate([-(np.exp(p) * p).sum(-1) for p in logprobs]).mean()
+    log_probs = [whole_log_probs(teacher, b).numpy()[b.loss_mask > 0] for b in batches]
+    entropy = np.concatenate([-(np.exp(p) * p).sum(-1) for p in log_probs]).mean()
     assert found["entropy"] == pytest.approx(entropy, rel=1e-5)
 
 
 def test_changes_of_the_true_tokens_probability_against_a_teacher(
-    make_llama, batches, make_records, whole_logprobs
+    make_llama, batches, make_records, whole_log_probs
 ):
     model, teacher = make_llama(seed=1), make_llama(seed=2)
     found = evaluate(model, batches, None, make_records(teacher, batches, 4))
-    expected = in_float64(model, teacher, batches, whole_logprobs)
+    expected = in_float64(model, teacher, batches, whole_log_probs)
     assert found["teacher_true_prob_change"] == pytest.approx(expected["true_prob_change"], 1e-4)
     assert found["teacher_nll"] == pytest.approx(expected["reference_nll"], rel=1e-6)
     assert found["true_prob_change"] is None and found["kl_kinds"].keys() == {"kl_to_teacher"}
@@ -285,7 +288,7 @@ TINY = {
     ],
     ids=lambda config: config.model_type,
 )
-def test_logits_are_the_models_own_whatever_its_head_does(config, batches, whole_logprobs):
+def test_logits_are_the_models_own_whatever_its_head_does(config, batches, whole_log_probs):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -298,7 +301,7 @@ def test_logits_are_the_models_own_whatever_its_head_does(config, batches, whole
     whole = model(input_ids=ids, position_ids=positions, use_cache=False).logits[counted]
     torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-5)
     assert "forward" not in model.base_model.__dict__
-    expected = in_float64(model, model, batches, whole_logprobs)
+    expected = in_float64(model, model, batches, whole_log_probs)
     assert evaluate(model, batches)["nll"] == pytest.approx(expected["nll"], rel=1e-5)
 
 
@@ -327,7 +330,7 @@ def test_refusals(make_llama, batches, make_records):
         evaluate(model, batches, None, records[:1])
     with pytest.raises(ValueError, match="fewer batches than teacher records"):
         evaluate(model, batches[:1], None, records)
-    with pytest.raises(ValueError, match=r"records are \[2, 20\], their batch is \[3, 20\]"):
+    with pytest.raises(ValueError, match="records are of 40 positions, their batch of 60"):
         evaluate(model, batches, None, records[::-1])
     batches[1].loss_mask[0, -1] = 1
     with pytest.raises(ValueError, match="last position"):

@@ -113,7 +113,7 @@ def test_a_distribution_is_the_softmax_in_float64():
     found = Distribution.of(logits)
     exact = torch.log_softmax(logits.double(), -1)
     ids = torch.randint(0, 3000, (50, 9))
-    torch.testing.assert_close(found.logprob(ids), exact.gather(1, ids), rtol=0, atol=2e-6)
+    torch.testing.assert_close(found.log_prob(ids), exact.gather(1, ids), rtol=0, atol=2e-6)
     assert torch.equal(found.top1, logits.argmax(-1)) and found.top1[7] == 5
 
 
@@ -154,19 +154,19 @@ def test_coarsened_kl_from_logits_is_the_definitions():
     rng = np.random.default_rng(5)
     logits = torch.from_numpy(rng.normal(size=(8, 300)) * 3).float()
     teacher = torch.from_numpy(rng.normal(size=(8, 300)) * 3).log_softmax(-1).float()
-    logprobs, ids = teacher.topk(12, dim=1)
-    tail = 1 - logprobs.exp().sum(1)
+    log_probs, ids = teacher.topk(12, dim=1)
+    tail = 1 - log_probs.exp().sum(1)
     ids[1, 3], ids[2, 0], ids[2, 5] = 300, -1, 4096  # ids that the model does not have
-    logprobs[3, 6:], ids[3, 6:] = -torch.inf, 0  # empty slots
+    log_probs[3, 6:], ids[3, 6:] = -torch.inf, 0  # empty slots
     ids[4] += 1000  # none at all
-    logprobs[5], tail[5] = -torch.inf, 1.0
+    log_probs[5], tail[5] = -torch.inf, 1.0
     logits[6, ids[6]] += 200  # the other ids have no probability that float32 can hold
     logits[7] = -torch.inf
     logits[7, ids[7]], tail[7] = 1.0, 0.0  # nothing left on either side
     own = Distribution.of(logits)
     before = own.probability.clone()
-    expected = coarsened_kl(torch.log_softmax(logits, -1).double(), ids, logprobs, tail)
-    found = coarsened_kl_of(own, ids, logprobs, tail)
+    expected = coarsened_kl(torch.log_softmax(logits, -1).double(), ids, log_probs, tail)
+    found = coarsened_kl_of(own, ids, log_probs, tail)
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-6)
     assert torch.equal(own.probability, before) and expected[6] > 1 and found.isfinite().all()
     assert found[4].item() == pytest.approx(0, abs=1e-6)  # all mass in both tails

@@ -86,8 +86,8 @@ def worth(model, tokenizer, context: str, choice: str) -> float:
     known = len(tokenizer.encode(context))
     ids = torch.tensor([tokenizer.encode(f"{context} {choice}")])
     with torch.no_grad():
-        logprobs = torch.log_softmax(model(ids[:, :-1]).logits.double(), dim=-1)[0]
-    return sum(float(logprobs[at - 1, ids[0, at]]) for at in range(known, ids.shape[1]))
+        log_probs = torch.log_softmax(model(ids[:, :-1]).logits.double(), dim=-1)[0]
+    return sum(float(log_probs[at - 1, ids[0, at]]) for at in range(known, ids.shape[1]))
 
 
 def right(model, tokenizer, rows, prefix: str = "", per_letter: bool = False) -> list[int]:

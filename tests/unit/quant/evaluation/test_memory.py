@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig
 
 from quant.evaluation.baselines import evaluate_model
-from quant.evaluation.measure import Part
+from quant.evaluation.measure import EvaluationData
 from quant.evaluation.memory import PROCESS, cell_memory
 from quant.quant_spec import QuantSpec
 from tests.unit.quant.conftest import Batch
@@ -39,12 +39,14 @@ print(json.dumps(found["eval_peak_bytes"]))
 """
 
 
-def part(stored: str) -> Part:
+def part(stored: str) -> EvaluationData:
     """Two sequences: few, for products in bfloat16 are slow on some processors."""
     ids = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, LENGTH))
     mask = np.ones((2, LENGTH), np.float32)
     mask[:, -1] = 0
-    return Part(lambda: iter([Batch(ids, np.tile(np.arange(LENGTH), (2, 1)), mask)]), None, stored)
+    return EvaluationData(
+        lambda: iter([Batch(ids, np.tile(np.arange(LENGTH), (2, 1)), mask)]), None, stored
+    )
 
 
 def test_the_forecast_is_near_the_peak(tmp_path, make_llama):

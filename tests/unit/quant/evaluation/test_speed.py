@@ -12,7 +12,6 @@ import quant.evaluation.speed
 from quant.artifact.sizes import true_bytes
 from quant.codes import Codes
 from quant.evaluation.energy import EnergyMeter
-from quant.evaluation.measure import load_model
 from quant.evaluation.speed import (
     energy_per_token,
     generation_seconds,
@@ -27,6 +26,7 @@ from quant.layers.linear import QuantLinear
 from quant.quant_spec import QuantSpec
 from quant.quantize import quantize
 from tests.unit.quant.conftest import tiny_llama
+from trainer.models.load import load_for_inference
 
 MB = 1 << 20
 
@@ -96,11 +96,11 @@ def test_the_baseline_has_the_dtype_that_decodes_faster(faster, make_llama, tmp_
         passed += (2 if slow else 1) if kwargs["input_ids"].shape[1] == 1 else (10 if slow else 100)
 
     def load(*args):
-        model = load_model(*args)
+        model = load_for_inference(*args)
         model.register_forward_pre_hook(tick, with_kwargs=True)
         return model
 
-    monkeypatch.setattr("quant.evaluation.measure.load_model", load)
+    monkeypatch.setattr("trainer.models.load.load_for_inference", load)
     monkeypatch.setattr(
         quant.evaluation.speed, "time", SimpleNamespace(perf_counter=lambda: passed)
     )
@@ -116,9 +116,9 @@ def test_a_model_that_memory_holds_once_is_not_loaded_twice(make_llama, tmp_path
 
     def load(folder, device, dtype):
         loaded.append(str(dtype))
-        return load_model(folder, device, dtype)
+        return load_for_inference(folder, device, dtype)
 
-    monkeypatch.setattr("quant.evaluation.measure.load_model", load)
+    monkeypatch.setattr("trainer.models.load.load_for_inference", load)
     stored = (tmp_path / "model.safetensors").stat().st_size
     memory = SimpleNamespace(available=5 * stored)
     monkeypatch.setattr(quant.evaluation.speed.psutil, "virtual_memory", lambda: memory)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from cluster.storage import Store, open_store
-from jobs.sweep.shared import teacher_batch
+from jobs.sweep.shared import teacher_records
 from quant.artifact import save_quantized
-from quant.evaluation.measure import Part, load_model
+from quant.evaluation.measure import EvaluationData
 from quant.evaluation.reference import write_reference
 from quant.layers.linear import quant_weights
 from quant.quant_spec import QuantSpec
@@ -40,6 +40,7 @@ from trainer.logits.codec import encode
 from trainer.logits.reader import CacheReader
 from trainer.logits.records import Draws, coding_of
 from trainer.logits.store import publish_codebook, write_shard
+from trainer.models.load import load_for_inference
 from trainer.spec.losses import LossesSpec
 from trainer.spec.sections import CacheSpec, DataSpec, DistillSpec
 
@@ -75,15 +76,17 @@ class World:
         found = self.corpus.part(part)
         yield found.batch(np.arange(len(found)))
 
-    def select(self, cache: str | None) -> Part:
+    def select(self, cache: str | None) -> EvaluationData:
         batches = partial(self.batches, "select")
         if cache is None:
-            return Part(batches)
+            return EvaluationData(batches)
         reader = CacheReader(self.caches[cache], "eval")
-        return Part(batches, lambda: (teacher_batch(reader, batch) for batch in batches()))
+        return EvaluationData(
+            batches, lambda: (teacher_records(reader, batch) for batch in batches())
+        )
 
     def quantized(self, bits: int = 2, ends: bool = False) -> Any:
-        return quantize(load_model(self.student), QuantSpec(bits, 16, "hqq", ends, ends))
+        return quantize(load_for_inference(self.student), QuantSpec(bits, 16, "hqq", ends, ends))
 
     def recover(
         self,
@@ -91,7 +94,7 @@ class World:
         cache: str | None = None,
         *,
         seed: int = 3,
-        select: Part | None = None,
+        select: EvaluationData | None = None,
         store: Store | None = None,
         distill: DistillSpec | None = ALL,
         **spec: Any,
@@ -113,7 +116,7 @@ class World:
     def kl(self, model: Any, part: str = "select") -> float:
         """Mean KL of the 16-bit student to `model` in nats, in float64, by plain forward passes."""
         (batch,) = self.batches(part)
-        p = log_softmax(plain_logits(load_model(self.student), batch, by_document=True))
+        p = log_softmax(plain_logits(load_for_inference(self.student), batch, by_document=True))
         q = log_softmax(plain_logits(model, batch, by_document=True))
         counted = batch.loss_mask > 0
         return float((np.exp(p) * (p - q)).sum(-1)[counted].mean())
@@ -126,7 +129,7 @@ def world(tmp_path_factory: Any) -> World:
     data = data_spec(write_texts(folder / "texts", documents=160))
     corpus = make_corpus(store, data)
     student = save_model(folder / "student", corpus.tokenizer_folder())
-    teacher = load_model(str(student), dtype=torch.float32)
+    teacher = load_for_inference(str(student), dtype=torch.float32)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in teacher.parameters():
@@ -170,11 +173,11 @@ def test_records_of_the_teacher_teach_it_too(world: World, cache: str) -> None:
 
 
 def test_stored_answers_of_the_student_serve_as_it_does(world: World, tmp_path: Path) -> None:
-    model = load_model(world.student)
+    model = load_for_inference(world.student)
     write_reference(model, world.batches("select"), tmp_path / "stored")
     found = []
     for folder in (None, str(tmp_path / "stored")):
-        part = Part(partial(world.batches, "select"), reference=folder)
+        part = EvaluationData(partial(world.batches, "select"), reference=folder)
         found.append(world.recover(world.quantized(), select=part, steps=2))
         found[-1].pop("seconds")
     assert found[0] == found[1]
