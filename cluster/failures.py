@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cluster.storage.store import format_bytes
+
 Kind = Literal["error", "lost", "memory", "time", "resources", "dependency"]
 
 # By name: this floor imports neither torch nor pyarrow.
@@ -63,11 +65,6 @@ def one_line(text: str, limit: int = 500) -> str:
     """The text with all white space as single blanks, cut to `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
-
-
-def gigabytes(count: float) -> str:
-    """Bytes in GB (10^9), as errors say them."""
-    return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"
 
 
 def of_exception(error: BaseException) -> Failure:
@@ -137,14 +134,14 @@ def _killed_for_memory(text: str, pid: int | None, claim: int) -> tuple[str, boo
         return f"killed by Ray because its node ran out of memory: {text}", False
     there, limit = (float(amount) * 2**30 for amount in node.groups())
     line = (
-        f"killed by Ray because its node ran out of memory ({gigabytes(there)} of "
-        f"{gigabytes(limit)} in use); it used {gigabytes(used[pid])}"
+        f"killed by Ray because its node ran out of memory ({format_bytes(there)} of "
+        f"{format_bytes(limit)} in use); it used {format_bytes(used[pid])}"
     )
     most = max(used.values())
     if most > used[pid]:
-        return f"{line}, another task {gigabytes(most)}", True
+        return f"{line}, another task {format_bytes(most)}", True
     if used[pid] <= claim:
-        return f"{line} and was to have {gigabytes(claim)}", True
+        return f"{line} and was to have {format_bytes(claim)}", True
     return line, used[pid] < _LITTLE * limit
 
 

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.failures import Failure, Kind, gigabytes, one_line
+from cluster.failures import Failure, Kind, one_line
+from cluster.storage.store import format_bytes
 
 # How Ray names the resource that says which GPUs a node has: "accelerator_type:H100".
 GPU_TYPE = "accelerator_type:"
@@ -55,7 +56,7 @@ class ResourceRequest:
         if self.gpus:
             parts.append(f"{self.gpus:g} {self.gpu_type} GPUs".replace("  ", " "))
         if self.memory:
-            parts.append(f"{gigabytes(self.memory)} of memory")
+            parts.append(f"{format_bytes(self.memory)} of memory")
         return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
 
 
@@ -127,8 +128,8 @@ class Nodes:
             error, kind = f"needs {need}, the cluster has no node left", "resources"
         elif need.memory > largest:
             error = (
-                f"needs {gigabytes(need.memory)} of memory, the largest node has "
-                f"{gigabytes(largest)}"
+                f"needs {format_bytes(need.memory)} of memory, the largest node has "
+                f"{format_bytes(largest)}"
             )
             kind = "memory"
         else:
@@ -140,7 +141,7 @@ class Nodes:
     def __str__(self) -> str:
         kinds = Counter(
             f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs, "
-            f"{gigabytes(node.get('memory', 0))}"
+            f"{format_bytes(node.get('memory', 0))}"
             for node in self.living.values()
         )
         return "; ".join(f"{count} of {kind}" for kind, count in sorted(kinds.items())) or "none"

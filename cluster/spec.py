@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from cluster.storage.section import Section
 
 Auto = Literal["auto"]
 # The bound stands on the number alone: one on the whole field would be compared with "auto" too.
 Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A part of the spec: unknown keys are errors, values never change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class WorkerResources(Section):

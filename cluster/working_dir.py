@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.storage.store import format_bytes
+
 # By name, wherever in the checkout.
 EXCLUDES = (
     ".git",
@@ -75,10 +77,10 @@ def check_size(files: dict[str, int], root: Path) -> int:
     total = sum(files.values())
     if total > LIMIT_BYTES:
         largest = sorted(files.items(), key=lambda item: -item[1])[:5]
-        named = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in largest)
+        named = ", ".join(f"{name} ({format_bytes(size)})" for name, size in largest)
         raise TooLarge(
-            f"{root}: {total / 1e6:.0f} MB would travel to the cluster, at most "
-            f"{LIMIT_BYTES / 1e6:.0f} may; the largest files are {named}; move them out of the "
+            f"{root}: {format_bytes(total)} would travel to the cluster, at most "
+            f"{format_bytes(LIMIT_BYTES)} may; the largest files are {named}; move them out of the "
             "checkout"
         )
     return total

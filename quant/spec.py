@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from cluster.storage.section import Section
 from quant.quant_spec import (
     AUTO_GROUP_SIZES,
     BITS,
@@ -19,18 +20,12 @@ from quant.quant_spec import (
     fitting_group_sizes,
     is_group_size,
 )
+from trainer.spec.rules import plain_name
 
 WholeNumber = Annotated[int, Field(strict=True)]  # else pydantic takes true for 1
 Flag = Annotated[bool, Field(strict=True)]
 Bits = Annotated[WholeNumber, Field(description=f"One of {', '.join(map(str, BITS))}.")]
 Reference = Literal["student", "teacher"]  # the 16-bit models that a cell can be made of
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-
-
-class Section(BaseModel):
-    """A part of the spec: unknown keys are errors, values never change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Excluded(Section):
@@ -72,12 +67,7 @@ class ExtraModel(Section):
     @field_validator("name")
     @classmethod
     def _plain(cls, value: str | None) -> str | None:
-        if value is not None and not NAME.fullmatch(value):
-            raise ValueError(
-                "may be 1 to 63 lower-case letters, digits, '.', '_' and '-', the first a letter "
-                "or a digit"
-            )
-        return value
+        return value if value is None else plain_name(value)
 
     @property
     def label(self) -> str:

@@ -28,11 +28,11 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from cluster.storage import Attempt, EventWriter, Fenced, Store, open_store
+from cluster.storage.section import Section
 from trainer import stage_inputs
 from trainer.messages import failure_reason, format_event, is_out_of_memory
 from trainer.processor import DtypeName, fast_dtype
 from trainer.resolve_auto import DTYPE_SECTIONS, recorded_dtypes, resolve
-from trainer.spec.base import Section
 from trainer.spec.errors import SpecReader
 from trainer.spec.rules import NAME, RULES, faults_of, plain_name, raise_faults
 from trainer.spec.sections import (

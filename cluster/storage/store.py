@@ -339,3 +339,11 @@ def open_store(url: str | os.PathLike[str], **options: Any) -> Store:
     if not parts and protocol != "memory":
         raise ValueError(f"storage: {text} names no bucket; write {protocol}://bucket/prefix")
     return Store(RemoteObjects(f"{protocol}://{'/'.join(parts)}", options))
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in powers of 1000."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 0.9995 * scale:  # 999,600 is 1 MB, not 1e+03 kB
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} B"

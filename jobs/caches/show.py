@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
+from cluster.storage.store import format_bytes
 from jobs.caches.describe import UNIQUES, Coverage, Facts, Histogram, Kind, Run
 from jobs.report.formats import NOTHING, fixed
 
@@ -30,14 +31,6 @@ def table(*columns: str) -> Table:
         figure = name != column
         made.add_column(name, justify="right" if figure else "left", no_wrap=figure)
     return made
-
-
-def size(count: float) -> str:
-    """Bytes in powers of 1000."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= 0.9995 * scale:  # 999,600 is 1 MB, not 1e+03 kB
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} B"
 
 
 def age(seconds: float | None) -> str:
@@ -76,7 +69,7 @@ def listing(rows: Sequence[tuple[Facts, Sequence[Run]]]) -> Table:
             facts.method,
             NOTHING if facts.fault else f"{sum(kind.sequences for kind in kinds.values()):,}",
             NOTHING if facts.fault else _tokens(list(kinds.values())),
-            size(facts.bytes),
+            format_bytes(facts.bytes),
             *(_per_token(kinds.get(name)) for name in ("train", "eval")),
             age(facts.age),
             used,
@@ -94,7 +87,7 @@ def kinds_table(facts: Facts) -> Table:
             f"{kind.sequences:,}",
             _tokens([kind]),
             f"{kind.shards:,}",
-            size(kind.bytes),
+            format_bytes(kind.bytes),
             _per_token(kind),
         )
     return made

@@ -17,6 +17,7 @@ from rich.console import Group
 
 from cluster.storage import Store, open_store
 from cluster.storage.keys import fingerprint
+from cluster.storage.store import format_bytes
 from jobs.caches import show
 from jobs.caches.describe import other_format
 from jobs.caches.find import Asked
@@ -89,7 +90,7 @@ def readable(cache: Store) -> None:
 def size_of(cache: Store) -> str:
     """How much there is to read."""
     sizes = cache.sizes(SHARDS)
-    return f"{show.size(sum(sizes.values()))} in {len(sizes):,} files"
+    return f"{format_bytes(sum(sizes.values()))} in {len(sizes):,} files"
 
 
 def table(kind: Faithfulness) -> Group:

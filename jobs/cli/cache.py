@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cluster.storage.store import format_bytes
 from jobs.errors import SpecErrors
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def info(
     typer.echo(f"logit cache {asked.cache.url}")
     if there:
         names = ", ".join(run.name for run in used) or "no run"
-        typer.echo(f"{show.size(facts.bytes)}, begun {show.age(facts.age)} ago, used by {names}")
+        typer.echo(f"{format_bytes(facts.bytes)}, begun {show.age(facts.age)} ago, used by {names}")
         identity = show.table("Identity", "")
         for key, value in facts.identity.items():
             identity.add_row(key, str(value))
@@ -260,7 +261,6 @@ def remove(
 ) -> int:
     """Delete logit caches, after naming the runs that use them."""
     from cluster.storage import open_store
-    from jobs.caches import show
     from jobs.caches import verify as mending
     from jobs.caches.describe import outline_of, users
     from jobs.caches.find import caches_in, find_cache
@@ -283,7 +283,7 @@ def remove(
     for place, facts, used in rows:
         names = ", ".join(run.name for run in used)
         typer.echo(
-            f"{place.url}: {show.size(facts.bytes)}, "
+            f"{place.url}: {format_bytes(facts.bytes)}, "
             + (f"used by {names}, which will need the teacher again" if used else "used by no run")
         )
     if not _confirmed(f"delete {len(rows)} logit cache{'s' if len(rows) > 1 else ''}", yes):

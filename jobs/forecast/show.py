@@ -12,19 +12,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cluster.storage.store import format_bytes
 from jobs.forecast.place import USABLE
 
 NOTHING = "–"
 
 
-def size(value: float | None) -> str:
-    """Bytes in the unit that gives one to three digits before the point, 10^3 steps."""
-    if value is None:
-        return NOTHING
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if value >= 0.9995 * scale:
-            return f"{_three(value / scale)} {unit}"
-    return f"{value / 1e3:.0f} kB"
+def _bytes(value: float | None) -> str:
+    return NOTHING if value is None else format_bytes(value)
 
 
 def count(value: float) -> str:
@@ -78,10 +73,10 @@ def _headline(plan: dict[str, Any]) -> str:
     nodes, (cpus, gpus) = len(place["nodes"]), place["nodes"][0]
     if gpus:
         name = place["gpu"] or "GPUs of a type that is not known"
-        memory = f" of {size(place['gpu_memory'])}" if place["gpu_memory"] else ""
+        memory = f" of {_bytes(place['gpu_memory'])}" if place["gpu_memory"] else ""
         what = f"{gpus} x {name}{memory}"
     else:
-        what = f"{cpus} CPUs, {size(place['host_memory'])} of memory"
+        what = f"{cpus} CPUs, {_bytes(place['host_memory'])} of memory"
     where = what if nodes == 1 else f"{nodes} nodes of {what}"
     verdict = {True: "fits", False: "does not fit", None: "memory not known"}[plan["fits"]]
     return f"{plan['name']} on {where}: {verdict}"
@@ -125,14 +120,14 @@ def _memory(plan: dict[str, Any]) -> Table:
             continue
         first = _of(name, stage)
         for part, amount in need["device"].items():
-            table.add_row(first, part, size(amount))
+            table.add_row(first, part, _bytes(amount))
             first = ""
         if need["start"] > sum(need["device"].values()):
-            table.add_row("", "at the start: the whole student", size(need["start"]))
+            table.add_row("", "at the start: the whole student", _bytes(need["start"]))
         verdict = _verdict(need)
-        table.add_row("", verdict, Text(size(need["total"]), style="bold"))
+        table.add_row("", verdict, Text(_bytes(need["total"]), style="bold"))
         if need["host_total"]:
-            table.add_row("", _host(need), size(need["host_total"]))
+            table.add_row("", _host(need), _bytes(need["host_total"]))
     return table
 
 
@@ -144,7 +139,7 @@ def _of(name: str, stage: dict[str, Any]) -> str:
 
 def _host(need: dict[str, Any]) -> str:
     """What the host memory of a node is for, and how much there is."""
-    of = f", of {size(need['host_memory'])}" if need["host_memory"] else ""
+    of = f", of {_bytes(need['host_memory'])}" if need["host_memory"] else ""
     when = ", while loading" if need["host_load"] == need["host_total"] else ""
     return f"host memory of a node{when}{of}"
 
@@ -152,7 +147,7 @@ def _host(need: dict[str, Any]) -> str:
 def _verdict(need: dict[str, Any]) -> Text:
     if need["memory"] is None:
         return Text("in all", style="bold")
-    room = f"in all, of {size(need['memory'])}"
+    room = f"in all, of {_bytes(need['memory'])}"
     if need["fits"]:
         return Text(f"{room}: fits", style="bold")
     over = need["total"] > USABLE * need["memory"]
@@ -231,7 +226,7 @@ def _storage(plan: dict[str, Any]) -> Table:
     table = _table("Storage", "What", "Size", figures=1)
     sizes, tokens = plan["storage"], plan["tokens"]
     known = count(tokens["corpus"]) if tokens["corpus"] is not None else "not counted"
-    table.add_row("corpus", f"tokens of train: {known}", size(sizes["corpus"]))
+    table.add_row("corpus", f"tokens of train: {known}", _bytes(sizes["corpus"]))
     if "cache" in sizes:
         cache = sizes["cache"]
         words = f"{cache['held_out_bytes_per_token']:,.0f} bytes per held-out token"
@@ -241,17 +236,17 @@ def _storage(plan: dict[str, Any]) -> Table:
                 f"{cache['train_bytes_per_token']:,.1f} bytes per token{sets} "
                 f"({cache['ids_per_token']:.0f} ids); {words}"
             )
-        table.add_row("logit cache", words, size(cache["bytes"]))
+        table.add_row("logit cache", words, _bytes(cache["bytes"]))
     if "student" in sizes:
-        table.add_row("student", "", size(sizes["student"]))
+        table.add_row("student", "", _bytes(sizes["student"]))
         if sizes["control"]:
-            table.add_row("control", "", size(sizes["control"]))
-        words = f"at most, while training; one is {size(sizes['checkpoint'])}"
-        table.add_row("checkpoints", words, size(sizes["checkpoints"]))
+            table.add_row("control", "", _bytes(sizes["control"]))
+        words = f"at most, while training; one is {_bytes(sizes['checkpoint'])}"
+        table.add_row("checkpoints", words, _bytes(sizes["checkpoints"]))
     if "cells" in sizes:
-        table.add_row("cells", f"{plan['cells']} models", size(sizes["cells"]))
+        table.add_row("cells", f"{plan['cells']} models", _bytes(sizes["cells"]))
     table.add_section()
-    table.add_row("all", "", size(sizes["total"]))
+    table.add_row("all", "", _bytes(sizes["total"]))
     return table
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Store, open_store
+from cluster.storage.store import format_bytes
 from jobs.errors import SpecErrors
 from jobs.models.find import Found, compute_dtype, load_any, load_tokenizer, quiet
-from jobs.models.terminal import bits, progress_bar, size
+from jobs.models.terminal import bits, progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,12 +199,12 @@ def _lines(report: ExportReport, model: Any, written: Path, notes: list[str]) ->
     yield f"wrote {written}"
     yield f"format: {report.format}"
     for name, count in report.files.items():
-        yield f"file: {name}, {size(count)}"
+        yield f"file: {name}, {format_bytes(count)}"
     weights = sum(
         count for name, count in report.files.items() if name.endswith((".safetensors", ".gguf"))
     )
     per_weight = 8 * weights / parameter_count(model)
-    yield f"size: {size(report.bytes)}, {bits(per_weight)} bits per weight"
+    yield f"size: {format_bytes(report.bytes)}, {bits(per_weight)} bits per weight"
     yield from _divergences(report)
     if report.error:
         worst = max(report.error, key=lambda name: report.error[name])

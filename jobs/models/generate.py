@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from cluster.storage.store import format_bytes
 from jobs.errors import SpecErrors
 from jobs.models.find import Found, compute_dtype, load_any, quiet
-from jobs.models.terminal import rate, size
+from jobs.models.terminal import rate
 
 if TYPE_CHECKING:
     from quant.generation.stream import Statistics, Stream
@@ -150,7 +151,7 @@ def statistics_line(found: Statistics) -> str:
     return (
         f"prompt: {_tokens(found.prompt_tokens)}, {rate(found.prompt_tokens_per_s)}; "
         f"generated: {_tokens(found.new_tokens)}, {rate(found.new_tokens_per_s)}, "
-        f"{ENDS[found.finish]}; kernel: {found.kernel}; memory: {size(found.memory_bytes)}"
+        f"{ENDS[found.finish]}; kernel: {found.kernel}; memory: {format_bytes(found.memory_bytes)}"
     )
 
 

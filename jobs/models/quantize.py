@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.storage.store import format_bytes
 from jobs.errors import SpecErrors
 from jobs.models.find import Found, find, load_unquantized, quiet, short_of_memory
 from jobs.models.options import Grid
-from jobs.models.terminal import bits, progress_bar, seconds, size, terminable
+from jobs.models.terminal import bits, progress_bar, seconds, terminable
 from jobs.spec.group_sizes import SINGLE
 from jobs.spec.job import JobSpec
 from quant.quant_spec import QuantSpec
@@ -47,8 +48,8 @@ class Written:
         """For the terminal."""
         return [
             f"wrote {self.folder}",
-            f"size: {size(self.bytes)}, {self.bytes / self.dense_bytes:.2f} of the "
-            f"{size(self.dense_bytes)} that the folder has in 16 bits",
+            f"size: {format_bytes(self.bytes)}, {self.bytes / self.dense_bytes:.2f} of the "
+            f"{format_bytes(self.dense_bytes)} that the folder has in 16 bits",
             f"bits: {bits(self.bits_per_weight)} true bits per weight",
             self.kept,
             f"quantized in {seconds(self.seconds)}",

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jobs.caches.show import size
 from jobs.errors import Interrupted
 
 
@@ -66,9 +65,6 @@ def terminable() -> Iterator[None]:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
-
-
-__all__ = ["bits", "rate", "seconds", "size"]
 
 
 def bits(value: float) -> str:

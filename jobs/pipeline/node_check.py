@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cluster.storage import Store, open_store
+from cluster.storage.store import format_bytes
 
 # Where these differ between driver and worker, results do, or nothing works.
 PACKAGES = ("torch", "transformers", "deepspeed", "ray", "hqq", "numpy", "safetensors", "pydantic")
@@ -76,8 +77,8 @@ def disk_space(scratch_bytes: int) -> list[str]:
     free = shutil.disk_usage(scratch).free
     if free < MARGIN * scratch_bytes:
         faults.append(
-            f"{scratch} has {free / 1e9:.1f} GB free, a checkpoint needs "
-            f"{MARGIN * scratch_bytes / 1e9:.1f} GB there; free space, or set TMPDIR"
+            f"{scratch} has {format_bytes(free)} free, a checkpoint needs "
+            f"{format_bytes(MARGIN * scratch_bytes)} there; free space, or set TMPDIR"
         )
     return faults
 
@@ -121,6 +122,6 @@ def _no_room(model: Model) -> list[str]:
     if free >= MARGIN * size or store.has_copy():
         return []
     return [
-        f"{model.key}: {model.name} has {size / 1e9:.1f} GB, {home} has {free / 1e9:.1f} GB free; "
-        "free space, or set STILLHOUSE_CACHE to a larger disk"
+        f"{model.key}: {model.name} has {format_bytes(size)}, {home} has {format_bytes(free)} "
+        "free; free space, or set STILLHOUSE_CACHE to a larger disk"
     ]

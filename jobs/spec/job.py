@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.spec import ResourcesSpec
+from cluster.storage.section import Section
 from quant.spec import SweepSpec
 from trainer.corpus.files import is_local
 from trainer.spec.rules import NAME, Rule, faults_of, is_hub_id, plain_name, raise_faults
@@ -33,10 +34,8 @@ from trainer.spec.sections import (
 __all__ = ["NAME", "JobSpec", "TrackingSpec", "is_hub_id", "rule_faults"]
 
 
-class TrackingSpec(BaseModel):
+class TrackingSpec(Section):
     """Weights & Biases. In no fingerprint: may change between runs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto",
@@ -50,10 +49,8 @@ class TrackingSpec(BaseModel):
     tags: list[str] = Field(default_factory=list, description="Tags of all runs of this job.")
 
 
-class JobSpec(BaseModel):
+class JobSpec(Section):
     """One job: a teacher distilled into a student, and the student's quantized cells."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
     name: str = Field(
         description="Name of the run and of its directory below storage: 1 to 63 lower-case "

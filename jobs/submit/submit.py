@@ -21,6 +21,7 @@ from cluster.ray_jobs import RayJob, RayJobs, Unreachable
 from cluster.session import Cluster
 from cluster.storage import Attempt, Store
 from cluster.storage.keys import fingerprint, flatten
+from cluster.storage.store import format_bytes
 from cluster.working_dir import TooLarge, check_size, checkout, stage, travelling
 from jobs.errors import SpecErrors
 from jobs.monitor.status import status_of
@@ -212,7 +213,7 @@ def _send(
         size = check_size(files, root)
     except TooLarge as error:
         raise SpecErrors([str(error)]) from None
-    say(f"sending {len(files)} files of {root}, {size / 1e6:.1f} MB")
+    say(f"sending {len(files)} files of {root}, {format_bytes(size)}")
     variables = {
         # Read by the job's supervisor on the cluster.
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),

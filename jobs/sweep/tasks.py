@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.kv import Report, silent
 from cluster.storage import Attempt, Store
+from cluster.storage.store import format_bytes
 from jobs.sweep.progress import (
     EVALUATE,
     HEAD,
@@ -258,7 +259,7 @@ def _check_gpu(material: SharedContext, need: MemoryEstimate) -> None:
     _, total = torch.cuda.mem_get_info()
     if need.device > total:
         raise MemoryError(
-            f"needs about {need} on the GPU, which has {total / 1e9:.2f} GB; set "
+            f"needs about {need} on the GPU, which has {format_bytes(total)}; set "
             "sweep.batch_sequences lower, or give it a larger GPU"
         )
 

@@ -251,4 +251,4 @@ def test_a_cell_that_no_node_can_hold_is_refused_with_the_numbers(folder: Path) 
         "run", str(small_job.write_spec(spec, folder)), cwd=folder
     )
     assert code == 3, "not even the 16-bit model can be evaluated"
-    assert "9000.0 GB" in err and "memory" in err, out + err
+    assert "9 TB" in err and "memory" in err, out + err

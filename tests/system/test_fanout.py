@@ -210,10 +210,10 @@ def test_what_fits_on_no_node_is_refused_with_the_numbers(tmp_path: Path) -> Non
     found = dict(pool)
     assert found["good"][0] == "good"
     assert found["large"].kind == "memory"
-    assert found["large"].error == "needs 12.3 GB of memory, the largest node has 1.0 GB"
+    assert found["large"].error == "needs 12.3 GB of memory, the largest node has 1 GB"
     assert (found["wide"].kind, found["gpu"].kind) == ("resources", "resources")
     assert all(pool.timings[key].submitted is None for key in ("large", "wide", "gpu"))
-    there = "no node has that (nodes: 1 of 2 CPUs, 0 GPUs, 1.0 GB)"
+    there = "no node has that (nodes: 1 of 2 CPUs, 0 GPUs, 1 GB)"
     assert found["wide"].error == f"needs 3 CPUs, {there}"
     assert found["gpu"].error == f"needs 1 CPUs and 1 GPUs, {there}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.began", "good.ended"]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_serializer, model_validator
 from pydantic_core import CoreSchema
 
-from trainer.spec.base import Section
+from cluster.storage.section import Section
 
 Share = Annotated[float, Field(ge=0)]
 Auto = Literal["auto"]

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from trainer.spec.base import Section, fault_at
+from cluster.storage.section import Section, fault_at
 from trainer.spec.losses import LossesSpec
 
 Dtype = Literal["auto", "bfloat16", "float32"]

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.storage.store import format_bytes
+
 if TYPE_CHECKING:  # a plan asks for the arithmetic alone
     from trainer.worker import Worker
 
@@ -111,13 +113,13 @@ def groups_for(
     everyone = [list(ranks)]
     if not fit(everyone, 1.0):
         many = len(memory) > 1
-        layer = f" and {largest / 1e9:.1f} GB for the largest layer" if many else ""
+        layer = f" and {format_bytes(largest)} for the largest layer" if many else ""
         beside = (
-            f", of which the student's training takes {reserve / 1e9:.1f} GB" if reserve else ""
+            f", of which the student's training takes {format_bytes(reserve)}" if reserve else ""
         )
         raise ValueError(
-            f"teacher.model: {weights / 1e9:.1f} GB of weights{layer} do not fit {len(memory)} "
-            f"worker{'s' if many else ''} of {min(memory) / 1e9:.1f} GB{beside}; give {key} "
+            f"teacher.model: {format_bytes(weights)} of weights{layer} do not fit {len(memory)} "
+            f"worker{'s' if many else ''} of {format_bytes(min(memory))}{beside}; give {key} "
             "more workers"
         )
     return everyone

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from cluster.storage.section import Section
 from trainer.losses.divergences import JSD, CrossEntropy, ForwardKL, Loss, ReverseKL, SkewKL
-from trainer.spec.base import Section
 from trainer.spec.errors import SpecReader
 from trainer.spec.losses import JsdSpec, SkewSpec
 from trainer.spec.sections import DistillSpec

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.storage.store import format_bytes
 from trainer.corpus.corpus import Corpus, Part, next_tokens
 from trainer.logits.reader import CacheReader
 from trainer.logits.records import Coding, train_kinds
@@ -90,8 +91,8 @@ def rerun(
     device, free = _device(size)
     if size > FITS * free:
         raise ValueError(
-            f"teacher.model: {size / 1e9:.1f} GB of weights do not fit this machine "
-            f"({free / 1e9:.1f} GB free); verify where they fit, or give the cache instead of the "
+            f"teacher.model: {format_bytes(size)} of weights do not fit this machine "
+            f"({format_bytes(free)} free); verify where they fit, or give the cache instead of the "
             "spec to verify its files alone"
         )
     say(f"running the teacher over {sum(len(numbers) for _, numbers in parts)} sequences")

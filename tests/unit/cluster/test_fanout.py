@@ -65,13 +65,13 @@ def test_impossible_needs_are_refused() -> None:
 def test_why_no_node_can_hold_a_need() -> None:
     found = nodes({"CPU": 4, "memory": 8 * GB}, {"CPU": 1, "GPU": 1, "memory": 4 * GB})
     memory = found.lacking(ResourceRequest(1, 0, int(12.34 * GB)))
-    assert memory.error == "needs 12.3 GB of memory, the largest node has 8.0 GB"
+    assert memory.error == "needs 12.3 GB of memory, the largest node has 8 GB"
     assert memory.kind == "memory"
     together = found.lacking(ResourceRequest(1, 1, 6 * GB))  # the node with the GPU has too little
     assert together.kind == "memory"
     assert together.error == (
-        "needs 1 CPUs, 1 GPUs and 6.0 GB of memory, no node has that (nodes: "
-        "1 of 1 CPUs, 1 GPUs, 4.0 GB; 1 of 4 CPUs, 0 GPUs, 8.0 GB)"
+        "needs 1 CPUs, 1 GPUs and 6 GB of memory, no node has that (nodes: "
+        "1 of 1 CPUs, 1 GPUs, 4 GB; 1 of 4 CPUs, 0 GPUs, 8 GB)"
     )
     assert found.lacking(ResourceRequest(2, 1)).kind == "resources"
     assert nodes().lacking(ResourceRequest(2)).error == "needs 2 CPUs, the cluster has no node left"
@@ -224,14 +224,14 @@ def test_who_is_to_blame_for_a_node_without_memory() -> None:
     failure, mendable = of_ray(OutOfMemoryError(OOM), pid=12062)
     assert (failure.kind, mendable) == ("memory", False)
     assert failure.error == (
-        "killed by Ray because its node ran out of memory (4.7 GB of 25.3 GB in use); "
-        "it used 2.7 GB"
+        "killed by Ray because its node ran out of memory (4.66 GB of 25.3 GB in use); "
+        "it used 2.74 GB"
     )
     failure, mendable = of_ray(OutOfMemoryError(OOM), pid=12141)
     assert mendable
-    assert failure.error.endswith("it used 0.1 GB, another task 2.7 GB")
+    assert failure.error.endswith("it used 75.2 MB, another task 2.74 GB")
     failure, mendable = of_ray(OutOfMemoryError(OOM), pid=12062, claim=3 * GB)
-    assert mendable and failure.error.endswith("it used 2.7 GB and was to have 3.0 GB")
+    assert mendable and failure.error.endswith("it used 2.74 GB and was to have 3 GB")
     assert not of_ray(OutOfMemoryError(OOM), pid=12062, claim=2 * GB)[1]
     # After the balloon has gone Ray may kill on: then the largest is one that takes little.
     after = OOM.replace("12062, actual memory used=2.55GB", "12062, actual memory used=0.01GB")

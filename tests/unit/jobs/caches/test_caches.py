@@ -514,7 +514,7 @@ def test_rm_reads_no_index(
     monkeypatch.setattr("jobs.caches.describe.CacheReader", None)
     monkeypatch.setattr("trainer.logits.store.unpack", None)
     text = told(capsys, "rm", made.topk.name, "--yes")
-    assert f"{made.topk.url}: {show.size(size)}, used by job" in text
+    assert f"{made.topk.url}: {show.format_bytes(size)}, used by job" in text
     assert made.storage.sub("_logits").list() == [made.sample.name]
 
 

@@ -87,7 +87,7 @@ def test_a_model_for_which_there_is_no_room_is_not_fetched(
     usage = SimpleNamespace(free=900)
     monkeypatch.setattr(node_check.shutil, "disk_usage", lambda path: usage)
     (line,) = fetch([Model("teacher.model", "memory://large-model", "main")])
-    assert "GB free" in line and "STILLHOUSE_CACHE" in line
+    assert "900 B free" in line and "STILLHOUSE_CACHE" in line
     assert not store.has_copy()
     usage.free = 10**6
     assert fetch([Model("teacher.model", "memory://large-model", "main")]) == []

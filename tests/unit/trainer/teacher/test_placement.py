@@ -58,7 +58,7 @@ def test_nodes_of_one_worker_each_share_one_copy_where_sharding_is_asked_for() -
 
 
 def test_what_fits_nowhere_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match=r"^teacher.model: 900.0 GB .* 8 workers of 80.0 GB"):
+    with pytest.raises(ValueError, match=r"^teacher.model: 900 GB .* 8 workers of 80 GB"):
         groups_for("auto", 900 * GB, 2 * GB, EIGHTY, TWO_NODES)
 
 
@@ -69,7 +69,7 @@ def test_one_worker_holds_all_of_it_or_refuses() -> None:
     with pytest.raises(ValueError, match="^teacher.model") as caught:
         groups_for("auto", 90 * GB, 9 * GB, [80 * GB], [[0]])
     assert str(caught.value) == (
-        "teacher.model: 90.0 GB of weights do not fit 1 worker of 80.0 GB; give resources.capture "
+        "teacher.model: 90 GB of weights do not fit 1 worker of 80 GB; give resources.capture "
         "more workers"
     )
 
@@ -180,8 +180,8 @@ def test_a_reserve_is_taken_from_every_worker() -> None:
     with pytest.raises(ValueError) as caught:
         groups_for("auto", 40 * GB, GB, EIGHTY, TWO_NODES, stage="distill", reserve=90 * GB)
     assert str(caught.value) == (
-        "teacher.model: 40.0 GB of weights and 1.0 GB for the largest layer do not fit 8 workers "
-        "of 80.0 GB, of which the student's training takes 90.0 GB; give resources.distill more "
+        "teacher.model: 40 GB of weights and 1 GB for the largest layer do not fit 8 workers "
+        "of 80 GB, of which the student's training takes 90 GB; give resources.distill more "
         "workers"
     )
 
