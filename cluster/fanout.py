@@ -255,12 +255,12 @@ class FanOut:
         else:
             self._land(flight, failure)
 
-    def _land(self, flight: TaskAttempt, value: Any, end: End | None = None) -> None:
+    def _land(self, flight: TaskAttempt, value: object, end: End | None = None) -> None:
         self._remove(flight)
         self._end(flight.job, value, flight.start, end)
 
     def _end(
-        self, job: Job, value: Any, start: Start | None = None, end: End | None = None
+        self, job: Job, value: object, start: Start | None = None, end: End | None = None
     ) -> None:
         self.timings[job.key] = Timing(
             job.submitted,

@@ -43,7 +43,7 @@ class Handover:
 
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def put(self, number: int, work: Any) -> None:
+    def put(self, number: int, work: object) -> None:
         """Hands over a piece of work; None: there is no more."""
         from ray import cloudpickle
 

@@ -15,11 +15,14 @@ import socket
 import time
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.failures import Failure, of_exception, where
 from cluster.kv import reporting
 from cluster.resources import GPU_TYPE, ResourceRequest
+
+if TYPE_CHECKING:
+    from ray.remote_function import RemoteFunction
 
 
 @dataclass(frozen=True)
@@ -293,7 +296,7 @@ class TaskAttempt:
         return Failure(error, f"{error}; it ran on {where(self.start)}", "time")
 
 
-def _remote(function: Callable[..., Any]) -> Any:
+def _remote(function: Callable[..., Any]) -> RemoteFunction:
     """The function as a remote one: made anew, it is exported once to a cluster all the same."""
     import ray
 

@@ -166,7 +166,7 @@ class Launch:
         except BaseException as error:  # handed to the waiting thread
             self._error = error
 
-    def hand(self, work: Any) -> None:
+    def hand(self, work: object) -> None:
         """Gives a group that stays its next piece of work; None: it is to end."""
         assert self._more is not None
         self._handed += 1

@@ -225,7 +225,7 @@ class SweepSpec(Section):
 
     @field_validator("tasks", mode="before")
     @classmethod
-    def _names_of_tasks(cls, value: Any) -> Any:
+    def _names_of_tasks(cls, value: object) -> object:
         if isinstance(value, list):
             return [{"task": item} if isinstance(item, str) else item for item in value]
         return value
@@ -237,7 +237,7 @@ class SweepSpec(Section):
 
     @field_validator("group_size")
     @classmethod
-    def _group_sizes(cls, value: Literal["auto"] | list[GroupSize]) -> Any:
+    def _group_sizes(cls, value: Literal["auto"] | list[GroupSize]) -> object:
         if value == "auto":
             return value
         wrong = [size for size in value if size != CHANNEL and not is_group_size(size)]

@@ -255,7 +255,7 @@ class Rank:
         for training in make_trainings(spec, inputs, self.store, corpus, cache):
             run_task(training, self.worker)
 
-    def _resolved(self) -> Any:
+    def _resolved(self) -> TrainerSpec:
         """The spec with `auto` resolved; `dtype: auto` as before, else as all ranks are fast at."""
         fast = self.worker.gather(fast_dtype(self.worker.device.type))
         dtype: DtypeName = "bfloat16" if set(fast) == {"bfloat16"} else "float32"
@@ -263,7 +263,9 @@ class Rank:
         known = {**dtypes, **recorded_dtypes(self.store)}
         return self.after(lambda: resolve(self.spec, known, self.worker.device.type))
 
-    def _inputs(self, spec: Any, names: stage_inputs.Identities, corpus: Store) -> dict[str, Any]:
+    def _inputs(
+        self, spec: TrainerSpec, names: stage_inputs.Identities, corpus: Store
+    ) -> dict[str, Any]:
         """Of the trainings. Raises ValueError if an unfinished one would be passed over."""
         from cluster.storage.keys import fingerprint
 
@@ -279,7 +281,7 @@ class Rank:
             raise ValueError("\n".join(faults))
         return dict(inputs)
 
-    def _prepare(self, spec: Any, names: stage_inputs.Identities, root: Store) -> Store:
+    def _prepare(self, spec: TrainerSpec, names: stage_inputs.Identities, root: Store) -> Store:
         """The corpus, made unless it is there. Raises ValueError for what the spec names wrongly,
         one line for each fault."""
         from cluster.storage.keys import fingerprint

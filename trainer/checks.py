@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.identity import Identities
 from trainer.models.load import max_length, meta_model, new_config, read_config
 from trainer.spec.rules import Sections
 from trainer.spec.sections import AnswersEndpoint, AnswersFile, ResponsesSpec, TeacherSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def world_faults(spec: Sections, found: Identities, stages: Collection[str]) -> list[str]:
@@ -120,7 +123,7 @@ class _Tokens:
         return {"": self.size - 1}
 
 
-def student_config(spec: Sections, found: Identities) -> Any:
+def student_config(spec: Sections, found: Identities) -> PreTrainedConfig:
     """The student's transformers config, as it will be built. Raises ValueError, one line."""
     assert spec.data is not None
     student = spec.student
@@ -164,7 +167,7 @@ def _student_builds(spec: Sections, found: Identities) -> None:
         raise ValueError(f"student.config: no model can be built from it ({reason})") from None
 
 
-def _length(spec: Sections, role: str, config: Any) -> None:
+def _length(spec: Sections, role: str, config: PreTrainedConfig) -> None:
     """Sequences must fit the positions of a model."""
     assert spec.data is not None
     longest = max_length(config)

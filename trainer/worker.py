@@ -14,12 +14,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from trainer.compiled_ops import dropping_stale_locks, ops_folder
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -77,7 +80,9 @@ class Worker:
         if self.is_main:
             self.hooks.emit(event, **fields)
 
-    def sum(self, values: Sequence[float] | torch.Tensor, group: Any = None) -> list[float]:
+    def sum(
+        self, values: Sequence[float] | torch.Tensor, group: ProcessGroup | None = None
+    ) -> list[float]:
         """Sums of each value over all ranks, in float64, in the same order on every rank.
 
         values: a tensor [n] on this rank's device is waited for once, when all are summed.
@@ -89,7 +94,7 @@ class Worker:
             dist.all_reduce(tensor, group=self.group if group is None else group)
         return tensor.tolist()
 
-    def patient_group(self) -> Any:
+    def patient_group(self) -> ProcessGroup | None:
         """A group for ranks that work apart and may wait a day for each other; collective."""
         if self.world == 1:
             return None
@@ -100,12 +105,12 @@ class Worker:
             use_local_synchronization=self.group is not None,
         )
 
-    def wait(self, patient: Any) -> None:
+    def wait(self, patient: ProcessGroup | None) -> None:
         """Waits for all ranks as long as `patient`, a group of `patient_group`, does."""
         if self.world > 1:
             self.sum([0.0], group=patient)
 
-    def share(self, value: Any) -> Any:
+    def share(self, value: object) -> Any:
         """Rank 0's `value`, on every rank."""
         if self.world == 1:
             return value
@@ -120,7 +125,7 @@ class Worker:
         """
         return bool(self.share(self.is_main and self.hooks.stop_requested()))
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: object) -> list[Any]:
         """Every rank's value, by rank, on every rank."""
         if self.world == 1:
             return [value]

@@ -66,7 +66,7 @@ class Attempt:
                 "it stops without publishing"
             )
 
-    def write_json(self, p: str, value: Any) -> None:
+    def write_json(self, p: str, value: object) -> None:
         """`fence()`, then the store's write_json."""
         self.fence()
         self.store.write_json(p, value)

@@ -69,13 +69,13 @@ def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint(value: object) -> str:
     """blake2b-128 of any JSON-able value, in hex."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: object, prefix: str = "") -> dict[str, Any]:
     """Nested mappings and lists as one mapping with dotted keys."""
     if isinstance(value, dict) and value:
         items = [(str(key), item) for key, item in value.items()]

@@ -9,9 +9,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.storage.keys import HIDDEN, has_magic, is_hidden
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 # Their drivers pass mode="create" on as a conditional put. The default of fsspec for all others
 # looks first and writes then, so two writers can both believe that they were first.
@@ -38,7 +41,7 @@ class RemoteObjects:
         self.__init__(state["url"], state["options"])  # type: ignore[misc]
 
     @property
-    def fs(self) -> Any:
+    def fs(self) -> AbstractFileSystem:
         """The filesystem of this process: an async one opened before a fork is dead after it."""
         if self._fs is None or self._pid != os.getpid():
             self._fs, self._root = _open(self.url, self.options)

@@ -190,7 +190,7 @@ class Store:
         """Publish a text as UTF-8."""
         self.write_bytes(p, text.encode("utf-8"))
 
-    def write_json(self, p: str, value: Any) -> None:
+    def write_json(self, p: str, value: object) -> None:
         """Publish a value as strict, indented JSON: NaN is written as null, see `strict_json`."""
         self.write_bytes(p, strict_json.encode(value, indent=2) + b"\n")
 

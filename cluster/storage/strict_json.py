@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-def plain(value: Any, *, lenient: bool = False) -> Any:
+def plain(value: object, *, lenient: bool = False) -> Any:
     """Turn a value into what strict JSON can hold.
 
     NaN becomes null, an infinity the string "Infinity" or "-Infinity" (`float()` reads it back);
@@ -45,7 +45,7 @@ def plain(value: Any, *, lenient: bool = False) -> Any:
     raise TypeError(f"{type(value).__name__} {value!r} cannot be stored as JSON")
 
 
-def encode(value: Any, *, indent: int | None = None, lenient: bool = False) -> bytes:
+def encode(value: object, *, indent: int | None = None, lenient: bool = False) -> bytes:
     """UTF-8 bytes of strict JSON. Lone surrogates (of undecodable paths) become escapes."""
     separators = (",", ":") if indent is None else None
     text = json.dumps(

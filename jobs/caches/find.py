@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cluster.storage import Store, open_store
 from cluster.storage.keys import fingerprint
@@ -21,6 +21,9 @@ from trainer.identity import Identities
 from trainer.logits.store import IDENTITY, SHARDS
 from trainer.resolve_auto import recorded_dtypes, resolve
 from trainer.stage_inputs import CACHES, CORPORA, find_corpus, identities
+
+if TYPE_CHECKING:
+    from trainer.teacher.job import Capture
 
 # Fewer characters of a fingerprint are taken for a mistake.
 SHORTEST = 4
@@ -50,7 +53,7 @@ class Asked:
         return root.sub(CORPORA, fingerprint(identity))
 
     @property
-    def capture(self) -> Any:
+    def capture(self) -> Capture:
         """The capture (`trainer.teacher.job.Capture`) that fills the cache of the spec."""
         assert self.spec is not None
         return capture_of(self.spec, self.corpus, self.cache)

@@ -335,7 +335,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _print_json(value: Any) -> None:
+def _print_json(value: object) -> None:
     from cluster.storage.strict_json import encode
 
     typer.echo(encode(value, indent=2).decode())

@@ -184,7 +184,7 @@ def stop(
     return DONE
 
 
-def _job_log(place: Any) -> int:
+def _job_log(place: Store) -> int:
     from cluster.ray_jobs import RayJobs, Unreachable
     from jobs.monitor.submissions import last_submission
 

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -326,7 +329,7 @@ def _from_model(text: dict[str, Any], kind: str) -> Shape:
     )
 
 
-def _matrices(model: Any, head: Any) -> tuple[Matrix, ...]:
+def _matrices(model: PreTrainedModel, head: Any) -> tuple[Matrix, ...]:
     from collections import Counter
 
     from torch import nn

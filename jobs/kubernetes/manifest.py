@@ -80,7 +80,7 @@ def _document(data: dict[str, Any], comments: Mapping[str, str]) -> str:
 class _Dumper(yaml.SafeDumper):
     """Text of several lines as a literal block, lists below their key, nothing as an alias."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 

@@ -16,6 +16,7 @@ from jobs.models.terminal import bits, progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from quant.export import ExportReport
 
@@ -111,7 +112,9 @@ def file_name(found: Found) -> str:
     return model_name(found.folder)
 
 
-def material_of(found: Found, tokenizer: Any, longest: int | None) -> ExportInputs:
+def material_of(
+    found: Found, tokenizer: PreTrainedTokenizerBase, longest: int | None
+) -> ExportInputs:
     """The select part of the run's corpus and the model that the cell was made from.
 
     Without a run, prose that ships with Python, in sequences of at most `longest` tokens.
@@ -122,7 +125,7 @@ def material_of(found: Found, tokenizer: Any, longest: int | None) -> ExportInpu
     return ExportInputs(_calibration(found.run, notes), _original(found.run, notes), notes)
 
 
-def _prose(tokenizer: Any, length: int) -> ExportInputs:
+def _prose(tokenizer: PreTrainedTokenizerBase, length: int) -> ExportInputs:
     """Excerpts from all over the text, of the same number of tokens."""
     import torch
 
@@ -193,7 +196,9 @@ def _original(run: Store, notes: list[str]) -> Path | None:
         return None
 
 
-def _lines(report: ExportReport, model: Any, written: Path, notes: list[str]) -> Iterator[str]:
+def _lines(
+    report: ExportReport, model: PreTrainedModel, written: Path, notes: list[str]
+) -> Iterator[str]:
     from quant.artifact.sizes import parameter_count
 
     yield f"wrote {written}"

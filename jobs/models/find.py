@@ -20,6 +20,7 @@ from trainer.corpus.tokenizer import has_tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 Kind = Literal["artifact", "packed", "plain"]
@@ -189,7 +190,7 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def load_tokenizer(found: Found) -> Any:
+def load_tokenizer(found: Found) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder. Raises ValueError, one line, with the mend."""
     from transformers import AutoTokenizer
 
@@ -216,7 +217,9 @@ def compute_dtype(asked: str, device: str) -> torch.dtype:
     return found
 
 
-def load_unquantized(folder: Path, device: str, dtype: torch.dtype | None = None) -> Any:
+def load_unquantized(
+    folder: Path, device: str, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """A plain model on the CPU or a GPU. dtype: None: that it is stored in.
 
     Raises ValueError, one line, if its weights are not those of its config.
@@ -239,7 +242,9 @@ def load_unquantized(folder: Path, device: str, dtype: torch.dtype | None = None
         ) from None
 
 
-def load_any(found: Found, device: str, prefer: str, dtype: torch.dtype | None = None) -> Any:
+def load_any(
+    found: Found, device: str, prefer: str, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """A model of any kind, ready for `generate`. Raises ValueError, one line.
 
     dtype: what it computes in; None: as it is stored.

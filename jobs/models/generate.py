@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -13,6 +13,8 @@ from jobs.models.find import Found, compute_dtype, load_any, quiet
 from jobs.models.terminal import rate
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from quant.generation.stream import Statistics, Stream
     from quant.quant_spec import QuantSpec
 
@@ -91,7 +93,7 @@ def model_of(
     prefer: str,
     dtype: str = "auto",
     fit: bool = False,
-) -> Any:
+) -> PreTrainedModel:
     """The model, ready to run in `dtype`; a plain one is quantized in memory where `spec` asks.
 
     fit: in the largest group size up to 64 that its layers allow, whatever `spec` says.

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.storage.store import format_bytes
 from jobs.errors import SpecErrors
@@ -22,6 +22,9 @@ from jobs.spec.group_sizes import SINGLE
 from jobs.spec.job import JobSpec
 from quant.quant_spec import QuantSpec
 from trainer.corpus.tokenizer import copy_tokenizer, has_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COMMAND = "quantize"
 KEPT_SHARE = 1 / 3  # of the bytes in 16 bits: above it, the options that lower it are named
@@ -169,7 +172,7 @@ def quantize_to(
     )
 
 
-def fastest_kernels(model: Any, device: str) -> str:
+def fastest_kernels(model: PreTrainedModel, device: str) -> str:
     """The kernels that the model would run on `device`, as `quant.kernels.kernel_names` has them.
 
     Told by copies of its smallest layers, one of each layout: the model stays as it is.

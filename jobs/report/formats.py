@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jobs.report.rows import Row, StageCost, is_recovered
 from jobs.report.run_data import number
 from quant.evaluation.bootstrap import Interval
@@ -23,7 +21,7 @@ def _significant(value: float, digits: int) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def count(value: Any) -> str:
+def count(value: object) -> str:
     """A number of weights: 3.66 M, 8.19 B."""
     value = number(value)
     if value is None:
@@ -34,35 +32,35 @@ def count(value: Any) -> str:
     return f"{value:.0f}"
 
 
-def size(value: Any) -> str:
+def size(value: object) -> str:
     """Bytes as megabytes of 10^6 bytes."""
     value = number(value)
     return NOTHING if value is None else f"{_significant(value / 1e6, 3)} MB"
 
 
-def share(value: Any) -> str:
+def share(value: object) -> str:
     """A fraction as percent."""
     value = number(value)
     return NOTHING if value is None else f"{100 * value:.1f} %"
 
 
-def percent(value: Any) -> str:
+def percent(value: object) -> str:
     value = number(value)
     return NOTHING if value is None else f"{value:.1f} %"
 
 
-def plain(value: Any, digits: int = 3) -> str:
+def plain(value: object, digits: int = 3) -> str:
     value = number(value)
     return NOTHING if value is None else _significant(value, digits)
 
 
-def fixed(value: Any, decimals: int = 2) -> str:
+def fixed(value: object, decimals: int = 2) -> str:
     value = number(value)
     return NOTHING if value is None else f"{value:,.{decimals}f}"
 
 
 def with_interval(
-    value: Any, found: Interval | None, decimals: int | None = None, unit: str = ""
+    value: object, found: Interval | None, decimals: int | None = None, unit: str = ""
 ) -> str:
     """A statistic and its interval: "0.0115 [0.0104, 0.0126]"; ends as exact as the value.
 
@@ -88,19 +86,19 @@ def energy(row: Row) -> str:
     return "not measurable" if row.get("energy_note") else NOTHING
 
 
-def change(value: Any) -> str:
+def change(value: object) -> str:
     """A change of a probability in percentage points, with its sign."""
     value = number(value)
     return NOTHING if value is None else f"{100 * value:+.2f} pp".replace("-", "−")
 
 
-def points(value: Any) -> str:
+def points(value: object) -> str:
     """A size of changes of a probability in percentage points."""
     value = number(value)
     return NOTHING if value is None else f"{100 * value:.2f} pp"
 
 
-def p_value(value: Any) -> str:
+def p_value(value: object) -> str:
     value = number(value)
     if value is None:
         return NOTHING
@@ -124,18 +122,18 @@ def ranged(row: Row, name: str, decimals: int | None = None, scale: float = 1.0)
     return with_interval(value * scale, ends, decimals)
 
 
-def whole(value: Any) -> str:
+def whole(value: object) -> str:
     value = number(value)
     return NOTHING if value is None else f"{value:g}"
 
 
-def speed(value: Any) -> str:
+def speed(value: object) -> str:
     """Tokens per second."""
     value = number(value)
     return NOTHING if value is None else f"{_significant(value, 2)} tok/s"
 
 
-def factor(value: Any) -> str:
+def factor(value: object) -> str:
     """A speed-up as measured, also below 1."""
     value = number(value)
     if value is None:
@@ -143,7 +141,7 @@ def factor(value: Any) -> str:
     return f"{value:.1f}x" if abs(value) >= 0.1 or value == 0 else f"{_significant(value, 1)}x"
 
 
-def duration(seconds: Any) -> str:
+def duration(seconds: object) -> str:
     seconds = number(seconds)
     if seconds is None:
         return NOTHING
@@ -176,7 +174,7 @@ def cost_line(costs: list[StageCost]) -> str:
     return f"Cost: {spent + '; ' if spent else ''}wall time {wall} ({parts})"
 
 
-def first_line(error: Any) -> str:
+def first_line(error: object) -> str:
     """The first line of an error that says something."""
     lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
     return lines[0] if lines else "no error text"

@@ -133,7 +133,7 @@ def _width(layers: list[_Layer]) -> str:
     return f'<td class="width {width_class(bits[0])}">{text}{size}</td>'
 
 
-def _group(size: Any) -> str:
+def _group(size: object) -> str:
     return f"g{size:g}" if number(size) is not None else str(size)
 
 

@@ -270,7 +270,7 @@ def losses_in_words(losses: dict[str, Any]) -> str:
     return " + ".join(_loss_in_words(name, loss, len(losses) == 1) for name, loss in falling)
 
 
-def _loss_in_words(name: str, loss: Any, alone: bool) -> str:
+def _loss_in_words(name: str, loss: object, alone: bool) -> str:
     settings = loss if isinstance(loss, dict) else {}
     told = [
         f"{key} {value:g}" if number(value) is not None else str(value)
@@ -284,7 +284,7 @@ def _loss_in_words(name: str, loss: Any, alone: bool) -> str:
     return words if alone else f"{words} {start:g}"
 
 
-def _weights(loss: Any) -> tuple[float, float]:
+def _weights(loss: object) -> tuple[float, float]:
     """The first and the last weight of a loss."""
     weight = loss.get("weight", 1.0) if isinstance(loss, dict) else loss
     if isinstance(weight, dict):

@@ -116,7 +116,7 @@ def _read_spec(store: Store, events: list[dict[str, Any]]) -> dict[str, Any]:
     return {}
 
 
-def clean(value: Any) -> Any:
+def clean(value: object) -> Any:
     """The value with everything that strict JSON cannot hold (nan, infinities) as None."""
     if isinstance(value, dict):
         return {str(key): clean(item) for key, item in value.items()}
@@ -127,7 +127,7 @@ def clean(value: Any) -> Any:
     return value
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """The value as a finite float, or None where it is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Store
 from cluster.storage.keys import fingerprint, flatten
@@ -22,6 +22,9 @@ from quant.spec import ExtraModel, Task
 from trainer.models.load import absolute, find_model, identity
 from trainer.stage_inputs import capture_inputs, identities, training_inputs
 from trainer.tasks import make_capture
+
+if TYPE_CHECKING:
+    from trainer.teacher.job import Capture
 
 
 def absolute_paths(spec: JobSpec) -> JobSpec:
@@ -161,7 +164,7 @@ class Inputs:
         return StageInputs({}, {"outputs": fingerprint(outputs)})
 
 
-def capture_of(spec: JobSpec, corpus: Store, cache: Store) -> Any:
+def capture_of(spec: JobSpec, corpus: Store, cache: Store) -> Capture:
     """The capture of a spec, with the resources that it asks for."""
     asked = spec.resources.capture
     return make_capture(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cluster.storage import open_store
 from jobs.spec.job import JobSpec
@@ -14,6 +14,9 @@ from trainer.checks import faults_in, has_student, student_config, world_faults
 from trainer.identity import Identities
 from trainer.models.load import find_model, read_config
 from trainer.stage_inputs import identities
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def storage_faults(spec: JobSpec) -> list[str]:
@@ -40,7 +43,7 @@ def spec_faults(spec: JobSpec, stages: list[str]) -> list[str]:
     return faults
 
 
-def _sweep_faults(sweep: SweepSpec, config: Any, role: str) -> list[str]:
+def _sweep_faults(sweep: SweepSpec, config: PreTrainedConfig, role: str) -> list[str]:
     """What a model cannot be quantized with: its layers, its two ends, the group sizes."""
     from quant.quantize import check_group_size
     from quant.targets import find_targets

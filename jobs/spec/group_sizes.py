@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jobs.spec.job import JobSpec
 from quant.quant_spec import CHANNEL, DYNAMIC, GroupSize, QuantSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SINGLE = 64  # the group size of one model, where it fits
 
@@ -71,7 +74,9 @@ def _widths_of_models(spec: JobSpec) -> set[int]:
     return widths
 
 
-def _widths(config: Any, spec: QuantSpec, layers: Mapping[str, QuantSpec | None]) -> set[int]:
+def _widths(
+    config: PreTrainedConfig, spec: QuantSpec, layers: Mapping[str, QuantSpec | None]
+) -> set[int]:
     from quant.targets import find_targets
     from trainer.models.load import meta_model
 

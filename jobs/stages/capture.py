@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Store, open_store
 from jobs.run.context import Context
 from jobs.run.inputs import Outputs, capture_of
 from jobs.spec.job import JobSpec
 from jobs.stages.worker_group import run_ranks
+
+if TYPE_CHECKING:
+    from cluster.workers import Group
+    from trainer.teacher.job import Capture
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -39,20 +43,20 @@ def count_lacking(spec: JobSpec, outputs: Outputs) -> int:
     return _lacking(_capture(spec, corpus, cache, outputs))
 
 
-def _capture(spec: JobSpec, corpus: Store, cache: Store, outputs: Outputs) -> Any:
+def _capture(spec: JobSpec, corpus: Store, cache: Store, outputs: Outputs) -> Capture:
     """What the stages to come read: once the student is trained, records for evaluation alone."""
     job = capture_of(spec, corpus, cache)
     return replace(job, distill=None) if "distill" in outputs else job
 
 
-def _lacking(job: Any) -> int:
+def _lacking(job: Capture) -> int:
     from trainer.corpus.corpus import open_corpus
     from trainer.teacher.job import missing
 
     return sum(len(numbers) for _, _, numbers in missing(job, open_corpus(job.corpus)))
 
 
-def devices(group: Any, results: list[dict[str, Any]]) -> dict[str, Any]:
+def devices(group: Group, results: list[dict[str, Any]]) -> dict[str, Any]:
     """What the results cost: hours of GPUs, or of CPUs where there are none."""
     seconds = sum(result["seconds"] for result in results)
     kind = "gpu" if group.gpus else "cpu"

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.fanout import Cancelled, Failure, fan_out
 from jobs.errors import Interrupted, SpecErrors
 from jobs.run.context import Context, tasks_wait
 from jobs.stages.worker_group import run_ranks
+
+if TYPE_CHECKING:
+    from trainer.responses.store import AnswerStore
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
-def _answers(context: Context) -> Any:
+def _answers(context: Context) -> AnswerStore:
     """The complete answers of this spec; made, or added to, first if they are not there.
 
     When the stage is forced, those that failed before are asked for again.

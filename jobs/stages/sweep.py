@@ -210,7 +210,7 @@ class _Sweep:
     def _add_task(
         self,
         key: str,
-        task: Any,
+        task: object,
         arguments: tuple[Any, ...],
         loads: Source | None = None,
         after: Sequence[str] = (),

@@ -5,7 +5,7 @@ Which cells keep their models: all, those on the Pareto front, or none.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Attempt, Store
 from cluster.storage.keys import fingerprint
@@ -15,6 +15,9 @@ from jobs.spec.job import JobSpec
 from quant.grid import Cell
 from quant.spec import ExtraModel, SweepSpec
 from trainer.stage_inputs import capture_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def common(sweep: SweepSpec, outputs: Outputs) -> dict[str, Any]:
@@ -35,7 +38,7 @@ def _held_out(outputs: Outputs) -> str:
     return str(prepared.get("held_out", prepared["corpus"]))
 
 
-def cell_fingerprint(cell: Cell, spec: JobSpec, model: Any, outputs: Outputs) -> str:
+def cell_fingerprint(cell: Cell, spec: JobSpec, model: PreTrainedModel, outputs: Outputs) -> str:
     """What a cell's result depends on; `model`: the identity of the 16-bit model it is made of."""
     sweep = spec.sweep
     assert sweep is not None
@@ -56,13 +59,13 @@ def cell_fingerprint(cell: Cell, spec: JobSpec, model: Any, outputs: Outputs) ->
     return fingerprint(found)
 
 
-def model_fingerprint(role: str, spec: JobSpec, model: Any, outputs: Outputs) -> str:
+def model_fingerprint(role: str, spec: JobSpec, model: PreTrainedModel, outputs: Outputs) -> str:
     """What the evaluation of a 16-bit model depends on."""
     assert spec.sweep is not None
     return fingerprint({**common(spec.sweep, outputs), "role": role, "model": model})
 
 
-def reference_folder(role: str, spec: JobSpec, model: Any, outputs: Outputs) -> str:
+def reference_folder(role: str, spec: JobSpec, model: PreTrainedModel, outputs: Outputs) -> str:
     """Where in the run a model's final hidden states are: named by what they depend on."""
     assert spec.sweep is not None
     found = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.resources import ResourceRequest
 from cluster.session import Cluster
@@ -16,6 +16,9 @@ from jobs.sweep.shared import Source
 from quant.evaluation.memory_forecast import MemoryEstimate
 from quant.grid import Cell
 from quant.spec import SweepSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Below so many weights a CPU core is as quick as a GPU, whose kernels take longer to start.
 GPU_WEIGHTS = 100_000_000
@@ -123,7 +126,7 @@ class CellRequests:
             tasks=bool(self.sweep.tasks),
         )
 
-    def meta(self, source: Source) -> Any:
+    def meta(self, source: Source) -> PreTrainedModel:
         """The model of a source, without weights."""
         if source.role not in self.models:
             self.models[source.role] = _model(source)
@@ -166,7 +169,7 @@ def _gpu_type(there: Sequence[str], measured: Collection[str]) -> str:
     return max(known, key=lambda kind: (known[kind], kind), default="")
 
 
-def _model(source: Source) -> Any:
+def _model(source: Source) -> PreTrainedModel:
     from trainer.models.load import meta_model, read_config
 
     return meta_model(read_config(source.config_folder()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from quant.evaluation.evaluate import Batch, evaluate
 from quant.methods import quantize_weight
 from quant.quant_spec import CHANNEL, QuantSpec
 from quant.targets import Target, find_targets
+
+if TYPE_CHECKING:
+    from quant.evaluation.reference import StoredReference
 
 Piece = tuple[str, Option]  # a layer, and how it is quantized
 Losses = dict[tuple[str, str], dict[str, Any]]  # by layer and key of the option
@@ -50,7 +53,7 @@ def pieces_of(options: Options, tasks: int) -> list[list[Piece]]:
 
 def sensitivity(
     model: PreTrainedModel,
-    reference: Any,
+    reference: PreTrainedModel | StoredReference,
     batches: Callable[[], Iterable[Batch]] | Sequence[Batch],
     pieces: Iterable[Piece],
     device: torch.device | str = "cpu",

@@ -16,7 +16,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from transformers import PreTrainedModel
 from trainer.corpus.corpus import Batch
 from trainer.logits.records import Records
 from trainer.models.load import layer_progress
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class HeadLogits:
@@ -94,7 +97,7 @@ class CountedLogits(HeadLogits):
 
 
 @contextmanager
-def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+def _returning(module: nn.Module, output: object) -> Iterator[None]:
     """Within the block calling `module` returns `output`; on the instance alone."""
     missing = object()
     previous = module.__dict__.get("forward", missing)
@@ -107,7 +110,7 @@ def _returning(module: nn.Module, output: Any) -> Iterator[None]:
             module.forward = previous  # type: ignore[assignment]
 
 
-def place(array: Any, device: torch.device | str) -> Tensor:
+def place(array: NDArray[Any] | Tensor, device: torch.device | str) -> Tensor:
     """A numpy array as a tensor on `device`, integers as int64."""
     tensor = torch.as_tensor(array)
     if not tensor.is_floating_point() and tensor.dtype != torch.bool:

@@ -166,7 +166,7 @@ def _members(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -203,7 +203,7 @@ def set_fewshot(task: Any, wanted: int | None) -> None:
 
 
 @contextmanager
-def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+def swapped(owner: Any, name: str, value: object) -> Iterator[None]:
     """Within the block an attribute has another value."""
     before = getattr(owner, name)
     setattr(owner, name, value)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +17,9 @@ from quant.evaluation.evaluate import evaluate
 from quant.evaluation.reference import open_reference
 from quant.spec import Task
 from trainer.models.load import load_for_inference
+
+if TYPE_CHECKING:
+    from quant.evaluation.reference import StoredReference
 
 # What an evaluation says of a model, and where it stands: at the top the part `report`, in
 # `select` the part that choices are made on.
@@ -138,7 +141,9 @@ def measure(
     return {**result["report"], "select": result["select"]}
 
 
-def reference_of(part: EvaluationData, folder: str, setting: EvaluationConfig) -> Any:
+def reference_of(
+    part: EvaluationData, folder: str, setting: EvaluationConfig
+) -> PreTrainedModel | StoredReference:
     """The 16-bit model that a part is compared with: stored, or loaded."""
     if part.reference is None:
         return setting.load(folder)

@@ -263,7 +263,7 @@ class _Clock(StoppingCriteria):
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         self.times.append(self.now())
         if self.meter is not None:
             self.joules.append(self.meter.read() or 0.0)
@@ -290,7 +290,7 @@ def resident_bytes(model: nn.Module) -> int:
     return total
 
 
-def _tensors(value: Any, seen: set[int]) -> list[Tensor]:
+def _tensors(value: object, seen: set[int]) -> list[Tensor]:
     """The tensors in a module's attributes, and in the kernel objects and lists among them."""
     if isinstance(value, Tensor):
         return [value]

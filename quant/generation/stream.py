@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCrit
 
 from quant.evaluation.speed import resident_bytes
 from quant.kernels import kernel_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LEAST_TEMPERATURE = 1e-4  # below, logits over it leave float32
 MOST_SEED = 2**63 - 1  # what torch's generators take
@@ -60,7 +63,7 @@ class Detokenizer:
     piece is what the decoded text gains over that of the piece before.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []  # of the last piece, then what is not told yet
         self._told = 0  # how many of them are told
@@ -82,7 +85,7 @@ class Detokenizer:
         return now[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(
+        text: Any = self._tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
@@ -130,7 +133,7 @@ class Stream(Iterator[str]):
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         prompt: Tensor,
         config: GenerationConfig,
         room: int,
@@ -226,7 +229,7 @@ class Stream(Iterator[str]):
 
 def stream(
     model: PreTrainedModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: str | Sequence[dict[str, str]],
     max_new_tokens: int = 128,
     *,
@@ -300,7 +303,9 @@ def memory_bytes(model: PreTrainedModel) -> int:
     return resident_bytes(model)
 
 
-def _prompt_ids(tokenizer: Any, prompt: str | Sequence[dict[str, str]]) -> list[int]:
+def _prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[dict[str, str]]
+) -> list[int]:
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError("prompt: is empty; may be a text")

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -262,11 +261,11 @@ class _Rounded(torch.autograd.Function):
     """Rounds to a dtype, within its range, and back; the gradient goes straight through."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+    def forward(ctx, value: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         return value.clamp(-LARGEST, LARGEST).to(dtype).float()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0], None
 
 
@@ -275,7 +274,7 @@ class _Dequantized(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype
+        ctx, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(codes, scale, zero)
         ctx.bits = bits
@@ -286,7 +285,7 @@ class _Dequantized(torch.autograd.Function):
         return weight
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale, zero = ctx.saved_tensors
         of_scale, of_zero = torch.empty_like(scale), torch.empty_like(zero)
         for part in row_chunks(len(codes), codes.shape[1] * 8 // ctx.bits, codes.device):
@@ -308,7 +307,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int
+        ctx, x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int
     ) -> Tensor:
         ctx.save_for_backward(x, codes, scale, zero)
         ctx.bits = bits
@@ -320,7 +319,7 @@ class _Product(torch.autograd.Function):
         return y.view(*x.shape[:-1], len(codes))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, codes, scale, zero = ctx.saved_tensors
         flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, len(codes))
         of_scale, of_zero = torch.empty_like(scale), torch.empty_like(zero)

@@ -270,9 +270,9 @@ def capture_all(jobs: list[tuple[Any, float | None]]) -> list[dict[str, Any]]:
 
     worker, results = start(), []
     os.environ["NODE_RANK"] = str(worker.rank // 2)
-    own = engine.memory_of
+    own = module.memory_of
     for job, memory in jobs:
-        engine.memory_of = (lambda worker, memory=memory: memory) if memory else own
+        module.memory_of = (lambda worker, memory=memory: memory) if memory else own
         log = Log()
         metrics = capture(job, replace(worker, hooks=log.hooks()))
         told = next((event for event in log.events if event["event"] == "teacher"), None)

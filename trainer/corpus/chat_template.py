@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +29,16 @@ from trainer.corpus.conversations import Conversation, Pair, Row
 from trainer.corpus.packing import Labelled
 from trainer.spec.sections import DataSpec, TokenizerSpec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def render(tokenizer: Any, row: Row) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+def render(
+    tokenizer: PreTrainedTokenizerBase, row: Row
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Token ids of a row, int32 [n], and which of them are learnt, bool [n].
 
     Raises ValueError, one line that names the row, where the chat template cannot render it or
@@ -43,18 +48,18 @@ def render(tokenizer: Any, row: Row) -> tuple[NDArray[np.int32], NDArray[np.bool
     return labelled.ids, labelled.learnt
 
 
-def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of messages up to where the assistant's answer begins. Raises ValueError."""
     chat = Chat(tokenizer)
     return chat.encode(chat.text("prompt", messages, prompt=True)).tolist()
 
 
-def has_template(tokenizer: Any) -> bool:
+def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether conversations can be rendered with this tokenizer (or TokenizerSpec)."""
     return not isinstance(tokenizer, TokenizerSpec) and bool(tokenizer.chat_template)
 
 
-def chat_faults(data: DataSpec, tokenizer: Any) -> list[str]:
+def chat_faults(data: DataSpec, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """One line for each source that needs a chat template where the tokenizer has none.
 
     tokenizer: one that is loaded, or the TokenizerSpec of one to be trained. Raises ValueError as
@@ -92,7 +97,7 @@ def _of_messages(data: DataSpec, index: int) -> bool:
 class Chat:
     """Rendering with one tokenizer; it looks once at the template and the control tokens."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._eos = int(tokenizer.eos_token_id)
@@ -153,12 +158,13 @@ class Chat:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
+            special: Any = self._tokenizer.special_tokens_map
             rendered: Any = render_jinja_template(
                 conversations=[messages],
                 chat_template=self._template,
                 add_generation_prompt=prompt,
                 return_assistant_tokens_mask=self._is_marked,
-                **self._tokenizer.special_tokens_map,
+                **special,
             )
         except Exception as error:  # a template is a program, and raises what it likes
             reason = " ".join(str(error).split())[:200]

@@ -92,7 +92,7 @@ def measure_row(row: Row) -> tuple[bytes, int, int]:
     return digest.digest(), len(text.encode("utf-8", "surrogatepass")), len(text)
 
 
-def conversation(where: str, value: Any) -> Conversation:
+def conversation(where: str, value: object) -> Conversation:
     """The conversation in one value of a column; null or [] is an empty one.
 
     Raises ValueError, one line, for anything but messages with a turn of the assistant.
@@ -102,7 +102,7 @@ def conversation(where: str, value: Any) -> Conversation:
     return _whole(where, _messages(where, value, "message"), 0)
 
 
-def prompt_completion(where: str, prompt: Any, completion: Any) -> Row:
+def prompt_completion(where: str, prompt: object, completion: object) -> Row:
     """The row in the values of two columns; if both are null or [], an empty one.
 
     Raises ValueError, one line, where they are not two texts or two lists of messages.
@@ -133,7 +133,7 @@ def _whole(where: str, messages: list[tuple[str, str]], prompt: int) -> Conversa
     return Conversation(tuple(messages[: answers[-1] + 1]), prompt, where)
 
 
-def _messages(where: str, value: Any, name: str) -> list[tuple[str, str]]:
+def _messages(where: str, value: object, name: str) -> list[tuple[str, str]]:
     if not isinstance(value, list):
         raise ValueError(
             f"{where}: {_kind(value)} where a list of {{role, content}} should be; "
@@ -142,7 +142,7 @@ def _messages(where: str, value: Any, name: str) -> list[tuple[str, str]]:
     return [_message(f"{where}: {name} {number}", item) for number, item in enumerate(value)]
 
 
-def _message(where: str, item: Any) -> tuple[str, str]:
+def _message(where: str, item: object) -> tuple[str, str]:
     if not isinstance(item, dict):
         raise ValueError(f"{where} is {_kind(item)}; may be {{role, content}}")
     given = {key: value for key, value in item.items() if value is not None}
@@ -164,7 +164,7 @@ def _message(where: str, item: Any) -> tuple[str, str]:
     return role, content
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     names = {str: "a text", list: "a list", dict: "an object", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")
 

@@ -95,7 +95,7 @@ def _parsed(label: str, where: str, data: bytes) -> Any:
     return found
 
 
-def _object(label: str, where: str, item: Any) -> Row:
+def _object(label: str, where: str, item: object) -> Row:
     if not isinstance(item, dict):
         raise ValueError(f"{label} cannot be read: {where} is no JSON object")
     return item

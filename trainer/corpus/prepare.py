@@ -26,7 +26,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,9 @@ from trainer.corpus.corpus import FORMAT, MANIFEST, PARTS, TOKENIZER, TRAIN_SEQU
 from trainer.corpus.sources import Document, Shard
 from trainer.corpus.splits import Documents, merge, read_in_order, read_rows, scan
 from trainer.spec.sections import DataSpec, TokenizerSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Each = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
 
@@ -261,7 +264,7 @@ class _HeldOut:
                     f"{found.used} of the {len(self.documents)} documents are needed for them",
                 )
 
-    def select_and_report(self, tokenizer: Any) -> _Parts:
+    def select_and_report(self, tokenizer: PreTrainedTokenizerBase) -> _Parts:
         """Both parts. Raises ValueError where there are too few documents for them."""
         data, pad = self.data, tokenizers_.pad_id(tokenizer)
         stop, start = self._prefix(BYTES_PER_TOKEN), 0
@@ -330,7 +333,7 @@ class _HeldOut:
 
 def _manifest(
     data: DataSpec,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     identity: dict[str, Any],
     shards: list[Shard],
     documents: Documents,

@@ -7,7 +7,7 @@ that suffices. The exact answer comes with the prepare stage.
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.corpus.chat_template import chat_faults
 from trainer.corpus.prepare import resolve_all, too_small
@@ -15,6 +15,9 @@ from trainer.corpus.sources import WHOLE, Shard, read_documents
 from trainer.corpus.splits import TOKEN_BYTES, measure
 from trainer.corpus.tokenizer import encode
 from trainer.spec.sections import DataSpec, TokenizerSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SAMPLE_DOCUMENTS = 100  # of each source, to measure tokens per byte
 MARGIN = 1.5  # the other documents may be denser than the sample
@@ -53,7 +56,7 @@ def check_size(data: DataSpec, tokenizer: Any) -> None:
     raise too_small(data, f"the corpus has at most about {int(tokens):,}")
 
 
-def tokens_per_byte(shard: Shard, tokenizer: Any) -> float:
+def tokens_per_byte(shard: Shard, tokenizer: PreTrainedTokenizerBase) -> float:
     """At most how many tokens a byte of the shard's source becomes, from its first documents."""
     if shard.format == "input_ids":
         return 1 / TOKEN_BYTES

@@ -220,7 +220,7 @@ def read_columns(shard: Shard, optional: files.Columns = ()) -> Iterator[Any]:
     return files.rows(shard.label, shard.path, shard.columns, shard.start, shard.stop, optional)
 
 
-def refuse_tools(where: str, tools: Any) -> None:
+def refuse_tools(where: str, tools: object) -> None:
     """Raises ValueError, one line, for a conversation with tools: they would not be rendered."""
     if tools:
         raise ValueError(
@@ -254,7 +254,7 @@ def _columns(format: str, column: str) -> files.Columns:
     return (PROMPT, COMPLETION) if format == "prompt_completion" else (column,)
 
 
-def _text(shard: Shard, row: int, value: Any) -> str:
+def _text(shard: Shard, row: int, value: object) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -266,7 +266,7 @@ def _text(shard: Shard, row: int, value: Any) -> str:
     return value
 
 
-def _ids(shard: Shard, row: int, value: Any) -> list[int]:
+def _ids(shard: Shard, row: int, value: object) -> list[int]:
     if value is None:
         return []
     if not isinstance(value, list) or any(type(item) is not int for item in value):
@@ -277,7 +277,7 @@ def _ids(shard: Shard, row: int, value: Any) -> list[int]:
     return value
 
 
-def _conversation(shard: Shard, row: int, value: Any) -> Row:
+def _conversation(shard: Shard, row: int, value: object) -> Row:
     return conversation(f"{shard.label}: row {row}", value)
 
 

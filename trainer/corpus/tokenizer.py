@@ -12,12 +12,15 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainer.corpus import packing, sources
 from trainer.corpus.chat_template import Chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -66,7 +69,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Path
     return Path(folder)
 
 
-def load_tokenizer(path: str | os.PathLike[str], revision: str = "main") -> Any:
+def load_tokenizer(path: str | os.PathLike[str], revision: str = "main") -> PreTrainedTokenizerBase:
     """The fast tokenizer of a hub id, a local folder or the URL of a folder.
 
     Raises:
@@ -99,12 +102,12 @@ def load_tokenizer(path: str | os.PathLike[str], revision: str = "main") -> Any:
     return tokenizer
 
 
-def vocabulary_size(tokenizer: Any) -> int:
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the largest id."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The padding id; the end-of-text id where there is none."""
     pad = tokenizer.pad_token_id
     return int(tokenizer.eos_token_id if pad is None else pad)
@@ -143,7 +146,7 @@ def check_same_vocabulary(
 
 
 def encode(
-    tokenizer: Any, documents: Sequence[sources.Document], label: str
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[sources.Document], label: str
 ) -> list[packing.Document]:
     """Token ids of documents, each ended by the end-of-text token; see `chat` for conversations.
 

@@ -13,7 +13,6 @@ gradient of the logits takes the place of the logits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +85,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
+        ctx,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -120,7 +119,7 @@ class _FusedLoss(torch.autograd.Function):
         return total.float(), sums
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place, as a second gradient of the weight would double the memory: once only.
         found = [
             None if value is None else value.mul_(grads[0].to(value.dtype))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Matrix units want rows of whole 16 bytes: products are made for a multiple of so many ids.
 _ALIGNED = 8
@@ -68,7 +71,7 @@ class Head:
         return grad.mul_(self.scale) if self.scale != 1.0 else grad
 
 
-def head_of(model: Any, vocab: int | None = None) -> Head:
+def head_of(model: PreTrainedModel, vocab: int | None = None) -> Head:
     """The head of a transformers causal language model; `vocab` cuts padded rows off.
 
     Reads the weight itself, so under ZeRO-3 call it inside the wrapped module's forward.
@@ -91,7 +94,7 @@ def head_of(model: Any, vocab: int | None = None) -> Head:
     )
 
 
-def last_hidden(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def last_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Final hidden states [tokens, hidden] of sequences [batch, seq].
 
     Positions that restart make transformers keep the documents of a sequence apart.

@@ -21,13 +21,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.spec.losses import HiddenSpec
 from trainer.spec.sections import DistillSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 KEY = "distill.losses.hidden.layers"
 # Elements of a float32 chunk of states: 16 Mi = 64 MiB.
@@ -55,7 +58,7 @@ class HiddenPairs:
 
 
 def hidden_pairs(
-    spec: HiddenSpec | None, student_config: Any, teacher_config: Any
+    spec: HiddenSpec | None, student_config: PreTrainedConfig, teacher_config: PreTrainedConfig
 ) -> HiddenPairs | None:
     """The layers that a spec pairs, of models with these transformers configs.
 
@@ -82,7 +85,9 @@ def hidden_pairs(
     )
 
 
-def hidden_faults(distill: DistillSpec, student_config: Any, teacher_config: Any) -> list[str]:
+def hidden_faults(
+    distill: DistillSpec, student_config: PreTrainedConfig, teacher_config: PreTrainedConfig
+) -> list[str]:
     """One line per fault of `distill.losses.hidden` that the models' transformers configs tell."""
     try:
         hidden_pairs(distill.losses.hidden, student_config, teacher_config)
@@ -101,7 +106,7 @@ def same_share(student: int, teacher: int) -> list[tuple[int, int]]:
     ]
 
 
-def blocks_of(model: Any) -> nn.ModuleList:
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a transformers model, in order.
 
     Raises ValueError, one line, for a model that keeps them where this version does not look.
@@ -117,7 +122,7 @@ def blocks_of(model: Any) -> nn.ModuleList:
 
 
 @contextmanager
-def collected(model: Any, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+def collected(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
     """What `layers` of a model give in the forward pass made inside: [batch, seq, width] by layer.
 
     By hooks, so that no other layer's states are kept. They go with the context: a layer that
@@ -126,7 +131,7 @@ def collected(model: Any, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
     states: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
-        def hook(module: nn.Module, given: Any, output: Any) -> None:
+        def hook(module: nn.Module, given: object, output: Any) -> None:
             states[layer] = output[0] if isinstance(output, (tuple, list)) else output
 
         return hook
@@ -192,7 +197,7 @@ class _Distance(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, states: Tensor, wanted: Tensor, token_weights: Tensor, metric: str
+        ctx, states: Tensor, wanted: Tensor, token_weights: Tensor, metric: str
     ) -> Tensor:
         distance = {"mse": _relative, "cosine": _cosine}[metric]
         grad = torch.empty_like(states) if ctx.needs_input_grad[0] else None
@@ -211,7 +216,7 @@ class _Distance(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return None if grad is None else grad * grads[0].to(grad.dtype), None, None, None
 

@@ -24,7 +24,7 @@ from cluster.storage import open_store
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 # By model_type of transformers configs.
@@ -38,7 +38,7 @@ STUDENTS = frozenset((
 TEACHERS = STUDENTS | {"granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"}
 
 
-def check_family(role: str, config: Any, key: str | None = None) -> None:
+def check_family(role: str, config: PreTrainedConfig, key: str | None = None) -> None:
     """Raises ValueError, one line, unless this config's family is verified for `role`.
 
     role: "student" or "teacher". key: of the spec, that names the model; `<role>.model` if not
@@ -101,7 +101,7 @@ def find_model(key: str, name: str, revision: str = "main", *, weights: bool = T
         ) from error
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path) -> PreTrainedConfig:
     """The transformers config of a model folder (never runs code that the folder brings).
 
     Raises ValueError, one line, if transformers cannot read it.
@@ -115,7 +115,9 @@ def read_config(folder: Path) -> Any:
         raise ValueError(f"{folder}/config.json cannot be used: {reason}") from error
 
 
-def new_config(key: str, config: dict[str, Any] | str, tokenizer: Any, length: int) -> Any:
+def new_config(
+    key: str, config: dict[str, Any] | str, tokenizer: PreTrainedTokenizerBase, length: int
+) -> PreTrainedConfig:
     """A config from the spec: inline values or a JSON file, completed from the tokenizer.
 
     vocab_size, bos, eos and pad ids come from the tokenizer; max_position_embeddings is at least
@@ -159,7 +161,7 @@ def new_config(key: str, config: dict[str, Any] | str, tokenizer: Any, length: i
     return made
 
 
-def max_length(config: Any) -> int | None:
+def max_length(config: PreTrainedConfig) -> int | None:
     """The longest sequence the model has positions for, None where it does not say."""
     text = config.get_text_config()
     return getattr(text, "max_position_embeddings", None)
@@ -186,14 +188,19 @@ def meta_model(config_or_model: PreTrainedConfig | PreTrainedModel) -> PreTraine
         return AutoModelForCausalLM.from_config(config_or_model)
 
 
-def count_parameters(model: Any) -> int:
+def count_parameters(model: nn.Module) -> int:
     """Parameters, tied ones once; also of a model that ZeRO-3 has partitioned."""
     return sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
 
 
 def build_model(
-    *, folder: Path | None, config: Any | None, init: str, dtype: torch.dtype, seed: int
-) -> Any:
+    *,
+    folder: Path | None,
+    config: PreTrainedConfig | None,
+    init: str,
+    dtype: torch.dtype,
+    seed: int,
+) -> PreTrainedModel:
     """The student before training: pretrained weights, or random ones by `seed`.
 
     Random weights are drawn in float32 on the CPU and then cast, so they are the same for every
@@ -213,7 +220,7 @@ def build_model(
     return model
 
 
-def cast_stored(model: Any, dtype: torch.dtype) -> None:
+def cast_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Casts what a checkpoint stores, in place; tied weights stay tied.
 
     Buffers that are never stored (a rotary embedding's frequencies) stay float32, as
@@ -235,7 +242,7 @@ def cast_stored(model: Any, dtype: torch.dtype) -> None:
 
 def load_model(
     folder: Path, dtype: torch.dtype | Literal["auto"], device: torch.device | None = None
-) -> Any:
+) -> PreTrainedModel:
     """A model from safetensors, tensor by tensor onto `device` (None = the CPU).
 
     dtype: "auto": that its config names. Raises ValueError if any weight is missing, left over or

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.spec.sections import LoraSpec, StudentSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 if TYPE_CHECKING:  # torch must not be loaded to say that a spec has no adapters
     from torch import Tensor
@@ -19,7 +22,7 @@ if TYPE_CHECKING:  # torch must not be loaded to say that a spec has no adapters
 _NAME = "default"
 
 
-def linear_layers(model: Any) -> list[str]:
+def linear_layers(model: PreTrainedModel) -> list[str]:
     """Names of the linear layers that can have an adapter: all but the output head."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, weights transposed
@@ -32,7 +35,7 @@ def linear_layers(model: Any) -> list[str]:
     ]
 
 
-def lora_faults(student: StudentSpec, config: Any) -> list[str]:
+def lora_faults(student: StudentSpec, config: PreTrainedConfig) -> list[str]:
     """One line per fault of `student.lora` for a model of this transformers config.
 
     Targets name linear layers; the head and the embeddings may be none, for the loss reads the
@@ -64,12 +67,14 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _is_end(model: Any, target: str) -> bool:
+def _is_end(model: PreTrainedModel, target: str) -> bool:
     ends = [model.get_output_embeddings(), model.get_input_embeddings()]
     return any(module in ends for name, module in model.named_modules() if _matches(name, target))
 
 
-def add_adapters(model: Any, spec: LoraSpec, seed: int, base: str | None = None) -> None:
+def add_adapters(
+    model: PreTrainedModel, spec: LoraSpec, seed: int, base: str | None = None
+) -> None:
     """Puts untrained adapters into `model`, which are from now on all of it that trains.
 
     A is drawn by `seed` in float32 and then has the dtype of the weights, so it is the same for
@@ -115,7 +120,7 @@ def is_adapter(name: str) -> bool:
     return f".lora_A.{_NAME}." in name or f".lora_B.{_NAME}." in name
 
 
-def merged_state(model: Any, adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merged_state(model: PreTrainedModel, adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the plain model that computes what `model` with these `adapters` does.
 
     By their names without adapters; W + (alpha / r) B A is made in float32 and then cast to W's
@@ -138,7 +143,7 @@ def merged_state(model: Any, adapters: Mapping[str, Tensor]) -> dict[str, Tensor
     }
 
 
-def load_adapters(model: Any, adapters: Mapping[str, Tensor]) -> None:
+def load_adapters(model: PreTrainedModel, adapters: Mapping[str, Tensor]) -> None:
     """Puts trained adapters, by parameter name, into a model that has untrained ones.
 
     Raises ValueError unless they are exactly the model's.
@@ -150,7 +155,7 @@ def load_adapters(model: Any, adapters: Mapping[str, Tensor]) -> None:
     model.load_state_dict(dict(adapters), strict=False)
 
 
-def save_adapters(model: Any, adapters: Mapping[str, Tensor], folder: Path) -> None:
+def save_adapters(model: PreTrainedModel, adapters: Mapping[str, Tensor], folder: Path) -> None:
     """Writes a peft folder, which `PeftModel.from_pretrained(base, folder)` loads."""
     from safetensors.torch import save_file
 

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.models.load import check_family
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 if TYPE_CHECKING:  # a fault in a spec must not cost seconds of imports
     import torch
 
@@ -29,7 +32,7 @@ def kept_layers(layers: int, keep: int) -> list[int]:
     return [(2 * i * (layers - 1) + keep - 1) // (2 * (keep - 1)) for i in range(keep)]
 
 
-def slice_faults(config: Any, keep: int) -> list[str]:
+def slice_faults(config: PreTrainedConfig, keep: int) -> list[str]:
     """One line per reason why no student of `keep` layers can be cut from this config's model."""
     layers = config.get_text_config().num_hidden_layers
     if keep > layers:
@@ -45,7 +48,7 @@ def slice_faults(config: Any, keep: int) -> list[str]:
     return []
 
 
-def sliced_config(config: Any, keep: int) -> Any:
+def sliced_config(config: PreTrainedConfig, keep: int) -> PreTrainedConfig:
     """The transformers config of the student: as the teacher's, with `keep` of its layers.
 
     What the config says layer by layer (layer_types, no_rope_layers, ...) is kept for the kept
@@ -66,7 +69,9 @@ def sliced_config(config: Any, keep: int) -> Any:
     return result
 
 
-def slice_model(folder: Path, config: Any, keep: int, dtype: torch.dtype) -> Any:
+def slice_model(
+    folder: Path, config: PreTrainedConfig, keep: int, dtype: torch.dtype
+) -> PreTrainedModel:
     """The student cut from the teacher in `folder`, whose config this is, on the CPU.
 
     Only weights that are kept are read. Raises ValueError, one line, if one is missing or misfits.

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.corpus.conversations import conversation, prompt_completion
 from trainer.corpus.size import check_size
 from trainer.corpus.sources import TOOLS, refuse_tools
 from trainer.responses.store import FILE_BYTES, AnswerStore, answers_path
 from trainer.spec.sections import AnswersFile, DataSpec, SourceSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Format = Literal["messages", "prompt_completion"]
 
@@ -44,7 +47,9 @@ def check_file(origin: AnswersFile) -> bool:
     return is_chat
 
 
-def check_answers_size(origin: AnswersFile, data: DataSpec, tokenizer: Any) -> None:
+def check_answers_size(
+    origin: AnswersFile, data: DataSpec, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Raises ValueError, one line, where the answers of a file cannot fill the corpus's parts."""
     path = answers_path(origin)
     source = SourceSpec(source=str(path), format=format_of(path))

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,11 @@ from trainer.corpus.tokenizer import pad_id, vocabulary_size
 from trainer.responses.prompts import Prompt
 from trainer.teacher.sampling import BLOCK, draw, uniforms
 from trainer.worker import Worker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from trainer.spec.sections import ResponsesSpec
 
 
 class NextToken(LogitsProcessor):
@@ -98,7 +103,7 @@ class UnderWay:
 class TeacherWithAnswers(nn.Module):
     """The teacher, called for answers; what wraps the model in `load_teacher`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         model.generation_config = GenerationConfig()
@@ -121,7 +126,8 @@ class TeacherWithAnswers(nn.Module):
         """
         start = ids.shape[1]
         sampler = NextToken(streams, start, settings.vocab, settings.temperature, settings.top_p)
-        output = self.model.generate(
+        model: Any = self.model
+        output = model.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=GenerationConfig(
@@ -148,7 +154,7 @@ class _AllEnded(StoppingCriteria):
         self.ends, self.start, self.group, self.batch = ends, start, group, batch
         self.ended: Tensor | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         ends = torch.tensor(self.ends, device=input_ids.device)
         now = torch.isin(input_ids[:, -1], ends)
         self.ended = now if self.ended is None else self.ended | now
@@ -161,7 +167,7 @@ class _AllEnded(StoppingCriteria):
         return torch.full_like(now, over or stop)
 
 
-def ending_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+def ending_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Ids of which each ends an answer: the model's own, the tokenizer's, and ends of turns."""
     ids = {int(tokenizer.eos_token_id)}
     for name in ("generation_config.json", "config.json"):
@@ -175,7 +181,9 @@ def ending_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def make_settings(responses: Any, folder: Path, tokenizer: Any) -> Settings:
+def make_settings(
+    responses: ResponsesSpec, folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> Settings:
     """The settings of a `ResponsesSpec` for the model in `folder`."""
     return Settings(
         max_new_tokens=responses.max_new_tokens,
@@ -187,7 +195,7 @@ def make_settings(responses: Any, folder: Path, tokenizer: Any) -> Settings:
     )
 
 
-def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """The ids that the model goes on from, as they will be learnt from; messages up to its turn.
 
     Raises ValueError, one line, for messages that the chat template does not take.

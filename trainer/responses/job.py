@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,6 +35,9 @@ from trainer.teacher.sampling import stream
 from trainer.teacher.sharded import largest_layer
 from trainer.teacher.teacher import Teacher, load_teacher
 from trainer.worker import Stopped, Worker, torch_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 # Progress is told at most so often.
 PROGRESS_SECONDS = 1.0
@@ -105,7 +108,7 @@ def generate_answers(job: Answers, worker: Worker) -> dict[str, Any]:
 
 
 def items_of(
-    job: Answers, prompts: list[Prompt], tokenizer: Any, positions: int | None
+    job: Answers, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, positions: int | None
 ) -> tuple[list[Item], int]:
     """All answers to be made, and how many prompts have no room for one."""
     room = None if positions is None else positions - job.responses.max_new_tokens
@@ -128,9 +131,9 @@ def items_of(
 def _generate(
     job: Answers,
     worker: Worker,
-    config: Any,
+    config: PreTrainedConfig,
     work: list[list[Item]],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     settings: Settings,
     answers: AnswerStore,
     total: int,
@@ -151,7 +154,7 @@ def _generate(
     return int(tokens)
 
 
-def _check_sharded(job: Answers, worker: Worker, config: Any) -> None:
+def _check_sharded(job: Answers, worker: Worker, config: PreTrainedConfig) -> None:
     """Raises ValueError, one line, for a teacher too large to generate while it is sharded;
     before its weights are read; collective."""
     shape = meta_model(config)
@@ -192,7 +195,7 @@ class _Run:
         job: Answers,
         worker: Worker,
         teacher: Teacher,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         settings: Settings,
         answers: AnswerStore,
     ) -> None:

@@ -164,7 +164,7 @@ class SpecReader(Generic[Model]):
         place = {name: index for index, name in enumerate(self.model.model_fields)}
         return [lines[path] for path in sorted(lines, key=lambda path: place.get(str(path[0]), 99))]
 
-    def _truths(self, value: Any, path: KeyPath) -> Iterator[KeyPath]:
+    def _truths(self, value: object, path: KeyPath) -> Iterator[KeyPath]:
         """Paths where true or false stands for a number (which Python would take for 1 or 0)."""
         if isinstance(value, bool):
             kinds = {option.get("type") for option in self._variants(self.node_at(path))}
@@ -175,7 +175,7 @@ class SpecReader(Generic[Model]):
             for step, item in value.items() if isinstance(value, dict) else enumerate(value):
                 yield from self._truths(item, (*path, step))
 
-    def _line(self, path: KeyPath, detail: Any, got: Any) -> str:
+    def _line(self, path: KeyPath, detail: Any, got: object) -> str:
         """The one line for an error of pydantic."""
         kind, location = detail["type"], detail["loc"]
         key = ".".join(map(str, path))
@@ -194,7 +194,7 @@ class SpecReader(Generic[Model]):
             return f"{key}: {why}" if isinstance(got, dict) else f"{key}: got {quote(got)}; {why}"
         return self._expected(path, got)
 
-    def _expected(self, path: KeyPath, got: Any) -> str:
+    def _expected(self, path: KeyPath, got: object) -> str:
         words = self.may_be(path)
         if "text" in words and isinstance(got, (bool, int, float)):
             words += " (put it in quotes)"

@@ -43,7 +43,7 @@ class LossSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _number(cls, value: Any) -> Any:
+    def _number(cls, value: object) -> object:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return {"weight": value} if is_number else value
 

@@ -69,7 +69,7 @@ class Rule(NamedTuple):
     fault: Callable[[Any], str | None]
 
 
-def faults_of(rules: Iterable[Rule], spec: Any, at_fault: Iterable[str] = ()) -> list[str]:
+def faults_of(rules: Iterable[Rule], spec: object, at_fault: Iterable[str] = ()) -> list[str]:
     """One line for every rule that `spec` breaks.
 
     Rules that read one of the dotted keys `at_fault` are left out: their keys hold no values to
@@ -325,7 +325,7 @@ def _prompts_of_conversations(spec: Sections) -> str | None:
 
 
 def _revision_of_hub_id(section: str) -> Callable[[Any], str | None]:
-    def fault(spec: Any) -> str | None:
+    def fault(spec: object) -> str | None:
         part = getattr(spec, section)
         if part is None or part.revision == "main":
             return None

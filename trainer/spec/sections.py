@@ -386,7 +386,7 @@ class AnswersEndpoint(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_secrets_told(cls, data: Any) -> Any:
+    def _no_secrets_told(cls, data: object) -> object:
         # Of the section, not of the key, because the line for a key repeats its value: that may be
         # a key of a server which was pasted where its variable's name belongs.
         if not isinstance(data, dict):
@@ -401,7 +401,7 @@ class AnswersEndpoint(Section):
         return data
 
 
-def _kind_of_origin(value: Any) -> str | None:
+def _kind_of_origin(value: object) -> str | None:
     if isinstance(value, AnswersEndpoint) or (isinstance(value, dict) and "file" not in value):
         return "an endpoint"
     if isinstance(value, (AnswersFile, dict)):

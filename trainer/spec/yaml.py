@@ -68,7 +68,7 @@ class _Dumper(yaml.SafeDumper):
             "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
         )
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
@@ -78,13 +78,13 @@ for _tag, _pattern, _first in _SCALARS:
         _class.add_implicit_resolver(_tag, re.compile(_pattern), _first)
 
 
-def quote(value: Any) -> str:
+def quote(value: object) -> str:
     """`value` as it would stand in YAML, on one line, cut where it is long."""
     text = json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def dump(data: Any) -> str:
+def dump(data: object) -> str:
     """`data` as YAML, its keys in their order; `parse` gives it back."""
     return yaml.dump(
         data,
@@ -122,7 +122,7 @@ def parse(text: str, name: str) -> tuple[Any, list[str]]:
     return _unshared(data), faults
 
 
-def _unshared(value: Any) -> Any:
+def _unshared(value: object) -> object:
     """A copy in which no part is there twice, as YAML aliases make it."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}

@@ -10,7 +10,7 @@ The most likely ids of each row and the mass of all others, in few passes over t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from trainer.logits.records import Coding
 from trainer.losses.fused_linear import Head, head_of
 from trainer.models.head import last_hidden
 from trainer.teacher.sampling import draw, uniforms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Ids whose largest logit stands for them at first.
 BLOCK = 32
@@ -89,7 +92,7 @@ CPU_STRIP, GPU_STRIP = 1 << 20, 1 << 26
 class TeacherWithRecords(nn.Module):
     """forward(batch) -> what the records of its positions are made of."""
 
-    def __init__(self, model: Any, vocab: int) -> None:
+    def __init__(self, model: PreTrainedModel, vocab: int) -> None:
         super().__init__()
         self.model = model
         self.vocab = vocab

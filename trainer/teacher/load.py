@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Rows of two tied tensors that are compared at a time.
 COMPARED_ROWS = 4096
@@ -28,11 +31,11 @@ class Misfit(ValueError):
 
 def stream_model(
     folder: Path,
-    config: Any,
+    config: PreTrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
     take: Callable[[list[Any]], None],
-) -> Any:
+) -> PreTrainedModel:
     """The causal language model of a folder on `device`, its weights handed to `take` as they come.
 
     `take` gets the parameters that have just been filled; what it leaves of them stays. Between two
@@ -82,7 +85,12 @@ class _Loader:
     """Loads pieces of a checkpoint into a model, and keeps the accounts."""
 
     def __init__(
-        self, folder: Path, model: Any, dtype: torch.dtype, device: torch.device, found: dict
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        device: torch.device,
+        found: dict,
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.modeling_utils import LoadStateDictConfig
@@ -185,7 +193,7 @@ class _Loader:
         """Ties what is tied, computes what is not stored, and looks for what is missing."""
         from transformers.utils.loading_report import LoadStateDictInfo
 
-        model = self.model
+        model: Any = self.model
         pairs = list(model.all_tied_weights_keys.items())
         for second, first in pairs * 2:  # twice: the one that is there may come last
             for there, absent in ((first, second), (second, first)):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,11 +31,15 @@ from trainer.models.load import count_parameters
 from trainer.teacher.load import stream_model
 from trainer.worker import Worker
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 # How configs name the number of experts.
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def check_shardable(config: Any) -> None:
+def check_shardable(config: PreTrainedConfig) -> None:
     """Raises ValueError, one line, if ZeRO-3 cannot shard a model of this transformers config."""
     from trainer.models.load import meta_model
 
@@ -52,7 +56,7 @@ def check_shardable(config: Any) -> None:
         )
 
 
-def has_experts(config: Any) -> bool:
+def has_experts(config: PreTrainedConfig) -> bool:
     """Whether a transformers config is of a mixture of experts."""
     text = config.get_text_config()
     return any(_count(getattr(text, name, None)) > 1 for name in COUNTS)
@@ -99,7 +103,7 @@ M_MMAP_THRESHOLD, GIVE_BACK, KEEP = -3, 1 << 20, 32 << 20
 class ShardedEngine:
     """The sharded module, called like the module itself; every rank of the group calls it alike."""
 
-    def __init__(self, engine: Any, group: Worker) -> None:
+    def __init__(self, engine: DeepSpeedEngine, group: Worker) -> None:
         self._engine, self._group = engine, group
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +174,7 @@ class _Root(nn.Module):
 
 def load_sharded(
     folder: Path,
-    config: Any,
+    config: PreTrainedConfig,
     dtype: torch.dtype,
     group: Worker,
     wrap: Callable[[Any], nn.Module],
@@ -232,7 +236,7 @@ def largest_layer(model: Any) -> int:
     return max([count_parameters(part) for part in [*blocks, head]] + [sum(map(_size, rest))])
 
 
-def _blocks(model: Any) -> list[nn.Module]:
+def _blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The layers that a model is stacked of, and whatever else it has in lists."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return [block for module in lists for block in module]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -26,6 +26,9 @@ from trainer.training.checkpoint import (
 )
 from trainer.training.checkpoint_names import name_of, new_token, records
 from trainer.worker import Worker
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 FOLDER, FILE = "best", "weights.safetensors"
 
@@ -48,7 +51,9 @@ class BestWeights:
     for the upload. Collective: making it, `offer`, `complete`, `restore`.
     """
 
-    def __init__(self, checkpoints: Store, worker: Worker, patient: Any = None) -> None:
+    def __init__(
+        self, checkpoints: Store, worker: Worker, patient: ProcessGroup | None = None
+    ) -> None:
         self._checkpoints, self._worker = checkpoints, worker
         self._patient = patient
         self._token = worker.share(new_token() if worker.is_main else None)

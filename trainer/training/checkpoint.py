@@ -36,13 +36,17 @@ from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cluster.storage import Store
 from trainer.training.checkpoint_names import records
 from trainer.worker import Worker
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from torch.distributed import ProcessGroup
 
 
 def convert_to_universal(saved: Path, target: Path) -> str | None:
@@ -75,7 +79,7 @@ def convert_to_universal(saved: Path, target: Path) -> str | None:
     return None
 
 
-def load_universal(engine: Any, folder: str, tag: str) -> str | None:
+def load_universal(engine: DeepSpeedEngine, folder: str, tag: str) -> str | None:
     """Loads the universal checkpoint `folder/tag` into a fresh engine; collective.
 
     Frozen parameters keep the values they were built with. Returns why there was nothing to load,
@@ -227,7 +231,11 @@ def newest(store: Store, worker: Worker) -> Checkpoint | None:
 
 
 def load(
-    engine: Any, store: Store, checkpoint: Checkpoint, worker: Worker, patient: Any = None
+    engine: DeepSpeedEngine,
+    store: Store,
+    checkpoint: Checkpoint,
+    worker: Worker,
+    patient: ProcessGroup | None = None,
 ) -> None:
     """Puts a fresh engine into the checkpoint's state, on any number of ranks; collective.
 

@@ -11,7 +11,7 @@ import copy
 import difflib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -21,6 +21,9 @@ from trainer.losses.divergences import JSD, CrossEntropy, ForwardKL, Loss, Rever
 from trainer.spec.errors import SpecReader
 from trainer.spec.losses import JsdSpec, SkewSpec
 from trainer.spec.sections import DistillSpec
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class CommsLogger(Section):
@@ -272,7 +275,7 @@ def learning_rate(spec: DistillSpec, step: int) -> float:
     return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_optimizer(model: Any, spec: DistillSpec) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, spec: DistillSpec) -> torch.optim.AdamW:
     """AdamW of what is trained; weight decay on matrices only, adapters among them.
 
     Not on norms, biases and other vectors. It also runs on the CPU, for `offload: cpu`.

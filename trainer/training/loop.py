@@ -36,6 +36,8 @@ from trainer.training.student import build
 from trainer.worker import PeakMemory, Stopped, Worker
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from trainer.training.signals import OnlineTeacher
 
 # Where steps take longer, they say how far they are, and hear a stop, so often.
@@ -92,7 +94,7 @@ class _Run:
         loader: StepLoader,
         online: OnlineTeacher | None,
         *,
-        patient: Any,
+        patient: ProcessGroup | None,
         began: float,
     ) -> None:
         self.job, self.worker, self.online = job, worker, online

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from trainer.training.loader import MicroBatch
 from trainer.worker import Worker
 
 if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
     from trainer.training.signals import OnlineTeacher
 
 # Sequences that the message names; the event has all of them.
@@ -29,7 +31,7 @@ def is_finite(value: float | None) -> bool:
     return value is None or math.isfinite(value)
 
 
-def norm_of(engine: Any) -> float | None:
+def norm_of(engine: DeepSpeedEngine) -> float | None:
     """The gradient norm of the engine's last step; DeepSpeed says -1 for one that is not finite."""
     norm = engine.get_global_grad_norm()
     if norm is None:

@@ -27,6 +27,9 @@ from trainer.training.student import Built
 from trainer.worker import Worker
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
     from trainer.training.student import Built
 
 
@@ -54,7 +57,9 @@ def student_state(built: Built, is_main: bool) -> dict[str, Tensor]:
     return state
 
 
-def save(built: Built, state: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:
+def save(
+    built: Built, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
     """Writes a student as a Hugging Face folder, from what `student_state` gave; on one rank.
 
     Adapters are merged into the weights, which any transformers loads, and also written beside
@@ -71,7 +76,11 @@ def save(built: Built, state: dict[str, Tensor], tokenizer: Any, folder: Path) -
 
 
 def save_student(
-    config: Any, state: dict[str, Tensor], tokenizer: Any, folder: Path, generation: Any = None
+    config: PreTrainedConfig,
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    generation: GenerationConfig | None = None,
 ) -> None:
     """Writes a Hugging Face folder: safetensors, config, tokenizer, generation config if given.
 
@@ -114,7 +123,7 @@ def publish(
     worker: Worker,
     metrics: dict[str, Any],
     bests: BestWeights,
-    patient: Any = None,
+    patient: ProcessGroup | None = None,
 ) -> None:
     """Saves the student to `job.output`, then says so; checkpoints go; collective.
 
@@ -146,7 +155,11 @@ def publish(
 
 
 def _put(
-    built: Built, state: dict[str, Tensor], tokenizer: Any, worker: Worker, store: Store
+    built: Built,
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    worker: Worker,
+    store: Store,
 ) -> str:
     """Makes `store` the student's folder with these weights; returns their hash."""
     with tempfile.TemporaryDirectory(prefix="stillhouse-student-") as temporary:

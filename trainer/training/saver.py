@@ -11,12 +11,16 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Fenced, Store
 from trainer.training.checkpoint import TAG, CheckpointFailed, Scratch, has_frozen, hash_file, prune
 from trainer.training.checkpoint_names import name_of, new_token
 from trainer.worker import Worker
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,9 @@ class Saver:
     making it, `begin` and `complete`.
     """
 
-    def __init__(self, store: Store, worker: Worker, keep: int, patient: Any = None) -> None:
+    def __init__(
+        self, store: Store, worker: Worker, keep: int, patient: ProcessGroup | None = None
+    ) -> None:
         self._store, self._worker, self._keep = store, worker, keep
         self._patient = patient
         self._token = worker.share(new_token() if worker.is_main else None)
@@ -98,7 +104,9 @@ class Saver:
         """Whether a checkpoint is under way."""
         return self._upload is not None
 
-    def begin(self, engine: Any, step: int, zero_stage: int, state: dict[str, Any]) -> None:
+    def begin(
+        self, engine: DeepSpeedEngine, step: int, zero_stage: int, state: dict[str, Any]
+    ) -> None:
         """Writes the engine's state after `step` steps to local files and starts their upload.
 
         state: small and JSON-able; comes back as `Checkpoint.state`. Raises RuntimeError while

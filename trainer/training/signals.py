@@ -44,6 +44,8 @@ from trainer.teacher.teacher import Teacher, load_teacher
 from trainer.worker import Worker, torch_dtype
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
     from trainer.training.job import Training
 
 
@@ -132,7 +134,7 @@ def _join(parts: Sequence[Records]) -> Records:
 class TeacherWithStates(nn.Module):
     """forward(batch) -> final hidden states, and those after some layers."""
 
-    def __init__(self, model: Any, layers: list[int]) -> None:
+    def __init__(self, model: PreTrainedModel, layers: list[int]) -> None:
         super().__init__()
         self.model = model
         self.layers = layers
@@ -205,12 +207,12 @@ class OnlineTeacher:
         self._teacher.close()
 
 
-def teacher_config(spec: TeacherSpec) -> Any:
+def teacher_config(spec: TeacherSpec) -> PreTrainedConfig:
     """The teacher's transformers config."""
     return read_config(find_model("teacher.model", spec.model, spec.revision, weights=False))
 
 
-def student_config(job: Training) -> Any:
+def student_config(job: Training) -> PreTrainedConfig:
     """The student's transformers config, as it will be built."""
     student = job.student
     if student.config is not None:
@@ -225,7 +227,7 @@ def student_config(job: Training) -> Any:
     return sliced_config(teacher_config(job.teacher), student.layers)
 
 
-def student_bytes(job: Training, config: Any, worker: Worker) -> float:
+def student_bytes(job: Training, config: PreTrainedConfig, worker: Worker) -> float:
     """Bytes of this worker's memory that the student's training states will need."""
     spec = job.distill
     model = meta_model(config)
@@ -242,7 +244,7 @@ def student_bytes(job: Training, config: Any, worker: Worker) -> float:
     )
 
 
-def adapter_parameters(model: Any, lora: LoraSpec) -> int:
+def adapter_parameters(model: PreTrainedModel, lora: LoraSpec) -> int:
     """Parameters that adapters of every matrix of every layer have; with fewer targets fewer."""
     blocks = hidden_states.blocks_of(model)
     return sum(lora.r * sum(p.shape) for p in blocks.parameters() if p.ndim == 2)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from trainer.training.engine import make_optimizer, training_config
 from trainer.training.job import Training
 from trainer.worker import Worker, torch_dtype
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 
 class StudentWithLoss(nn.Module):
     """forward(batch, losses) -> (loss, float64 sums of each loss).
@@ -39,7 +42,7 @@ class StudentWithLoss(nn.Module):
     """
 
     def __init__(
-        self, model: Any, vocab: int, hidden: HiddenPairs | None = None, seed: int = 0
+        self, model: PreTrainedModel, vocab: int, hidden: HiddenPairs | None = None, seed: int = 0
     ) -> None:
         super().__init__()
         self.model = model
@@ -152,7 +155,7 @@ def build(
     )
 
 
-def _compared(job: Training, config: Any) -> hidden_states.HiddenPairs | None:
+def _compared(job: Training, config: PreTrainedConfig) -> hidden_states.HiddenPairs | None:
     """Which hidden states are compared with the teacher's."""
     hidden = job.distill.losses.hidden
     if hidden is None or job.teacher is None:
@@ -161,7 +164,7 @@ def _compared(job: Training, config: Any) -> hidden_states.HiddenPairs | None:
     return hidden_states.hidden_pairs(hidden, config, read_config(folder))
 
 
-def build_student(job: Training, tokenizer: Any) -> Any:
+def build_student(job: Training, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model as it is before training, with adapters if the spec wants them; on the CPU."""
     student = job.student
     dtype = torch_dtype(job.distill.dtype)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ from trainer.verify.errors import (
     scalar_errors,
 )
 from trainer.worker import torch_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Share of the free memory that the weights may take.
 FITS = 0.7
@@ -112,14 +115,14 @@ def rerun(
     return Reruns(captured, reshaped, exact)
 
 
-def _load(folder: Path, dtype: str, vocab: int, device: torch.device) -> Any:
+def _load(folder: Path, dtype: str, vocab: int, device: torch.device) -> PreTrainedModel:
     model = load_model(folder, torch_dtype(dtype), device).eval()
     check_head(model, vocab)
     return model
 
 
 def _forward(
-    model: Any, vocab: int, parts: Sequence[tuple[Part, Sequence[int]]], batch: int
+    model: PreTrainedModel, vocab: int, parts: Sequence[tuple[Part, Sequence[int]]], batch: int
 ) -> Forward:
     head = head_of(model, vocab)
     # A copy: the rest of the model is let go.

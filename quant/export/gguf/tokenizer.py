@@ -19,11 +19,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, TokenType
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SPACE = "\u2581"
 DIGIT = r"\p{N}"
@@ -334,7 +337,7 @@ def _unused(number: int, backend: Any) -> str:
     return text
 
 
-def _add_special(vocabulary: Vocabulary, tokenizer: Any, folder: Path) -> None:
+def _add_special(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Ids of the special tokens, and which of them the tokenizer puts around a text."""
     special = vocabulary.special
     for name in ("bos", "eos", "unk", "pad"):
@@ -382,7 +385,7 @@ def _ends(folder: Path) -> list[int]:
     return [int(end) for end in ends] if isinstance(ends, list) else []
 
 
-def _chat_template(tokenizer: Any) -> str | list[dict[str, str]] | None:
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]] | None:
     template = tokenizer.chat_template
     if not isinstance(template, dict):
         return template

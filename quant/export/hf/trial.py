@@ -82,7 +82,7 @@ def stock_model(model: PreTrainedModel) -> PreTrainedModel:
     return dense.eval().requires_grad_(False)
 
 
-def _bias(layer: nn.Module) -> Any:
+def _bias(layer: nn.Module) -> Tensor | None:
     return getattr(layer, "bias", None)
 
 
