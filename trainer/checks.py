@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainer.identity import Identities
-from trainer.models.load import max_length, meta_model, new_config, read_config
+from trainer.models.load import max_length, meta_model, read_config
 from trainer.spec.rules import Sections
 from trainer.spec.sections import AnswersEndpoint, AnswersFile, ResponsesSpec, TeacherSpec
 
@@ -59,15 +59,17 @@ def faults_in(check: Callable[[], Any], key: str = "") -> list[str]:
 
 def _vocabularies(found: Identities) -> None:
     """Teacher and student must give every token the same id."""
-    from trainer.corpus.tokenizer import check_same_vocabulary, load_tokenizer, vocabulary_size
+    from trainer.corpus.tokenizer import check_same_vocabulary, vocabulary_size
 
     if found.teacher_folder is not None and found.student_folder is not None:
         check_same_vocabulary(found.teacher_folder, found.student_folder)
     for role, folder in (("teacher", found.teacher_folder), ("student", found.student_folder)):
-        if folder is None or found.tokenizer_folder is None:
+        if folder is None or found.loaded_tokenizer is None:
             continue
-        rows = read_config(folder).get_text_config().vocab_size
-        ids = vocabulary_size(load_tokenizer(found.tokenizer_folder))
+        config = found.teacher_config if role == "teacher" else read_config(folder)
+        assert config is not None
+        rows = config.get_text_config().vocab_size
+        ids = vocabulary_size(found.loaded_tokenizer)
         if rows < ids:
             raise ValueError(
                 f"{role}.model: {rows} embedding rows, but the tokenizer has ids up to {ids - 1}; "
@@ -78,11 +80,9 @@ def _vocabularies(found: Identities) -> None:
 def _corpus(spec: Sections, found: Identities) -> None:
     """Sources are there, have their columns, and suffice for the parts; so do prompts."""
     from trainer.corpus.size import check_size
-    from trainer.corpus.tokenizer import load_tokenizer
 
     assert spec.data is not None
-    folder = found.tokenizer_folder
-    tokenizer = spec.tokenizer if folder is None else load_tokenizer(folder)
+    tokenizer = found.loaded_tokenizer or spec.tokenizer
     if found.responses_spec is None:
         check_size(spec.data, tokenizer)
         return
@@ -96,53 +96,18 @@ def _shardable(spec: Sections, found: Identities) -> None:
     from trainer.teacher.sharded import check_shardable
 
     if spec.teacher is not None and spec.teacher.sharding == "zero3":
-        assert found.teacher_folder is not None
-        check_shardable(read_config(found.teacher_folder))
+        assert found.teacher_config is not None
+        check_shardable(found.teacher_config)
 
 
 def _teacher_teaches(spec: Sections, found: Identities) -> None:
     """The teacher must be of a verified family and have positions enough."""
     from trainer.models.load import check_family
 
-    if found.teacher_folder is None:
+    if found.teacher_config is None:
         return
-    config = read_config(found.teacher_folder)
-    check_family("teacher", config)
-    _length(spec, "teacher", config)
-
-
-class _Tokens:
-    """Stands for a tokenizer that is not trained yet: its size is known, its ids are not."""
-
-    bos_token_id = eos_token_id = pad_token_id = 0
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def get_vocab(self) -> dict[str, int]:
-        return {"": self.size - 1}
-
-
-def student_config(spec: Sections, found: Identities) -> PreTrainedConfig:
-    """The student's transformers config, as it will be built. Raises ValueError, one line."""
-    assert spec.data is not None
-    student = spec.student
-    if student.init == "slice":
-        from trainer.models.slicing import sliced_config
-
-        assert found.teacher_folder is not None and student.layers is not None
-        return sliced_config(read_config(found.teacher_folder), student.layers)
-    if student.config is None:
-        assert found.student_folder is not None
-        return read_config(found.student_folder)
-    if spec.tokenizer is not None:
-        tokenizer: Any = _Tokens(spec.tokenizer.train)
-    else:
-        from trainer.corpus.tokenizer import load_tokenizer
-
-        assert found.tokenizer_folder is not None
-        tokenizer = load_tokenizer(found.tokenizer_folder)
-    return new_config("student.config", student.config, tokenizer, spec.data.sequence_length)
+    check_family("teacher", found.teacher_config)
+    _length(spec, "teacher", found.teacher_config)
 
 
 def has_student(spec: Sections, found: Identities) -> bool:
@@ -155,7 +120,7 @@ def _student_builds(spec: Sections, found: Identities) -> None:
     from trainer.models.load import check_family
 
     student = spec.student
-    config = student_config(spec, found)
+    config = found.student_config
     if spec.distill is not None:  # what is quantized as it is need not be trainable
         key = "student.config.model_type" if student.config is not None else None
         check_family("student", config, "student.init" if student.init == "slice" else key)
@@ -187,13 +152,12 @@ def _of_training(spec: Sections, found: Identities) -> list[str]:
     assert distill is not None
     faults = overlay_faults(distill)
     if spec.student.lora is not None:
-        faults += lora_faults(spec.student, student_config(spec, found))
+        faults += lora_faults(spec.student, found.student_config)
     if "hidden" in distill.losses.used():
         from trainer.models.hidden_states import hidden_faults
 
-        assert found.teacher_folder is not None
-        teacher = read_config(found.teacher_folder)
-        faults += hidden_faults(distill, student_config(spec, found), teacher)
+        assert found.teacher_config is not None
+        faults += hidden_faults(distill, found.student_config, found.teacher_config)
     return faults
 
 

@@ -8,12 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Store
 from cluster.storage.keys import flatten
 from trainer.logits.records import VERSION as CACHE_FORMAT
-from trainer.models.load import find_model, identity, tokenizer_identity
+from trainer.models.load import (
+    UntrainedTokenizer,
+    find_model,
+    identity,
+    new_config,
+    read_config,
+    tokenizer_identity,
+)
 from trainer.spec.sections import (
     CacheSpec,
     DataSpec,
@@ -22,6 +29,9 @@ from trainer.spec.sections import (
     TeacherSpec,
     TokenizerSpec,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,41 @@ class Identities:
         if self.tokenizer_spec is not None:
             return None
         return self.teacher_folder or self.student_folder
+
+    @cached_property
+    def teacher_config(self) -> PreTrainedConfig | None:
+        """The teacher's transformers config."""
+        folder = self.teacher_folder
+        return None if folder is None else read_config(folder)
+
+    @cached_property
+    def student_config(self) -> PreTrainedConfig:
+        """The student's transformers config, as it will be built."""
+        student = self.student_spec
+        if student.init == "slice":
+            from trainer.models.slicing import sliced_config
+
+            assert self.teacher_config is not None and student.layers is not None
+            return sliced_config(self.teacher_config, student.layers)
+        if student.config is None:
+            assert self.student_folder is not None
+            return read_config(self.student_folder)
+        length = self.data.sequence_length
+        return new_config("student.config", student.config, self._tokens, length)
+
+    @cached_property
+    def loaded_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, None where one is to be trained."""
+        from trainer.corpus.tokenizer import load_tokenizer
+
+        return None if self.tokenizer_folder is None else load_tokenizer(self.tokenizer_folder)
+
+    @property
+    def _tokens(self) -> PreTrainedTokenizerBase | UntrainedTokenizer:
+        if self.loaded_tokenizer is not None:
+            return self.loaded_tokenizer
+        assert self.tokenizer_spec is not None
+        return UntrainedTokenizer(self.tokenizer_spec.train)
 
     @cached_property
     def teacher(self) -> dict[str, str]:

@@ -14,9 +14,11 @@ from jobs.errors import SpecErrors
 from jobs.forecast.dtypes import local_dtypes
 from jobs.pipeline.skip import is_current
 from jobs.run.directory import RunDir
-from jobs.run.inputs import Inputs, capture_of
+from jobs.run.inputs import ResolvedJob
 from jobs.spec.job import JobSpec
 from jobs.spec.load import load_spec, recipes
+from jobs.stages import prepare
+from jobs.stages.capture import capture_of
 from trainer.identity import Identities
 from trainer.logits.store import IDENTITY, SHARDS
 from trainer.resolve_auto import recorded_dtypes, resolve
@@ -46,8 +48,9 @@ class Asked:
         """The corpus of the spec, which need not be there yet: of its run, if that has enough."""
         assert self.spec is not None and self.made_of is not None
         root = open_store(self.spec.storage)
+        job = ResolvedJob(self.spec, self.made_of, root)
         record = RunDir(root.sub(self.spec.name)).record("prepare")
-        if record is not None and is_current(record, Inputs(self.spec).of("prepare", {})):
+        if record is not None and is_current(record, prepare.inputs(job, {})):
             return root.sub(CORPORA, record.outputs["corpus"])
         identity = find_corpus(self.made_of, root) or self.made_of.corpus
         return root.sub(CORPORA, fingerprint(identity))

@@ -285,7 +285,7 @@ def report(
         raise SpecErrors(faults)
     from rich.console import Console
 
-    from jobs.report import build_report, show
+    from jobs.report.build import build_report, show
 
     for store in stores:
         build_report(store)

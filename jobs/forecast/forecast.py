@@ -30,6 +30,7 @@ from jobs.forecast.storage import Corpus, corpus_tokens, storage
 from jobs.forecast.suggestions import remedies
 from jobs.forecast.time import Tokens, break_even
 from jobs.forecast.training_memory import micro_tokens, trained_parameters
+from jobs.run.inputs import ResolvedJob
 from jobs.spec.job import JobSpec
 from quant.grid import allocated_keys, grid
 from trainer.resolve_auto import resolve
@@ -38,10 +39,13 @@ from trainer.stage_inputs import reads_cache, train_sequences
 FORMAT = 1
 
 
-def forecast(asked: JobSpec, place: Place, price: float | None = None) -> dict[str, Any]:
+def forecast(
+    asked: JobSpec, place: Place, price: float | None = None, job: ResolvedJob | None = None
+) -> dict[str, Any]:
     """What a job takes on a place: see `docs/plan.md` for the keys.
 
-    price: of an hour of a GPU, in any currency. Raises SpecErrors, with one line per fault, for
+    price: of an hour of a GPU, in any currency. job: where its models have been found already.
+    Raises SpecErrors, with one line per fault, for
     what a run would refuse: models, lengths, group sizes, files, workers that do not fit.
     """
     dtypes = decide_dtypes(asked, place.gpus > 0, [place.core.dtype])
@@ -49,10 +53,10 @@ def forecast(asked: JobSpec, place: Place, price: float | None = None) -> dict[s
         spec = resolve(asked, dtypes, training_device(asked, place.gpus > 0))
     except ValueError as error:
         raise SpecErrors([str(error)]) from error
-    models = read_models(spec)
+    models = read_models(spec, None if job is None else job.names)
     spec = with_group_sizes(spec, models)
     try:
-        corpus = corpus_tokens(spec, models.student.vocab)
+        corpus = corpus_tokens(spec, models.student.vocab, None if job is None else job.storage)
     except ValueError as error:
         raise SpecErrors([str(error)]) from error
     tokens, redraws = _tokens(spec, corpus)
@@ -286,6 +290,7 @@ def record(
     gpu: str | None = None,
     host_memory: float | None = None,
     core: Core | None = None,
+    job: ResolvedJob | None = None,
 ) -> dict[str, Any]:
     """What `stillhouse plan` says of a run, as JSON for its `plan.json`.
 
@@ -295,6 +300,7 @@ def record(
     be planned: the plan then holds `faults` alone.
     """
     try:
-        return forecast(spec, cluster_place(nodes, gpu, host_memory, core or ASSUMED))
+        place = cluster_place(nodes, gpu, host_memory, core or ASSUMED)
+        return forecast(spec, place, job=job)
     except (SpecErrors, ValueError) as error:
         return {"format": 1, "name": spec.name, "faults": str(error).splitlines()}

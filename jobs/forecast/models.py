@@ -16,12 +16,16 @@ from jobs.spec.job import JobSpec
 from quant.grid import grid
 from quant.quant_spec import CHANNEL
 from trainer.checks import faults_in
+from trainer.identity import Identities
 from trainer.models.load import check_family, find_model
 from trainer.models.slicing import kept_layers
 
 
-def read_models(spec: JobSpec) -> Models:
-    """Teacher and student. Raises SpecErrors, with all faults, for what cannot be planned."""
+def read_models(spec: JobSpec, names: Identities | None = None) -> Models:
+    """Teacher and student. Raises SpecErrors, with all faults, for what cannot be planned.
+
+    names: where the models have been found already; None: they are looked up, without weights.
+    """
     assert spec.data is not None
     faults: list[str] = []
 
@@ -34,10 +38,10 @@ def read_models(spec: JobSpec) -> Models:
         faults.extend(faults_in(look))
         return found[0]
 
-    teacher = read(partial(_teacher, spec))
+    teacher = read(partial(_teacher, spec, names))
     if faults:
         raise SpecErrors(faults)
-    student = read(partial(_student, spec, teacher))
+    student = read(partial(_student, spec, names, teacher))
     if faults or student is None:
         raise SpecErrors(faults)
     models = Models(teacher, student)
@@ -51,16 +55,19 @@ def read_models(spec: JobSpec) -> Models:
     return models
 
 
-def _teacher(spec: JobSpec) -> Shape | None:
-    if spec.teacher is None:
+def _teacher(spec: JobSpec, names: Identities | None) -> Shape | None:
+    teacher = spec.teacher
+    if teacher is None:
         return None
-    folder = find_model("teacher.model", spec.teacher.model, spec.teacher.revision, weights=False)
+    folder = None if names is None else names.teacher_folder
+    if folder is None:
+        folder = find_model("teacher.model", teacher.model, teacher.revision, weights=False)
     raw = _read(folder / "config.json")
     check_family("teacher", _config(raw))
     return shape_of(raw)
 
 
-def _student(spec: JobSpec, teacher: Shape | None) -> Shape:
+def _student(spec: JobSpec, names: Identities | None, teacher: Shape | None) -> Shape:
     student = spec.student
     if student.init == "slice":
         assert teacher is not None and student.layers is not None
@@ -78,7 +85,10 @@ def _student(spec: JobSpec, teacher: Shape | None) -> Shape:
         }
         raw = {**raw, "num_hidden_layers": student.layers}
     elif student.config is None:
-        folder = find_model("student.model", str(student.model), student.revision, weights=False)
+        folder = None if names is None else names.student_folder
+        if folder is None:
+            model = str(student.model)
+            folder = find_model("student.model", model, student.revision, weights=False)
         raw = _read(folder / "config.json")
     else:
         raw = student.config if isinstance(student.config, dict) else _read(Path(student.config))

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cluster.storage import open_store
+from cluster.storage import Store, open_store
 from jobs.forecast.stage_memory import Models, cell_bytes, swept
 from jobs.forecast.training_memory import itemsize_of, trained_parameters
 from jobs.spec.job import JobSpec
@@ -182,7 +182,7 @@ class Corpus:
     told: str
 
 
-def corpus_tokens(spec: JobSpec, vocab: int) -> Corpus:
+def corpus_tokens(spec: JobSpec, vocab: int, storage: Store | None = None) -> Corpus:
     """The corpus of a spec. Raises ValueError, one line, for local files that are not there."""
     assert spec.data is not None
     data = learnt_data(spec)
@@ -191,7 +191,7 @@ def corpus_tokens(spec: JobSpec, vocab: int) -> Corpus:
     if data.corpus is not None:
         return Corpus(_given(spec, data) * length, held_out, PREPARED)
     sizes = [_bytes(f"data.train.{index}", source) for index, source in enumerate(data.train)]
-    found = _prepared(spec, data)
+    found = _prepared(spec, data, storage)
     if found is not None:
         return Corpus(found * length, held_out, PREPARED)
     if spec.responses is not None and spec.distill is not None:
@@ -228,11 +228,11 @@ def _given(spec: JobSpec, data: DataSpec) -> int:
     return int(store.read_json(MANIFEST)["parts"]["train"]["sequences"])
 
 
-def _prepared(spec: JobSpec, data: DataSpec) -> int | None:
+def _prepared(spec: JobSpec, data: DataSpec, storage: Store | None) -> int | None:
     """Sequences of train in a corpus on local storage that is of the same sources and lengths."""
     if "://" in spec.storage:
         return None
-    store = open_store(spec.storage).sub(CORPORA)
+    store = (storage or open_store(spec.storage)).sub(CORPORA)
     tokenizer = {f"tokenizer.{key}": value for key, value in _tokenizer(spec).items()}
     for name in store.list():
         if not store.exists(f"{name}/manifest.json"):

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.session import Cluster, ask_to_grow, connect, target
-from cluster.storage import EventTail, EventWriter, Fenced, open_store
+from cluster.storage import EventTail, EventWriter, Fenced, Store, open_store
 from jobs.errors import Interrupted, SpecErrors, StageFailed, Superseded
 from jobs.forecast.dtypes import decide_dtypes, local_dtypes, training_device
 from jobs.forecast.place import Core, slowest
@@ -22,14 +22,15 @@ from jobs.pipeline import preflight
 from jobs.pipeline.skip import StageSelection, is_current
 from jobs.run.directory import RunDir
 from jobs.run.heartbeat import Heartbeat, job_of_driver, tries_left
-from jobs.run.inputs import Inputs, absolute_paths
+from jobs.run.inputs import ResolvedJob, absolute_paths
 from jobs.run.log import LogPieces
 from jobs.run.progress import Reporter, chatter_to, log_file
 from jobs.run.requests import Interruptible, StopWatch
-from jobs.spec import checks
 from jobs.spec.group_sizes import resolve_group_sizes
 from jobs.spec.job import JobSpec
 from jobs.spec.load import dump_spec
+from jobs.stages import STAGES
+from trainer.checks import faults_in
 from trainer.processor import DtypeName, this_device
 from trainer.resolve_auto import recorded_dtypes, resolve, undecided_dtypes, with_auto
 
@@ -63,15 +64,19 @@ def run_pipeline(
 
 @dataclass(frozen=True)
 class Job:
-    """A job that has passed all checks that need no cluster."""
+    """A job that has passed all checks that need no cluster, and what is left of it."""
 
-    asked: JobSpec
-    spec: JobSpec  # resolved
+    asked: JobSpec  # as the user wrote it
+    resolved: ResolvedJob
     run: RunDir
-    inputs: Inputs
     plan: StageSelection
     stages: tuple[str | None, str | None, str | None]  # until, only, redo
     undecided: list[str]  # sections whose dtype the cluster's nodes decide
+
+    @property
+    def spec(self) -> JobSpec:
+        """The resolved spec."""
+        return self.resolved.spec
 
 
 def prepare_job(
@@ -91,25 +96,38 @@ def prepare_job(
     say comes as `dtypes`. gpus: whether the cluster has any; None: as this machine.
     """
     asked = spec
-    faults = checks.storage_faults(spec)
-    if faults:
-        raise SpecErrors(faults)
+    storage = _open_storage(spec)
     try:
-        run = RunDir(open_store(spec.storage).sub(spec.name))
+        run = RunDir(storage.sub(spec.name))
         known = {**(dtypes or {}), **recorded_dtypes(run.store)}
         undecided = [] if local else [name for name in undecided_dtypes(spec) if name not in known]
         device = training_device(spec, this_device() == "cuda" if gpus is None else gpus)
         spec = absolute_paths(resolve(spec, {**local_dtypes(spec), **known}, device))
-        spec = resolve_group_sizes(spec)
-        inputs = Inputs(spec)
+        resolved = ResolvedJob.of(spec, storage)
+        resolved = resolved.with_spec(resolve_group_sizes(spec, resolved.names))
         redo = _left_to_redo(run, redo)
-        plan = StageSelection(spec, run, inputs, until, only, redo)
+        plan = StageSelection(resolved, run, until, only, redo)
     except ValueError as error:
         raise error if isinstance(error, SpecErrors) else SpecErrors([str(error)]) from error
-    faults = checks.spec_faults(spec, plan.todo)
+    faults: list[str] = []
+    for stage in plan.todo:
+        faults += [line for line in STAGES[stage].faults(resolved) if line not in faults]
     if faults:
         raise SpecErrors(faults)
-    return Job(asked, spec, run, inputs, plan, (until, only, redo), undecided)
+    return Job(asked, resolved, run, plan, (until, only, redo), undecided)
+
+
+def _open_storage(spec: JobSpec) -> Store:
+    """The root of the storage. Raises SpecErrors: unknown protocol, not writable."""
+    found: list[Store] = []
+
+    def look() -> None:
+        found.append(open_store(spec.storage))
+        found[0].check_writable()
+
+    if faults := faults_in(look, "storage"):
+        raise SpecErrors(faults)
+    return found[0]
 
 
 def _left_to_redo(run: RunDir, redo: str | None) -> str | None:
@@ -212,9 +230,8 @@ class _Attempt:
             tail = EventTail(job.run.store)
             tail.poll()  # what earlier attempts said is not news
             context = Context(
-                job.spec,
                 job.run,
-                job.inputs,
+                job.resolved,
                 dict(job.plan.outputs),
                 events,
                 tail,
@@ -278,7 +295,9 @@ class _Attempt:
         types = [name for name in cluster.gpu_types if name]
         try:
             gpu = types[0] if types else None
-            found = record(self.job.spec, cluster.nodes, gpu, cluster.memory, core)
+            found = record(
+                self.job.spec, cluster.nodes, gpu, cluster.memory, core, self.job.resolved
+            )
         except Exception:  # a forecast that fails is no reason to fail the run
             traceback.print_exc()
             return 0
@@ -290,12 +309,10 @@ class _Attempt:
 
 def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:
     """One stage, from its start to its record; errors become the user's."""
-    from importlib import import_module
-
     from jobs.stages.worker_group import release
 
     began = time.time()
-    inputs = context.inputs.of(stage, context.outputs)
+    inputs = STAGES[stage].inputs(context.job, context.outputs)
     record = context.run.record(stage)
     if record is not None and is_current(record, inputs) and not forced:
         context.outputs[stage] = record.outputs
@@ -309,12 +326,10 @@ def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:
         raise Interrupted(f"stopped before {stage}")
     context.forced = forced
     try:
-        module = import_module(f"jobs.stages.{stage}")
         if forced:
-            if hasattr(module, "reset"):
-                module.reset(context)
+            STAGES[stage].reset(context)
             context.run.forget(stage)
-        outputs = module.run(context)
+        outputs = STAGES[stage].run(context)
     except (Interrupted, SpecErrors):
         raise
     except Exception as error:
@@ -330,27 +345,8 @@ def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:
     context.outputs[stage] = outputs
     context.run.finish(stage, inputs.values(), outputs, seconds)
     context.emit("stage_done", stage=stage, seconds=seconds, metrics=outputs.get("metrics", {}))
-    context.reporter.say(f"{stage}: done in {seconds:.0f} s{_remark(stage, outputs)}")
-
-
-def _remark(stage: str, outputs: dict[str, Any]) -> str:
-    """What a stage has to say at its end."""
-    metrics = outputs.get("metrics", {})
-    if stage == "prepare":
-        sizes = outputs["sequences"]
-        return ", sequences: " + ", ".join(f"{count} {part}" for part, count in sizes.items())
-    if stage == "capture":
-        return f", {metrics.get('sequences', 0)} sequences added"
-    if stage == "distill":
-        parts = [
-            f"{name} {metrics[name]['select_perplexity']:.2f}"
-            for name in ("distill", "control")
-            if name in metrics
-        ]
-        return ", perplexity on select: " + ", ".join(parts)
-    if stage == "sweep":
-        return f", {metrics['cells']} cells, {metrics['failed']} failed"
-    return ""
+    remark = STAGES[stage].remark(outputs)
+    context.reporter.say(f"{stage}: done in {seconds:.0f} s{remark and f', {remark}'}")
 
 
 def _command(spec: JobSpec) -> str:
@@ -364,7 +360,7 @@ def show_result(console: Console, run: RunDir) -> None:
     """The headline table, as far as there is one, and where the page is."""
     if not run.store.exists("report/index.html"):
         return
-    from jobs.report import show
+    from jobs.report.build import show
 
     if not console.is_terminal:  # a file or a pipe has no width of its own
         console = Console(file=console.file, highlight=False, width=max(console.width, 160))

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from cluster.nodes import Answer, Silent, install_seconds, run_on_every_node
 from cluster.session import Cluster, ask_to_grow, refresh
-from cluster.spec import WorkerResources
+from cluster.spec import CellResources, WorkerResources
 from cluster.storage import Store
 from cluster.workers import NotEnough, fit_group
 from jobs.errors import Interrupted, SpecErrors
@@ -21,6 +21,7 @@ from jobs.forecast.place import Core, this_core
 from jobs.pipeline.node_check import Model, disk_space, fetch, look, versions
 from jobs.run.directory import RunDir
 from jobs.spec.job import JobSpec
+from jobs.stages import STAGES
 from jobs.sweep.resources import cell_resources
 
 FOLDER = "state/preflight"
@@ -35,26 +36,22 @@ class NodesSilent(RuntimeError):
 
 def resources(spec: JobSpec, todo: Sequence[str], cluster: Cluster) -> None:
     """Raises SpecErrors, with the numbers, for stages that the cluster could never run."""
-    asked = spec.resources
     faults: list[str] = []
-    answers = spec.responses is not None and spec.responses.origin == "teacher"
-    if "capture" in todo or ("prepare" in todo and answers):
-        faults += _fits("capture", asked.capture, cluster)
-    if "distill" in todo:
-        faults += _fits("distill", asked.distill, cluster)
-    if "sweep" in todo:
-        # Only what was asked for: what `auto` becomes, the model decides.
-        try:
-            cell_resources(asked.sweep, cluster, weights=0)
-        except SpecErrors as error:
-            faults += error.faults
+    for stage in todo:
+        for key, asked in STAGES[stage].resources(spec).items():
+            faults += [line for line in _fits(key, asked, cluster) if line not in faults]
     if faults:
         raise SpecErrors(faults)
 
 
-def _fits(key: str, asked: WorkerResources, cluster: Cluster) -> list[str]:
+def _fits(key: str, asked: WorkerResources | CellResources, cluster: Cluster) -> list[str]:
     try:
-        fit_group(key, asked, cluster)
+        if isinstance(asked, WorkerResources):
+            fit_group(key, asked, cluster)
+        else:  # only what was asked for: what `auto` becomes, the model decides
+            cell_resources(asked, cluster, weights=0)
+    except SpecErrors as error:
+        return error.faults
     except NotEnough as error:
         return [str(error)]
     return []
@@ -94,10 +91,11 @@ def wait_for_resources(
 def _largest_group(spec: JobSpec, todo: Sequence[str]) -> list[dict[str, float]]:
     """The resources of every worker of the stage that wants the most."""
     groups = []
-    for stage in ("capture", "distill"):
-        asked = getattr(spec.resources, stage)
+    for asked in (each for stage in todo for each in STAGES[stage].resources(spec).values()):
+        if not isinstance(asked, WorkerResources):
+            continue
         count = asked.workers[0] if isinstance(asked.workers, tuple) else asked.workers
-        if stage in todo and count != "auto":
+        if count != "auto":
             one = {"CPU": 1.0 if asked.cpus_per_worker == "auto" else float(asked.cpus_per_worker)}
             if asked.gpus_per_worker not in ("auto", 0):
                 one["GPU"] = float(asked.gpus_per_worker)

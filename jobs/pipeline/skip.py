@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.storage import open_store
 from cluster.storage.keys import fingerprint
 from jobs.errors import SpecErrors
 from jobs.run.directory import RunDir, StageRecord, differences
-from jobs.run.inputs import Inputs, Outputs, StageInputs
+from jobs.run.inputs import Outputs, ResolvedJob, StageInputs
 from jobs.spec.job import JobSpec
+from jobs.stages import STAGES, distill
+from jobs.stages.capture import count_lacking
 from trainer.stage_inputs import CHECKPOINTS, find_corpus, unfinished_faults
 
 
 def stages_of(spec: JobSpec) -> list[str]:
     """The stages that a spec asks for, in order."""
-    wanted = {
-        "prepare": spec.data is not None,
-        "capture": spec.teacher is not None,
-        "distill": spec.distill is not None,
-        "sweep": spec.sweep is not None,
-        "summarize": True,
-    }
-    return [stage for stage, is_wanted in wanted.items() if is_wanted]
+    return [name for name, stage in STAGES.items() if stage.is_asked(spec)]
 
 
 class StageSelection:
@@ -30,16 +24,15 @@ class StageSelection:
 
     def __init__(
         self,
-        spec: JobSpec,
+        job: ResolvedJob,
         run: RunDir,
-        inputs: Inputs,
         until: str | None,
         only: str | None,
         redo: str | None,
     ) -> None:
         """Raises SpecErrors when a finished stage, or an unfinished training that would be passed
         over, was made from other inputs than these."""
-        stages = stages_of(spec)
+        stages = stages_of(job.spec)
         for option, stage in (("--until", until), ("--only", only), ("--redo", redo)):
             if stage is not None and stage not in stages:
                 raise SpecErrors([f"{option} {stage}: this spec has {', '.join(stages)}"])
@@ -58,7 +51,7 @@ class StageSelection:
             if record is None or stage == redo:
                 known = False
             elif known:
-                new = inputs.of(stage, self.outputs)
+                new = STAGES[stage].inputs(job, self.outputs)
                 if record.finished:
                     _refuse_changes(stage, record.inputs["fixed"], new.fixed)
                 same = is_current(record, new)
@@ -83,16 +76,14 @@ class StageSelection:
         # Whoever does a stage before it anew knows that another training follows.
         anew = redo in stages[: stages.index("distill") + 1] if "distill" in stages else True
         if "distill" in self.todo and not anew:
-            _refuse_passing_over(run, inputs, self.outputs)
+            _refuse_passing_over(run, job, self.outputs)
         if "capture" in self.skipped and {"distill", "sweep"} & set(self.todo):
-            self._complete_cache(spec, only)
+            self._complete_cache(job, only)
 
-    def _complete_cache(self, spec: JobSpec, only: str | None) -> None:
+    def _complete_cache(self, job: ResolvedJob, only: str | None) -> None:
         """Captures again if records are gone that a stage in todo reads: a repair drops damaged
         shards, and caches are removed. The stages that are done stay done."""
-        from jobs.stages.capture import count_lacking
-
-        lacking = count_lacking(spec, self.outputs)
+        lacking = count_lacking(job, self.outputs)
         if lacking and only is not None:
             raise SpecErrors(
                 [
@@ -118,16 +109,16 @@ def has_inputs(record: StageRecord, inputs: StageInputs) -> bool:
     return inputs.met_by(record.inputs)
 
 
-def _refuse_passing_over(run: RunDir, inputs: Inputs, outputs: Outputs) -> None:
+def _refuse_passing_over(run: RunDir, job: ResolvedJob, outputs: Outputs) -> None:
     if not run.store.list(CHECKPOINTS):  # models and sources are only looked at where they must
         return
-    names, storage = inputs.identities, open_store(inputs.spec.storage)
+    names = job.names
     expected = {  # of stages to come the names that they will give
-        "prepare": {"corpus": fingerprint(find_corpus(names, storage) or names.corpus)},
+        "prepare": {"corpus": fingerprint(find_corpus(names, job.storage) or names.corpus)},
         "capture": {"cache": fingerprint(names.cache)},
         **outputs,
     }
-    faults = unfinished_faults(inputs.spec, inputs.distill(expected).fixed, run.store)
+    faults = unfinished_faults(job.spec, distill.inputs(job, expected).fixed, run.store)
     if faults:
         raise SpecErrors(faults)
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from cluster.resources import ResourceRequest
 from cluster.session import Cluster, Resources, free
-from cluster.storage import Attempt, EventTail, EventWriter, Store, open_store
+from cluster.storage import Attempt, EventTail, EventWriter, Store
 from cluster.workers import Group, Launch, is_pending
 from jobs.run.directory import RunDir
 from jobs.run.heartbeat import Heartbeat
-from jobs.run.inputs import Inputs, Outputs
+from jobs.run.inputs import Outputs, ResolvedJob
 from jobs.run.progress import Reporter
 from jobs.spec.job import JobSpec
 
@@ -39,9 +39,8 @@ class WaitingGroup:
 class Context:
     """One attempt of one run, while its stages run."""
 
-    spec: JobSpec
     run: RunDir
-    inputs: Inputs
+    job: ResolvedJob
     outputs: Outputs
     events: EventWriter
     tail: EventTail
@@ -59,9 +58,13 @@ class Context:
         return self.run.current()
 
     @property
+    def spec(self) -> JobSpec:
+        return self.job.spec
+
+    @property
     def shared(self) -> Store:
         """Where corpora and caches of all runs are."""
-        return open_store(self.spec.storage)
+        return self.job.storage
 
     @property
     def corpus(self) -> Store:

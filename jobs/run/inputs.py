@@ -1,30 +1,25 @@
-"""What each stage is made from: flat mappings that decide whether its result still stands.
+"""A job as its stages get it, and what they are made from: flat mappings that decide whether a
+result still stands.
 
 `fixed` inputs may not change under a finished stage (the run refuses, and shows the difference);
 `growing` ones make the stage run again, adding what is missing; and so do `at_least` ones where
 they ask for more than the stage has made.
-
-What a sweep is given beside its models: models quantized elsewhere, and benchmark tasks.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cluster.storage import Store
-from cluster.storage.keys import fingerprint, flatten
+from cluster.storage import Store, open_store
 from jobs.spec.job import JobSpec
 from quant.spec import ExtraModel, Task
+from trainer.identity import Identities
 from trainer.models.load import absolute, find_model, identity
-from trainer.stage_inputs import capture_inputs, identities, training_inputs
-from trainer.tasks import make_capture
-
-if TYPE_CHECKING:
-    from trainer.teacher.job import Capture
+from trainer.stage_inputs import identities
 
 
 def absolute_paths(spec: JobSpec) -> JobSpec:
@@ -99,74 +94,23 @@ class StageInputs:
         return all(had.get(key, number) >= number for key, number in self.at_least.items())
 
 
-class Inputs:
-    """Inputs of the stages of one spec, from what the stages before have given."""
+@dataclass(frozen=True)
+class ResolvedJob:
+    """A spec with its `auto` filled in, and what it names, found once and handed on.
 
-    def __init__(self, spec: JobSpec) -> None:
-        self.spec = spec
-        self.identities = identities(spec)
+    names: folders, configs and identities of models, corpus and cache; each is looked up when it is
+    first asked for. storage: the root of `spec.storage`.
+    """
 
-    def of(self, stage: str, outputs: Outputs) -> StageInputs:
-        """The inputs of a stage, by its name."""
-        result: StageInputs = getattr(self, stage)(outputs)
-        return result
+    spec: JobSpec
+    names: Identities
+    storage: Store
 
-    def prepare(self, outputs: Outputs) -> StageInputs:
-        """The corpus's identity; sequences of train may grow."""
-        from trainer.corpus.corpus import TRAIN_SEQUENCES, of_held_out
+    @classmethod
+    def of(cls, spec: JobSpec, storage: Store | None = None) -> ResolvedJob:
+        """Of a resolved spec. Raises ValueError for a storage that cannot be opened."""
+        return cls(spec, identities(spec), open_store(spec.storage) if storage is None else storage)
 
-        identity = self.identities.corpus
-        asked = identity.get(TRAIN_SEQUENCES)
-        at_least = {} if asked is None else {TRAIN_SEQUENCES: asked}
-        return StageInputs(of_held_out(identity), at_least=at_least)
-
-    def capture(self, outputs: Outputs) -> StageInputs:
-        """The cache's identity; sequences and sets of draws to hold may grow."""
-        growing = {
-            "corpus": outputs["prepare"]["corpus"],
-            **capture_inputs(self.spec),
-        }
-        return StageInputs(self.identities.cache, growing)
-
-    def distill(self, outputs: Outputs) -> StageInputs:
-        """What the weights depend on; a control may be added later."""
-        spec = self.spec
-        assert spec.distill is not None
-        cache = outputs["capture"]["cache"] if spec.teacher is not None else None
-        fixed = training_inputs(spec, self.identities, outputs["prepare"]["corpus"], cache)
-        return StageInputs(fixed, {"distill.control": spec.distill.control})
-
-    def sweep(self, outputs: Outputs) -> StageInputs:
-        """Nothing is fixed: each cell has a fingerprint of its own."""
-        sweep = self.spec.sweep
-        assert sweep is not None
-        models = {
-            key: value
-            for key, value in outputs.get("distill", {}).items()
-            if key in ("student", "control")
-        }
-        found = {
-            "extra": [extra_identity(extra) for extra in sweep.extra],
-            "tasks": [task_identity(task) for task in sweep.tasks],
-        }
-        growing = {
-            "evaluation": EVALUATION,
-            **flatten(sweep.model_dump(), "sweep"),
-            "corpus": outputs["prepare"]["corpus"],
-            "cache": outputs.get("capture", {}).get("cache"),
-            **flatten(models or self.identities.student, "models"),
-            **flatten({name: value for name, value in found.items() if value}, "of"),
-        }
-        return StageInputs({}, growing)
-
-    def summarize(self, outputs: Outputs) -> StageInputs:
-        """Everything that the report shows."""
-        return StageInputs({}, {"outputs": fingerprint(outputs)})
-
-
-def capture_of(spec: JobSpec, corpus: Store, cache: Store) -> Capture:
-    """The capture of a spec, with the resources that it asks for."""
-    asked = spec.resources.capture
-    return make_capture(
-        spec, corpus, cache, batch_tokens=asked.batch_tokens, shard_seconds=asked.shard_seconds
-    )
+    def with_spec(self, spec: JobSpec) -> ResolvedJob:
+        """The same job with a spec that names the same models, tokenizer, data and cache."""
+        return replace(self, spec=spec)

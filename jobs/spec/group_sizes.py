@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jobs.spec.job import JobSpec
 from quant.quant_spec import CHANNEL, DYNAMIC, GroupSize, QuantSpec
+from trainer.identity import Identities
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -16,17 +17,17 @@ if TYPE_CHECKING:
 SINGLE = 64  # the group size of one model, where it fits
 
 
-def resolve_group_sizes(spec: JobSpec) -> JobSpec:
+def resolve_group_sizes(spec: JobSpec, names: Identities) -> JobSpec:
     """The spec with `sweep.group_size: auto` replaced by sizes for all models of the grid.
 
-    A spec whose models cannot be read or quantized is returned as it is: `jobs.spec.checks` reports
+    A spec whose models cannot be read or quantized is returned as it is: the sweep's checks report
     why. Raises ValueError, one line, where `sweep.exclude` leaves no cell.
     """
     sweep = spec.sweep
     if sweep is None or sweep.group_size != "auto":
         return spec
     try:
-        widths = _widths_of_models(spec)
+        widths = _widths_of_models(spec, names)
     except ValueError:
         return spec
     return spec.model_copy(update={"sweep": sweep.with_group_sizes(widths)})
@@ -52,21 +53,14 @@ def single_group_size(
     return next((size for size in (SINGLE, 32, 16) if not any(width % size for width in widths)), 8)
 
 
-def _widths_of_models(spec: JobSpec) -> set[int]:
+def _widths_of_models(spec: JobSpec, names: Identities) -> set[int]:
     """Input widths of all layers that the cells quantize. Raises ValueError."""
-    from trainer.checks import student_config
-    from trainer.models.load import read_config
-    from trainer.stage_inputs import identities
-
-    sweep, found = spec.sweep, identities(spec)
+    sweep = spec.sweep
     assert sweep is not None
     widths: set[int] = set()
     for role in sweep.models:
-        if role == "student":
-            config = student_config(spec, found)
-        else:
-            assert found.teacher_folder is not None
-            config = read_config(found.teacher_folder)
+        config = names.student_config if role == "student" else names.teacher_config
+        assert config is not None
         ends = dict.fromkeys((cell.embeddings, cell.head) for cell in sweep.cells(role))
         for embeddings, head in ends:
             asked = QuantSpec(8, CHANNEL, "hqq", embeddings, head)

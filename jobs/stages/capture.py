@@ -5,15 +5,39 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cluster.storage import Store, open_store
+from cluster.spec import CellResources, WorkerResources
+from cluster.storage import Store
 from jobs.run.context import Context
-from jobs.run.inputs import Outputs, capture_of
+from jobs.run.inputs import Outputs, ResolvedJob, StageInputs
 from jobs.spec.job import JobSpec
 from jobs.stages.worker_group import run_ranks
+from trainer.checks import world_faults
+from trainer.stage_inputs import CACHES, CORPORA, capture_inputs
 
 if TYPE_CHECKING:
     from cluster.workers import Group
     from trainer.teacher.job import Capture
+
+
+def is_asked(spec: JobSpec) -> bool:
+    """Records of select and report are captured of every teacher."""
+    return spec.teacher is not None
+
+
+def inputs(job: ResolvedJob, outputs: Outputs) -> StageInputs:
+    """The cache's identity; sequences and sets of draws to hold may grow."""
+    growing = {"corpus": outputs["prepare"]["corpus"], **capture_inputs(job.spec)}
+    return StageInputs(job.names.cache, growing)
+
+
+def faults(job: ResolvedJob) -> list[str]:
+    """Models that are not there, or cannot teach."""
+    return world_faults(job.spec, job.names, ["capture"])
+
+
+def resources(spec: JobSpec) -> dict[str, WorkerResources | CellResources]:
+    """A group of workers."""
+    return {"capture": spec.resources.capture}
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -22,9 +46,9 @@ def run(context: Context) -> dict[str, Any]:
     from trainer.logits.store import open_cache
 
     spec = context.spec
-    identity = context.inputs.identities.cache
+    identity = context.job.names.cache
     name = fingerprint(identity)
-    cache = open_cache(context.shared.sub("_logits"), identity)
+    cache = open_cache(context.shared.sub(CACHES), identity)
     job = _capture(spec, context.corpus, cache, context.outputs)
     if not _lacking(job):  # no need to load the teacher
         return {"cache": name, "metrics": {"sequences": 0}}
@@ -32,15 +56,24 @@ def run(context: Context) -> dict[str, Any]:
     return {"cache": name, "metrics": {**results[0], **devices(group, results)}}
 
 
-def count_lacking(spec: JobSpec, outputs: Outputs) -> int:
+def count_lacking(job: ResolvedJob, outputs: Outputs) -> int:
     """Records that the cache lacks of those that will be read; `outputs`: of the stages done.
 
     Raises ValueError, one line, for a cache that is damaged.
     """
-    shared = open_store(spec.storage)
-    corpus = shared.sub("_corpora", outputs["prepare"]["corpus"])
-    cache = shared.sub("_logits", outputs["capture"]["cache"])
-    return _lacking(_capture(spec, corpus, cache, outputs))
+    corpus = job.storage.sub(CORPORA, outputs["prepare"]["corpus"])
+    cache = job.storage.sub(CACHES, outputs["capture"]["cache"])
+    return _lacking(_capture(job.spec, corpus, cache, outputs))
+
+
+def capture_of(spec: JobSpec, corpus: Store, cache: Store) -> Capture:
+    """The capture of a spec, with the resources that it asks for."""
+    from trainer.tasks import make_capture
+
+    asked = spec.resources.capture
+    return make_capture(
+        spec, corpus, cache, batch_tokens=asked.batch_tokens, shard_seconds=asked.shard_seconds
+    )
 
 
 def _capture(spec: JobSpec, corpus: Store, cache: Store, outputs: Outputs) -> Capture:
@@ -62,3 +95,12 @@ def devices(group: Group, results: list[dict[str, Any]]) -> dict[str, Any]:
     kind = "gpu" if group.gpus else "cpu"
     count = group.workers * (group.gpus or group.cpus)
     return {"device": kind, "device_hours": seconds * count / 3600}
+
+
+def reset(context: Context) -> None:
+    """Nothing: records are content, and what is there stands."""
+
+
+def remark(outputs: dict[str, Any]) -> str:
+    """Sequences that were added to the cache."""
+    return f"{outputs['metrics'].get('sequences', 0)} sequences added"

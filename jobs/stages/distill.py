@@ -5,12 +5,39 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from cluster.spec import CellResources, WorkerResources
 from cluster.workers import Group
 from jobs.run.context import Context
+from jobs.run.inputs import Outputs, ResolvedJob, StageInputs
+from jobs.spec.job import JobSpec
 from jobs.stages.capture import devices
 from jobs.stages.worker_group import run_ranks
-from trainer.stage_inputs import unfinished_trainings
-from trainer.tasks import make_trainings
+from trainer.checks import world_faults
+from trainer.stage_inputs import training_inputs, unfinished_trainings
+
+
+def is_asked(spec: JobSpec) -> bool:
+    """Unless the spec sweeps its student as it is."""
+    return spec.distill is not None
+
+
+def inputs(job: ResolvedJob, outputs: Outputs) -> StageInputs:
+    """What the weights depend on; a control may be added later."""
+    spec = job.spec
+    assert spec.distill is not None
+    cache = outputs["capture"]["cache"] if spec.teacher is not None else None
+    fixed = training_inputs(spec, job.names, outputs["prepare"]["corpus"], cache)
+    return StageInputs(fixed, {"distill.control": spec.distill.control})
+
+
+def faults(job: ResolvedJob) -> list[str]:
+    """Models that are not there, or cannot be trained as the spec asks."""
+    return world_faults(job.spec, job.names, ["distill"])
+
+
+def resources(spec: JobSpec) -> dict[str, WorkerResources | CellResources]:
+    """A group of workers."""
+    return {"distill": spec.resources.distill}
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -47,7 +74,7 @@ def reset(context: Context) -> None:
 
 def drop_others(context: Context) -> dict[str, int]:
     """Deletes unfinished trainings of other inputs; returns the steps they had, by folder."""
-    fixed = context.inputs.distill(context.outputs).fixed
+    fixed = inputs(context.job, context.outputs).fixed
     store = context.run.store
     others = unfinished_trainings(context.spec, fixed, store)
     if others:
@@ -59,5 +86,18 @@ def drop_others(context: Context) -> dict[str, int]:
 
 def trainings(context: Context) -> list[Any]:
     """The trainings of this job."""
-    fixed = context.inputs.distill(context.outputs).fixed
+    from trainer.tasks import make_trainings
+
+    fixed = inputs(context.job, context.outputs).fixed
     return make_trainings(context.spec, fixed, context.run.store, context.corpus, context.cache)
+
+
+def remark(outputs: dict[str, Any]) -> str:
+    """Perplexity on select, of the student and the control."""
+    metrics = outputs["metrics"]
+    parts = [
+        f"{name} {metrics[name]['select_perplexity']:.2f}"
+        for name in ("distill", "control")
+        if name in metrics
+    ]
+    return "perplexity on select: " + ", ".join(parts)

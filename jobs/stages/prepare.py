@@ -11,12 +11,42 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster.fanout import Cancelled, Failure, fan_out
+from cluster.spec import CellResources, WorkerResources
 from jobs.errors import Interrupted, SpecErrors
 from jobs.run.context import Context, tasks_wait
+from jobs.run.inputs import Outputs, ResolvedJob, StageInputs
+from jobs.spec.job import JobSpec
 from jobs.stages.worker_group import run_ranks
+from trainer.checks import world_faults
 
 if TYPE_CHECKING:
     from trainer.responses.store import AnswerStore
+
+
+def is_asked(spec: JobSpec) -> bool:
+    """Whatever trains or sweeps reads a corpus."""
+    return spec.data is not None
+
+
+def inputs(job: ResolvedJob, outputs: Outputs) -> StageInputs:
+    """The corpus's identity; sequences of train may grow."""
+    from trainer.corpus.corpus import TRAIN_SEQUENCES, of_held_out
+
+    identity = job.names.corpus
+    asked = identity.get(TRAIN_SEQUENCES)
+    at_least = {} if asked is None else {TRAIN_SEQUENCES: asked}
+    return StageInputs(of_held_out(identity), at_least=at_least)
+
+
+def faults(job: ResolvedJob) -> list[str]:
+    """Sources, answers and tokenizers that are not there, or do not do."""
+    return world_faults(job.spec, job.names, ["prepare"])
+
+
+def resources(spec: JobSpec) -> dict[str, WorkerResources | CellResources]:
+    """Answers of the teacher are generated on the workers of capture; the rest takes tasks."""
+    answers = spec.responses is not None and spec.responses.origin == "teacher"
+    return {"capture": spec.resources.capture} if answers else {}
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -32,7 +62,7 @@ def run(context: Context) -> dict[str, Any]:
     from trainer.responses.make import answered, on_answers
     from trainer.stage_inputs import corpus_of
 
-    spec, identities = context.spec, context.inputs.identities
+    spec, identities = context.spec, context.job.names
     assert spec.data is not None
     identity, data, told = identities.corpus, spec.data, dict[str, Any]()
     each: Any = _Tasks(context)
@@ -79,7 +109,7 @@ def _answers(context: Context) -> AnswerStore:
     from trainer.responses.make import collect, finish, make_job, open_answers
     from trainer.worker import Hooks, Stopped
 
-    spec, identity = context.spec, context.inputs.identities.responses
+    spec, identity = context.spec, context.job.names.responses
     assert spec.responses is not None
     answers = open_answers(context.shared, identity)
     there = answers.manifest()
@@ -151,3 +181,13 @@ class _Tasks:
         except Cancelled:
             raise Interrupted("prepare stopped") from None
         return [results[str(index)] for index in range(len(calls))]
+
+
+def reset(context: Context) -> None:
+    """Nothing: a corpus is made anew beside the one that is there."""
+
+
+def remark(outputs: dict[str, Any]) -> str:
+    """Sequences by part."""
+    counts = ", ".join(f"{count} {part}" for part, count in outputs["sequences"].items())
+    return f"sequences: {counts}"

@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Attempt, Store
-from cluster.storage.keys import fingerprint
-from jobs.report.pareto import front_keys
-from jobs.run.inputs import EVALUATION, Outputs, extra_identity, task_identity
+from cluster.storage.keys import fingerprint, flatten
+from jobs.run.inputs import EVALUATION, Outputs, ResolvedJob, extra_identity, task_identity
 from jobs.spec.job import JobSpec
 from quant.grid import Cell
 from quant.spec import ExtraModel, SweepSpec
@@ -99,6 +98,8 @@ def complete(sweep: SweepSpec, result: dict[str, Any], store: Store, key: str) -
 
 def missing(sweep: SweepSpec, results: dict[str, dict[str, Any]], store: Store) -> list[str]:
     """Cells on the front whose models an earlier sweep did not keep."""
+    from jobs.report.pareto import front_keys
+
     if sweep.keep_models != "pareto":
         return []
     return [
@@ -110,6 +111,8 @@ def missing(sweep: SweepSpec, results: dict[str, dict[str, Any]], store: Store) 
 
 def drop(sweep: SweepSpec, results: dict[str, dict[str, Any]], attempt: Attempt) -> list[str]:
     """Deletes the models that are not kept, of cells that are measured; returns their keys."""
+    from jobs.report.pareto import front_keys
+
     if sweep.keep_models == "all":
         return []
     kept = front_keys(results) if sweep.keep_models == "pareto" else set()
@@ -125,3 +128,26 @@ def drop(sweep: SweepSpec, results: dict[str, dict[str, Any]], attempt: Attempt)
         attempt.write_json(f"cells/{key}/result.json", results[key])
         dropped.append(key)
     return dropped
+
+
+def of_sweep(job: ResolvedJob, outputs: Outputs) -> dict[str, Any]:
+    """What the whole sweep is made from; flat."""
+    sweep = job.spec.sweep
+    assert sweep is not None
+    models = {
+        key: value
+        for key, value in outputs.get("distill", {}).items()
+        if key in ("student", "control")
+    }
+    found = {
+        "extra": [extra_identity(extra) for extra in sweep.extra],
+        "tasks": [task_identity(task) for task in sweep.tasks],
+    }
+    return {
+        "evaluation": EVALUATION,
+        **flatten(sweep.model_dump(), "sweep"),
+        "corpus": outputs["prepare"]["corpus"],
+        "cache": outputs.get("capture", {}).get("cache"),
+        **flatten(models or job.names.student, "models"),
+        **flatten({name: value for name, value in found.items() if value}, "of"),
+    }

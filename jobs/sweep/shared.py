@@ -22,13 +22,13 @@ from jobs.sweep.fingerprints import reference_folder
 from jobs.sweep.progress import Advance
 from quant.spec import SweepSpec
 from trainer.corpus.corpus import Batch, open_corpus
-from trainer.logits.reader import CacheReader, read_along
 from trainer.logits.records import Records
 from trainer.models.load import find_model
 from trainer.spec.sections import CacheSpec, DataSpec, DistillSpec
 
 if TYPE_CHECKING:
     from quant.evaluation.measure import EvaluationConfig, EvaluationData
+    from trainer.logits.reader import CacheReader
 
 PARTS = ("select", "report")
 
@@ -101,6 +101,8 @@ class SharedContext:
         """The teacher's records of the same batches. Raises ValueError without a teacher."""
         if self.cache is None:
             raise ValueError("there are no records: the spec has no teacher")
+        from trainer.logits.reader import CacheReader
+
         reader = CacheReader(self.cache, "eval")
         return (teacher_records(reader, batch) for batch in self.batches(part))
 
@@ -148,6 +150,8 @@ class SharedContext:
 
 def teacher_records(reader: CacheReader, batch: Batch) -> Records:
     """The cached records of a batch along its positions, where they count."""
+    from trainer.logits.reader import read_along
+
     keys = [key.tobytes() for key in batch.keys]
     return read_along(reader, keys, batch.loss_mask, reader.positions)
 
@@ -156,8 +160,8 @@ def sources_of(context: Context) -> dict[str, Source]:
     """The student, and as far as the run has them the control and the teacher, by role."""
     spec = context.spec
     trained = context.outputs.get("distill", {})
-    given = context.inputs.identities
-    student: Any = trained.get("student") or given.student
+    names = context.job.names
+    student: Any = trained.get("student") or names.student
     models: dict[str, tuple[Any, str, str, Any]] = {}
     if spec.distill is not None:
         store = context.run.store
@@ -170,7 +174,7 @@ def sources_of(context: Context) -> dict[str, Source]:
         models["student"] = (model, spec.student.revision, label(model), student)
     if spec.teacher is not None:
         model = spec.teacher.model
-        models["teacher"] = (model, spec.teacher.revision, label(model), given.teacher)
+        models["teacher"] = (model, spec.teacher.revision, label(model), names.teacher)
     return {
         role: Source(role, *told, reference_folder(role, spec, told[-1], context.outputs))
         for role, told in models.items()

@@ -159,19 +159,20 @@ def test_the_models_are_there(spec, finished) -> None:
 def test_the_pipeline_finds_everything_where_torchrun_left_it(spec, finished, monkeypatch) -> None:
     """`stillhouse run` of the same spec has nothing to prepare, to capture, or to train."""
     from cluster.storage.keys import fingerprint
-    from jobs.run.inputs import Inputs
+    from jobs.run.inputs import ResolvedJob
     from jobs.spec.load import load_spec
+    from jobs.stages import distill
     from trainer.corpus.corpus import is_complete, open_corpus
     from trainer.resolve_auto import resolve
     from trainer.tasks import make_capture, make_trainings
     from trainer.teacher.job import missing
 
     job = resolve(load_spec(str(spec), []))
-    inputs = Inputs(job)
+    resolved = ResolvedJob.of(job)
     root, run = open_store(job.storage), open_store(job.storage).sub(job.name)
     outputs = {
-        "prepare": {"corpus": fingerprint(inputs.identities.corpus)},
-        "capture": {"cache": fingerprint(inputs.identities.cache)},
+        "prepare": {"corpus": fingerprint(resolved.names.corpus)},
+        "capture": {"cache": fingerprint(resolved.names.cache)},
     }
     corpus = root.sub("_corpora", outputs["prepare"]["corpus"])
     cache = root.sub("_logits", outputs["capture"]["cache"])
@@ -179,7 +180,7 @@ def test_the_pipeline_finds_everything_where_torchrun_left_it(spec, finished, mo
     assert is_complete(corpus)
     capture = make_capture(job, corpus, cache, batch_tokens=64, shard_seconds=1)
     assert not any(numbers for _, _, numbers in missing(capture, open_corpus(corpus)))
-    trainings = make_trainings(job, inputs.of("distill", outputs).fixed, run, corpus, cache)
+    trainings = make_trainings(job, distill.inputs(resolved, outputs).fixed, run, corpus, cache)
     assert [training.stage for training in trainings] == ["distill", "control"]
     for training in trainings:
         assert training.checkpoints.read_json("done/metrics.json")["steps"] == STEPS

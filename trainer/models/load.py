@@ -115,8 +115,24 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{folder}/config.json cannot be used: {reason}") from error
 
 
+class UntrainedTokenizer:
+    """Stands for a tokenizer that is not trained yet: its size is known, its ids are not."""
+
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def get_vocab(self) -> dict[str, int]:
+        """One entry, with the highest id."""
+        return {"": self.size - 1}
+
+
 def new_config(
-    key: str, config: dict[str, Any] | str, tokenizer: PreTrainedTokenizerBase, length: int
+    key: str,
+    config: dict[str, Any] | str,
+    tokenizer: PreTrainedTokenizerBase | UntrainedTokenizer,
+    length: int,
 ) -> PreTrainedConfig:
     """A config from the spec: inline values or a JSON file, completed from the tokenizer.
 

@@ -20,7 +20,8 @@ from cluster.storage import open_store
 from jobs.caches.find import Asked, find
 from jobs.cli.main import main
 from jobs.run.directory import RunDir
-from jobs.run.inputs import Inputs
+from jobs.run.inputs import ResolvedJob
+from jobs.stages import prepare as prepare_stage
 from tests.fixtures.corpora import (
     LENGTH,
     config_values,
@@ -101,7 +102,7 @@ def fill(
     prepare(asked.spec.data, load_tokenizer(folder), asked.corpus, identity=identity)
     run = RunDir(open_store(asked.spec.storage).sub(asked.spec.name))
     run.claim()
-    made_from = Inputs(asked.spec).of("prepare", {}).values()
+    made_from = prepare_stage.inputs(ResolvedJob.of(asked.spec), {}).values()
     run.finish("prepare", made_from, {"corpus": asked.corpus.name}, 0.0)
     corpus, job = open_corpus(asked.corpus), asked.capture
     vocab = int(corpus.manifest["vocab_size"])

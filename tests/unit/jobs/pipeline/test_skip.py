@@ -12,9 +12,10 @@ from cluster.storage import open_store
 from jobs.errors import SpecErrors
 from jobs.pipeline.skip import StageSelection
 from jobs.run.directory import RunDir
-from jobs.run.inputs import Inputs
+from jobs.run.inputs import ResolvedJob
 from jobs.spec.job import JobSpec
 from jobs.spec.load import spec_of
+from jobs.stages import STAGES
 from jobs.stages.capture import count_lacking
 from tests.fixtures import small_job
 from tests.fixtures.corpora import save_model, write_texts
@@ -41,7 +42,7 @@ class Run:
         save_model(folder / "runs" / "teacher" / "student", folder / "tokenizer", width=64)
         self.values = small_job.job_spec(folder, cache={"method": "sample", "draws": 5, **cache})
         self.spec = self.load()
-        self.inputs = Inputs(self.spec)
+        self.job = ResolvedJob.of(self.spec)
         self.store = open_store(self.spec.storage)
         self.done: dict[str, dict[str, Any]] = {}
         self.dir = RunDir(self.store.sub("job"))
@@ -52,7 +53,7 @@ class Run:
 
     def finish(self, stage: str, **outputs: Any) -> None:
         """Records a stage as done."""
-        found = self.inputs.of(stage, self.done)
+        found = STAGES[stage].inputs(self.job, self.done)
         self.dir.finish(stage, found.values(), outputs, 0.0)
         self.done[stage] = outputs
 
@@ -62,12 +63,12 @@ class Run:
         assert self.spec.data is not None
         prepare(
             self.spec.data,
-            load_tokenizer(self.inputs.identities.tokenizer_folder),
+            load_tokenizer(self.job.names.tokenizer_folder),
             name,
-            identity=self.inputs.identities.corpus,
+            identity=self.job.names.corpus,
         )
         self.finish("prepare", corpus="one")
-        self.cache = open_cache(self.store.sub("_logits"), self.inputs.identities.cache)
+        self.cache = open_cache(self.store.sub("_logits"), self.job.names.cache)
         corpus = open_corpus(name)
         job = make_capture(self.spec, name, self.cache, batch_tokens=64, shard_seconds=1)
         draw = np.random.default_rng(0)
@@ -104,7 +105,7 @@ class Run:
         asked = {"until": None, "only": None, "redo": None, **options}
         spec = asked.pop("spec", self.spec)
         return StageSelection(
-            spec, self.dir, Inputs(spec), asked["until"], asked["only"], asked["redo"]
+            ResolvedJob.of(spec), self.dir, asked["until"], asked["only"], asked["redo"]
         )
 
 
@@ -126,7 +127,7 @@ def test_a_changed_training_that_is_unfinished_is_refused(tmp_path: Path) -> Non
     """Before anything starts, unless training anew is asked for."""
     run = Run(tmp_path)
     run.fill()
-    found = run.inputs.distill(run.done).fixed
+    found = STAGES["distill"].inputs(run.job, run.done).fixed
     store = run.dir.store.sub("checkpoints", training_folders(run.spec, found)["distill"])
     store.write_json("00000002-0001-abc.json", {})
     store.write_json("inputs.json", found)
@@ -143,7 +144,7 @@ def test_a_changed_training_that_is_unfinished_is_refused(tmp_path: Path) -> Non
 def test_more_sets_of_draws_are_captured(run: Run) -> None:
     """They are further records of the same cache; the run itself is not another one."""
     more = run.load(cache={**run.values["cache"], "redraws": 2})
-    assert Inputs(more).identities.cache == run.inputs.identities.cache
+    assert ResolvedJob.of(more).names.cache == run.job.names.cache
     plan = run.plan(spec=more)
     assert plan.todo == ["capture", "distill", "sweep", "summarize"]
     assert "capture" not in plan.forced  # its inputs have grown
@@ -200,9 +201,9 @@ def test_after_training_only_records_for_evaluation_are_missed(tmp_path: Path) -
     assert plan.todo == ["capture", "sweep", "summarize"]
     with pytest.raises(SpecErrors, match=f"lacks {run.count('eval')} records that it had"):
         run.plan(spec=more, only="sweep")
-    assert count_lacking(run.spec, {**run.done, **plan.outputs}) == run.count("eval")
+    assert count_lacking(run.job, {**run.done, **plan.outputs}) == run.count("eval")
     del run.done["distill"]
-    assert count_lacking(run.spec, run.done) == run.count("train", "eval")
+    assert count_lacking(run.job, run.done) == run.count("train", "eval")
     # A run that was stopped while it added them goes on with them, not with all.
     run.dir.forget("capture")
     again = run.plan(spec=more)
@@ -234,7 +235,7 @@ def test_a_corpus_is_prepared_again_where_it_lacks_what_is_read(
 
 
 def test_a_corpus_of_a_version_that_prepared_everything_has_what_is_read(run: Run) -> None:
-    inputs = run.inputs.of("prepare", {})
+    inputs = STAGES["prepare"].inputs(run.job, {})
     assert inputs.at_least and "at_least" in inputs.values()
     assert inputs.met_by({"fixed": inputs.fixed, "growing": {}})
     assert not inputs.met_by({"fixed": {**inputs.fixed, "seed": 1}, "growing": {}})

@@ -13,13 +13,14 @@ import yaml
 from rich.console import Console
 
 from cluster.storage import Attempt, EventWriter, Fenced, Store, open_store
-from jobs.report import build_report, collect, compare, load_run, markdown, show, terminal
 from jobs.report import formats as f
+from jobs.report.build import build_report, show
 from jobs.report.charts import pareto_front
 from jobs.report.page import HELD_OUT, page
-from jobs.report.rows import cost, technique
-from jobs.report.run_data import curve, evaluations, training_metrics
+from jobs.report.rows import collect, compare, cost, technique
+from jobs.report.run_data import curve, evaluations, load_run, training_metrics
 from jobs.report.svg import Box, log_ticks, place_labels, ticks
+from jobs.report.table import markdown, terminal
 
 EVIL = '<script>alert("x")</script>'
 ERROR = "ValueError: group_size 64 does not divide 96 of <down_proj>\nTraceback:\n  line 3"

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.storage import EventWriter, Store, open_store
 from jobs.forecast.forecast import record
-from jobs.report import build_report
+from jobs.report.build import build_report
 from jobs.report.page_details import TITLE, lines
 from jobs.report.run_data import load_run
 from jobs.spec.load import spec_of

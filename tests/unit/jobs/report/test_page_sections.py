@@ -12,10 +12,13 @@ import pytest
 from rich.console import Console
 
 from cluster.storage import Store
-from jobs.report import build_report, collect, load_run, markdown, terminal
 from jobs.report import formats as f
+from jobs.report.build import build_report
 from jobs.report.formats import headline
 from jobs.report.page import page
+from jobs.report.rows import collect
+from jobs.report.run_data import load_run
+from jobs.report.table import markdown, terminal
 from jobs.tracking.wandb_runs import wandb_runs
 from quant.evaluation.bootstrap import Interval
 from tests.fixtures.swept_run import swept_run

@@ -11,10 +11,12 @@ import yaml
 from rich.console import Console
 
 from cluster.storage import Store, open_store
-from jobs.report import build_report, collect, compare, load_run, markdown, terminal
+from jobs.report.build import build_report
 from jobs.report.charts import size_picture
 from jobs.report.formats import headline
-from jobs.report.table import remarks
+from jobs.report.rows import collect, compare
+from jobs.report.run_data import load_run
+from jobs.report.table import markdown, remarks, terminal
 from jobs.tracking.wandb_runs import wandb_runs
 from quant.evaluation.cell import failed_cell
 from quant.grid import grid

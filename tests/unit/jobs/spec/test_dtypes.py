@@ -81,8 +81,8 @@ def test_the_cache_is_of_what_auto_became(spec: JobSpec) -> None:
         job = prepare_job(spec, dtypes=dict.fromkeys(SECTIONS, dtype))
         teacher = spec.teacher.model_copy(update={"dtype": dtype})
         named = prepare_job(spec.model_copy(update={"teacher": teacher}), local=True)
-        assert job.inputs.identities.cache == named.inputs.identities.cache
-        assert job.inputs.identities.teacher["dtype"] == dtype
+        assert job.resolved.names.cache == named.resolved.names.cache
+        assert job.resolved.names.teacher["dtype"] == dtype
 
 
 def test_on_a_cluster_the_nodes_decide(spec: JobSpec, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from jobs.spec.load import spec_of
 from quant.quant_spec import CHANNEL, GroupSize, QuantSpec
 from tests.fixtures.corpora import save_model
 from trainer.corpus.tokenizer import train_tokenizer
+from trainer.stage_inputs import identities
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def job(models: Path, **changes: Any) -> JobSpec:
 
 
 def sizes(spec: JobSpec) -> Any:
-    resolved = resolve_group_sizes(spec)
+    resolved = resolve_group_sizes(spec, identities(spec))
     assert resolved.sweep is not None
     return resolved.sweep.group_size
 
@@ -84,7 +85,7 @@ def test_a_model_that_cannot_be_read_leaves_auto_to_the_checks(models: Path) -> 
 
 def test_a_spec_without_a_sweep_is_left_alone(models: Path) -> None:
     spec = job(models, sweep=None, distill={})
-    assert resolve_group_sizes(spec) == spec
+    assert resolve_group_sizes(spec, identities(spec)) == spec
 
 
 @pytest.mark.parametrize(("name", "size"), [("wide", 64), ("narrow", 16)])

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from cluster.storage import Store, open_store
-from jobs.run.inputs import Inputs
+from jobs.run.inputs import ResolvedJob
 from jobs.spec.job import JobSpec
 from jobs.spec.load import spec_of
+from jobs.stages import capture, distill, prepare
 from trainer.processor import DtypeName
 from trainer.resolve_auto import resolve
 from trainer.stage_inputs import (
@@ -60,7 +61,7 @@ def resolved(folder: Path, device: str = "cuda", **changes: Any) -> JobSpec:
 
 def fixed(spec: JobSpec) -> dict[str, Any]:
     outputs = {"prepare": {"corpus": "c"}, "capture": {"cache": "k"}}
-    return Inputs(spec).distill(outputs).fixed
+    return distill.inputs(ResolvedJob.of(spec), outputs).fixed
 
 
 def autos(value: Any) -> bool:
@@ -217,9 +218,9 @@ def test_only_what_will_be_read_is_captured(
 ) -> None:
     spec = resolved(folder, **changes)
     store = open_store(folder / "runs")
-    capture = make_capture(spec, store, store, batch_tokens=64, shard_seconds=1)
-    assert (capture.distill is not None) is reads
-    growing = Inputs(spec).capture({"prepare": {"corpus": "c"}}).growing
+    task = make_capture(spec, store, store, batch_tokens=64, shard_seconds=1)
+    assert (task.distill is not None) is reads
+    growing = capture.inputs(ResolvedJob.of(spec), {"prepare": {"corpus": "c"}}).growing
     assert ("distill.steps" in growing) is reads
 
 
@@ -257,9 +258,9 @@ def test_answers_of_a_file_are_one_source(folder: Path) -> None:
     (job,) = make_trainings(spec, fixed(spec), store, store, None)
     assert [source.weight for source in job.data.train] == [1.0]
     # Other answers are another corpus.
-    before = Inputs(spec).prepare({}).fixed
+    before = prepare.inputs(ResolvedJob.of(spec), {}).fixed
     answers.write_text('{"prompt": "a", "completion": "c"}\n')
-    assert Inputs(spec).prepare({}).fixed != before
+    assert prepare.inputs(ResolvedJob.of(spec), {}).fixed != before
 
 
 @pytest.mark.parametrize(
@@ -280,9 +281,9 @@ def test_as_many_sequences_are_prepared_as_are_read(
 ) -> None:
     spec = resolved(folder, **changes)
     assert train_sequences(spec) == sequences
-    prepare = Inputs(spec).prepare({})
-    assert prepare.at_least == {"train_sequences": sequences}
-    assert "train_sequences" not in prepare.fixed
+    inputs = prepare.inputs(ResolvedJob.of(spec), {})
+    assert inputs.at_least == {"train_sequences": sequences}
+    assert "train_sequences" not in inputs.fixed
 
 
 def test_sources_that_are_read_unequally_need_more(folder: Path) -> None:

@@ -13,8 +13,9 @@ from jobs.pipeline.pipeline import _run_stage
 from jobs.pipeline.skip import StageSelection
 from jobs.run.context import Context
 from jobs.run.directory import RunDir
-from jobs.run.inputs import Inputs
+from jobs.run.inputs import ResolvedJob
 from jobs.spec.load import spec_of
+from jobs.stages import distill
 from tests.fixtures import small_job
 from tests.fixtures.corpora import save_model
 from trainer.corpus.corpus import is_complete
@@ -66,14 +67,12 @@ class Run:
         values |= {"tokenizer": None, "student": {"model": str(folder / "student")}}
         values["responses"] = {"from": {"endpoint": "http://x.example/v1", "model": "m"}}
         self.spec = resolve(spec_of(values))
-        self.inputs = Inputs(self.spec)
+        self.job = ResolvedJob.of(self.spec)
         self.root = open_store(self.spec.storage)
         self.dir = RunDir(self.root.sub("run"))
         self.dir.claim()
         quiet: Any = Quiet()
-        self.context = Context(
-            self.spec, self.dir, self.inputs, {}, quiet, quiet, quiet, quiet, quiet
-        )
+        self.context = Context(self.dir, self.job, {}, quiet, quiet, quiet, quiet, quiet)
 
     def prepare(self, forced: bool = False) -> str:
         """The name of the corpus that the stage gives."""
@@ -83,12 +82,12 @@ class Run:
 
     def distilled(self) -> None:
         """Records the training as done."""
-        fixed = self.inputs.distill(self.context.outputs)
+        fixed = distill.inputs(self.job, self.context.outputs)
         values = {"fixed": fixed.fixed, "growing": fixed.growing}
         self.dir.finish("distill", values, {"student": "x"}, 0.0)
 
     def plan(self) -> StageSelection:
-        return StageSelection(self.spec, self.dir, Inputs(self.spec), None, None, None)
+        return StageSelection(ResolvedJob.of(self.spec), self.dir, None, None, None)
 
 
 def test_other_answers_are_another_corpus_and_the_stages_after_it_follow(
@@ -98,7 +97,7 @@ def test_other_answers_are_another_corpus_and_the_stages_after_it_follow(
     monkeypatch.setattr("trainer.responses.make.collect", server.collect)
     monkeypatch.setattr("jobs.stages.prepare._Tasks", lambda context: serial)
     run = Run(tmp_path)
-    names = run.inputs.identities
+    names = run.job.names
     assert find_corpus(names, run.root) is None
     first = run.prepare()
     run.distilled()

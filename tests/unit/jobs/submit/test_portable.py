@@ -12,8 +12,9 @@ from cluster.storage import open_store
 from cluster.storage.keys import fingerprint
 from jobs.errors import SpecErrors
 from jobs.pipeline.pipeline import Job, prepare_job
-from jobs.run.inputs import Inputs
+from jobs.run.inputs import ResolvedJob
 from jobs.spec.load import load_spec
+from jobs.stages import prepare as prepare_stage
 from jobs.submit.portable import portable
 from tests.fixtures import small_job
 from trainer.corpus.prepare import prepare
@@ -84,7 +85,7 @@ def test_a_corpus_that_is_made_already_needs_no_sources(tmp_path: Path) -> None:
     prepare(
         given.spec.data, given.spec.tokenizer, store.sub("_corpora", corpus), identity=names.corpus
     )
-    values = Inputs(given.spec).prepare({}).values()
+    values = prepare_stage.inputs(ResolvedJob.of(given.spec), {}).values()
     record = {"inputs": values, "outputs": {"corpus": corpus}}
     store.sub("teacher").write_json("state/prepare-0001.json", record)
     given = job(tmp_path, storage=storage)

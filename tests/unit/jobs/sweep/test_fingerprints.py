@@ -9,10 +9,10 @@ import pytest
 
 from cluster.storage import open_store
 from jobs.pipeline.skip import is_current
-from jobs.run import inputs as stage_inputs
 from jobs.run.directory import RunDir, StageRecord
-from jobs.run.inputs import EVALUATION, Inputs, StageInputs, absolute_paths, task_identity
+from jobs.run.inputs import EVALUATION, ResolvedJob, StageInputs, absolute_paths, task_identity
 from jobs.spec.load import spec_of
+from jobs.stages import sweep
 from jobs.sweep import fingerprints
 from jobs.sweep.fingerprints import cell_fingerprint
 from quant.grid import Cell, uniform
@@ -112,24 +112,24 @@ def test_what_a_sweep_is_given_is_named_absolutely(
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    """Those of the tiny job."""
+def job(tmp_path_factory: pytest.TempPathFactory) -> ResolvedJob:
+    """The tiny one."""
     folder = tmp_path_factory.mktemp("sweep")
     train_tokenizer(iter(["some words of a text " * 50]), 270, folder / "tokenizer")
     save_model(folder / "runs" / "teacher" / "student", folder / "tokenizer", width=64)
     (folder / "texts").mkdir()
     (folder / "texts" / "0.jsonl").write_text('{"text": "some words"}\n')
-    return Inputs(resolve(spec_of(small_job.job_spec(folder))))
+    return ResolvedJob.of(resolve(spec_of(small_job.job_spec(folder))))
 
 
 def test_a_finished_sweep_of_an_older_evaluation_is_not_skipped(
-    inputs: Inputs, tmp_path: Path, monkeypatch: Any
+    job: ResolvedJob, tmp_path: Path, monkeypatch: Any
 ) -> None:
     run = RunDir(open_store(str(tmp_path)).sub("job"))
     run.claim()
 
     def now() -> StageInputs:
-        return inputs.of("sweep", OUTPUTS)
+        return sweep.inputs(job, OUTPUTS)
 
     def record() -> StageRecord:
         found = run.record("sweep")
@@ -137,7 +137,7 @@ def test_a_finished_sweep_of_an_older_evaluation_is_not_skipped(
         return found
 
     with monkeypatch.context() as older:
-        older.setattr(stage_inputs, "EVALUATION", EVALUATION - 1)
+        older.setattr(fingerprints, "EVALUATION", EVALUATION - 1)
         then = now()
     assert then.fixed == now().fixed == {}, "made again, not refused"
     run.finish("sweep", {"fixed": then.fixed, "growing": then.growing}, {"failed": []}, 0.0)

@@ -18,7 +18,8 @@ import wandb
 import yaml
 
 from cluster.storage import Attempt, EventWriter, Store, open_store
-from jobs.report import build_report, load_run
+from jobs.report.build import build_report
+from jobs.report.run_data import load_run
 from jobs.tracking import Follower, launch, project_run, writers
 from jobs.tracking import launch as mode
 from jobs.tracking import writers as publish

@@ -6,36 +6,28 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cluster.storage import open_store
-from jobs.spec.job import JobSpec
+from jobs.run.inputs import ResolvedJob
 from quant.quant_spec import CHANNEL, QuantSpec
 from quant.spec import SweepSpec
-from trainer.checks import faults_in, has_student, student_config, world_faults
+from trainer.checks import faults_in, has_student, world_faults
 from trainer.identity import Identities
-from trainer.models.load import find_model, read_config
-from trainer.stage_inputs import identities
+from trainer.models.load import find_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def storage_faults(spec: JobSpec) -> list[str]:
-    """Faults of the storage: unknown protocol, not writable."""
-    return faults_in(lambda: open_store(spec.storage).check_writable(), "storage")
-
-
-def spec_faults(spec: JobSpec, stages: list[str]) -> list[str]:
-    """One line per fault of what the spec names, as far as the `stages` to run need it."""
-    found = identities(spec)
-    faults = world_faults(spec, found, set(stages) - {"summarize"})
-    if "sweep" not in stages or spec.sweep is None:
-        return faults
+def sweep_faults(job: ResolvedJob) -> list[str]:
+    """One line per fault of what the sweep names: models, layers, group sizes, tasks."""
+    spec, found = job.spec, job.names
+    assert spec.sweep is not None
+    faults = world_faults(spec, found, ["sweep"])
     if has_student(spec, found):
-        configs = {"student": partial(student_config, spec, found)}
-        if found.teacher_folder is not None:
-            configs["teacher"] = partial(read_config, found.teacher_folder)
+        configs = {"student": found.student_config}
+        if found.teacher_config is not None:
+            configs["teacher"] = found.teacher_config
         for role in spec.sweep.models:
-            more = _sweep_faults(spec.sweep, configs[role](), role)
+            more = _model_faults(spec.sweep, configs[role], role)
             faults += [line for line in more if line not in faults]
     if not faults:  # what follows reads files, which takes a moment
         faults += _extra_faults(spec.sweep, found)
@@ -43,10 +35,9 @@ def spec_faults(spec: JobSpec, stages: list[str]) -> list[str]:
     return faults
 
 
-def _sweep_faults(sweep: SweepSpec, config: PreTrainedConfig, role: str) -> list[str]:
+def _model_faults(sweep: SweepSpec, config: PreTrainedConfig, role: str) -> list[str]:
     """What a model cannot be quantized with: its layers, its two ends, the group sizes."""
-    from quant.quantize import check_group_size
-    from quant.targets import find_targets
+    from quant.targets import check_group_size, find_targets
     from trainer.models.load import meta_model
 
     model, kept = meta_model(config), dict.fromkeys(sweep.keep_16bit)
