@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.failures import Failure, Timing, of_ray, one_line, where
-from cluster.kv import TELL_S, Board, Progress
+from cluster.kv import NOTIFY_S, Board, Progress
 from cluster.resources import Nodes, ResourceRequest
 from cluster.task import End, Job, Start, TaskAttempt, Waiting
 
@@ -43,9 +43,9 @@ class FanOut:
         *,
         need: ResourceRequest,
         retries: int = 3,
-        in_flight: int | None = None,
+        max_running: int | None = None,
         limit_s: float | None = None,
-        patience_s: float = 60.0,
+        timeout_s: float = 60.0,
         should_stop: Callable[[], bool] = lambda: False,
         on_start: Callable[[str, str], None] = lambda key, where: None,
         on_retry: Callable[[str, str, int], None] = lambda key, why, attempt: None,
@@ -65,7 +65,7 @@ class FanOut:
         the function is then called with a `report` more, a `cluster.kv.Report`.
         """
         self._function, self._need, self._limit_s = function, need, limit_s
-        self._retries, self._in_flight, self._patience_s = retries, in_flight, patience_s
+        self._retries, self._max_running, self._timeout_s = retries, max_running, timeout_s
         self._should_stop, self._on_start, self._on_retry = should_stop, on_start, on_retry
         self._on_wait, self._on_progress = on_wait, on_progress
         self._board, self._next_read = Board(), 0.0
@@ -125,12 +125,12 @@ class FanOut:
                 if self._should_stop():
                     raise Cancelled
                 if self._nodes.refresh():
-                    self._give_up_homeless()
+                    self._give_up_unschedulable()
                 self._submit()
                 self._collect()
                 self._watch_limits()
-                self._tell_waiting()
-                self._tell_progress()
+                self._notify_waiting()
+                self._notify_progress()
                 while self._outcomes:
                     yield self._outcomes.popleft()
                     if self._should_stop():
@@ -160,20 +160,20 @@ class FanOut:
             self._resting.remove(item)
             self._waiting.add(item[1])
         loads: dict[Hashable, float] = {}
-        for flight in self._flying.values():
-            lane = self._lane(flight.job.need)
-            loads[lane] = loads.get(lane, 0.0) + self._share(flight.job.need)
+        for task_attempt in self._flying.values():
+            lane = self._lane(task_attempt.job.need)
+            loads[lane] = loads.get(lane, 0.0) + self._share(task_attempt.job.need)
         full: set[Hashable] = set()
-        while self._in_flight is None or len(self._flying) < self._in_flight:
+        while self._max_running is None or len(self._flying) < self._max_running:
             first = self._waiting.first(full)
             if first is None:
                 break
             lane, job = first
             load = loads.get(lane, 0.0) + self._share(job.need)
-            if self._nodes.homeless_s(job.need) > self._patience_s:
+            if self._nodes.seconds_unschedulable(job.need) > self._timeout_s:
                 self._waiting.pop(lane)
                 self._end(job, self._nodes.lacking(job.need))
-            elif self._in_flight is None and load > _AHEAD + 1e-9:
+            elif self._max_running is None and load > _AHEAD + 1e-9:
                 full.add(lane)
             else:
                 loads[lane] = load
@@ -184,15 +184,15 @@ class FanOut:
             self._slots.append(self._slots_made)
             self._slots_made += 1
         progress = None if self._on_progress is None else self._board.new_key()
-        flight = TaskAttempt.launch(self._function, job, self._slots.pop(), progress)
-        self._flying[flight.stream] = flight
+        task_attempt = TaskAttempt.launch(self._function, job, self._slots.pop(), progress)
+        self._flying[task_attempt.stream] = task_attempt
 
-    def _remove(self, flight: TaskAttempt) -> None:
-        del self._flying[flight.stream]
-        if flight.progress is not None:
-            self._board.drop(flight.progress)
-        if not flight.kills:  # a kill under way must not meet another task of its name
-            self._slots.append(flight.slot)
+    def _remove(self, task_attempt: TaskAttempt) -> None:
+        del self._flying[task_attempt.stream]
+        if task_attempt.progress is not None:
+            self._board.drop(task_attempt.progress)
+        if not task_attempt.kills:  # a kill under way must not meet another task of its name
+            self._slots.append(task_attempt.slot)
 
     def _lane(self, need: ResourceRequest) -> Hashable:
         """Tasks of equal lanes compete for the same nodes, and GPUs."""
@@ -200,7 +200,7 @@ class FanOut:
 
     def _share(self, need: ResourceRequest) -> float:
         """The part of the cluster that a task takes; of a task that has no place now, 1."""
-        return 1.0 / max(1, self._nodes.room(need))
+        return 1.0 / max(1, self._nodes.capacity(need))
 
     # What comes back.
 
@@ -218,46 +218,46 @@ class FanOut:
         for stream in ready:
             self._take(self._flying[stream])
 
-    def _take(self, flight: TaskAttempt) -> None:
+    def _take(self, task_attempt: TaskAttempt) -> None:
         """The next word of a task."""
         import ray
 
         try:
-            word = flight.hear()
+            word = task_attempt.poll()
         except StopIteration:
             why = "its task ended without an answer"
-            self._failed(flight, Failure(why, why, "lost"), mendable=True)
+            self._failed(task_attempt, Failure(why, why, "lost"), mendable=True)
         except ray.exceptions.RayError as error:
-            pid = flight.start.pid if flight.start else None
-            failure, mendable = of_ray(error, pid, flight.job.need.memory)
-            self._failed(flight, failure, mendable)
+            pid = task_attempt.start.pid if task_attempt.start else None
+            failure, mendable = of_ray(error, pid, task_attempt.job.need.memory)
+            self._failed(task_attempt, failure, mendable)
         else:
             if isinstance(word, Start):
-                self._on_start(flight.job.key, where(word))
+                self._on_start(task_attempt.job.key, where(word))
             else:
-                self._land(flight, word.value, word)
+                self._finish(task_attempt, word.value, word)
 
-    def _failed(self, flight: TaskAttempt, failure: Failure, mendable: bool) -> None:
+    def _failed(self, task_attempt: TaskAttempt, failure: Failure, mendable: bool) -> None:
         """A task whose process did not answer: it runs again, or that is its end."""
-        job = flight.job
+        job = task_attempt.job
         if failure.kind == "lost":
             self._nodes.refresh(now=True)  # what comes next may have less room
-        if flight.kills and failure.kind == "lost":
-            self._land(flight, flight.too_long())
+        if task_attempt.kills and failure.kind == "lost":
+            self._finish(task_attempt, task_attempt.too_long())
         elif mendable and job.attempts <= self._retries:
-            self._remove(flight)
+            self._remove(task_attempt)
             rest_s = _REST_S * job.attempts if failure.kind == "memory" else 0.0
             self._resting.append((time.monotonic() + rest_s, job))
             self._on_retry(job.key, failure.error, job.attempts + 1)
         elif failure.kind == "lost":
             error = f"its worker or node was lost {job.attempts} times: {failure.error}"
-            self._land(flight, Failure(one_line(error), failure.detail, "lost"))
+            self._finish(task_attempt, Failure(one_line(error), failure.detail, "lost"))
         else:
-            self._land(flight, failure)
+            self._finish(task_attempt, failure)
 
-    def _land(self, flight: TaskAttempt, value: object, end: End | None = None) -> None:
-        self._remove(flight)
-        self._end(flight.job, value, flight.start, end)
+    def _finish(self, task_attempt: TaskAttempt, value: object, end: End | None = None) -> None:
+        self._remove(task_attempt)
+        self._end(task_attempt.job, value, task_attempt.start, end)
 
     def _end(
         self, job: Job, value: object, start: Start | None = None, end: End | None = None
@@ -286,50 +286,57 @@ class FanOut:
     # Tasks that do not end, or cannot start.
 
     def _watch_limits(self) -> None:
-        for flight in list(self._flying.values()):
-            if not flight.overdue():
+        for task_attempt in list(self._flying.values()):
+            if not task_attempt.overdue():
                 continue
-            if flight.kills == _KILLS:
-                self._land(flight, flight.too_long("; its process could not be ended"))
+            if task_attempt.kills == _KILLS:
+                self._finish(
+                    task_attempt, task_attempt.too_long("; its process could not be ended")
+                )
             else:
-                flight.kill()
+                task_attempt.kill()
 
-    def _tell_waiting(self) -> None:
+    def _notify_waiting(self) -> None:
         """Says so while Ray has tasks and runs none of them."""
-        flights, now = list(self._flying.values()), time.monotonic()
-        if not flights or any(flight.start is not None for flight in flights):
+        task_attempts, now = list(self._flying.values()), time.monotonic()
+        if not task_attempts or any(
+            task_attempt.start is not None for task_attempt in task_attempts
+        ):
             self._idle_since = None
             return
         if self._idle_since is None:
             self._idle_since, self._next_word = now, now + _WORD_S
         if now >= self._next_word:
             self._next_word = now + _WORD_S
-            self._on_wait(flights[0].job.need, now - self._idle_since)
+            self._on_wait(task_attempts[0].job.need, now - self._idle_since)
 
-    def _tell_progress(self) -> None:
+    def _notify_progress(self) -> None:
         """Passes on how far the running tasks are."""
         if self._on_progress is None or time.monotonic() < self._next_read:
             return
         running = {
-            flight.progress: flight.job.key
-            for flight in self._flying.values()
-            if flight.progress is not None and flight.start is not None
+            task_attempt.progress: task_attempt.job.key
+            for task_attempt in self._flying.values()
+            if task_attempt.progress is not None and task_attempt.start is not None
         }
         for key, progress in self._board.read(running):
             self._on_progress(running[key], progress)
-        self._next_read = time.monotonic() + TELL_S
+        self._next_read = time.monotonic() + NOTIFY_S
 
-    def _give_up_homeless(self) -> None:
+    def _give_up_unschedulable(self) -> None:
         """Tasks that Ray has and that no living node can hold: it would wait for ever."""
-        for flight in list(self._flying.values()):
-            need = flight.job.need
-            if flight.start is None and self._nodes.homeless_s(need) > self._patience_s:
-                flight.cancel()
-                self._land(flight, self._nodes.lacking(need))
+        for task_attempt in list(self._flying.values()):
+            need = task_attempt.job.need
+            if (
+                task_attempt.start is None
+                and self._nodes.seconds_unschedulable(need) > self._timeout_s
+            ):
+                task_attempt.cancel()
+                self._finish(task_attempt, self._nodes.lacking(need))
 
     def _cancel(self) -> None:
-        for flight in self._flying.values():
-            flight.cancel()
+        for task_attempt in self._flying.values():
+            task_attempt.cancel()
         self._flying.clear()
         self._board.close()
 
@@ -341,7 +348,7 @@ def fan_out(
     cpus: float,
     gpus: float = 0,
     retries: int = 3,
-    in_flight: int | None = None,
+    max_running: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_start: Callable[[str], None] = lambda key: None,
     on_wait: Callable[[ResourceRequest, float], None] = lambda need, seconds: None,
@@ -354,7 +361,7 @@ def fan_out(
         function,
         need=ResourceRequest(cpus, gpus),
         retries=retries,
-        in_flight=in_flight,
+        max_running=max_running,
         should_stop=should_stop,
         on_start=lambda key, where: on_start(key),
         on_wait=on_wait,

@@ -34,7 +34,7 @@ def store() -> Any:
 _HANDOVER = "worker-groups"
 _POLL_S = 0.2
 # A group that was forgotten gives its resources back.
-_PATIENCE_S = 120.0
+_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Handover:
 
     def take(self, number: int) -> bytes:
         """Waits for a piece of work, and returns it pickled; None, pickled, if none comes."""
-        ends = time.monotonic() + _PATIENCE_S
+        ends = time.monotonic() + _TIMEOUT_S
         while time.monotonic() < ends:
             found: bytes | None = store()._internal_kv_get(self._key(number), namespace=_HANDOVER)
             if found is not None:
@@ -69,7 +69,7 @@ class Handover:
 
 _NAMESPACE = "task-progress"
 # Between two writes of a task, and between two reads of the driver.
-TELL_S = 1.0
+NOTIFY_S = 1.0
 # Tasks that the driver asks about in one read; the others have their turn in the next.
 _READS = 32
 
@@ -109,7 +109,7 @@ def reporting(key: str | None) -> Iterator[Report]:
 
     def write() -> None:
         written = b""
-        while not over.wait(TELL_S):
+        while not over.wait(NOTIFY_S):
             for value in newest[:]:
                 if value != written:
                     with suppress(Exception):  # progress is never worth a task

@@ -148,7 +148,7 @@ class Draining:
         self._every_s, self._next = every_s, 0.0
         self._told: set[str] = set()
 
-    def news(self) -> list[Notice]:
+    def poll(self) -> list[Notice]:
         """Notices that no earlier call returned; of the cluster this process is connected to."""
         if time.monotonic() < self._next:
             return []

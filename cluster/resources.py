@@ -70,9 +70,11 @@ class Nodes:
         self.living: dict[str, dict[str, float]] = {}
         self.changes = 0  # how often those were others
         self._seen: dict[str, dict[str, float]] = {}  # those that have gone too
-        self._rooms: dict[ResourceRequest, int] = {}
+        self._capacities: dict[ResourceRequest, int] = {}
         self._holders: dict[ResourceRequest, frozenset[str]] = {}
-        self._homeless: dict[ResourceRequest, float] = {}  # since when no living node could hold it
+        self._unschedulable: dict[
+            ResourceRequest, float
+        ] = {}  # since when no living node could hold it
 
     def refresh(self, now: bool = False) -> bool:
         """Asks Ray for its nodes, if it is time or `now`; returns whether it did."""
@@ -90,18 +92,18 @@ class Nodes:
             return
         self.living = {node: dict(resources) for node, resources in living.items()}
         self._seen.update(self.living)
-        self._rooms.clear()
+        self._capacities.clear()
         self._holders.clear()
         self.changes += 1
-        for need in list(self._homeless):
-            if self.room(need):
-                del self._homeless[need]
+        for need in list(self._unschedulable):
+            if self.capacity(need):
+                del self._unschedulable[need]
 
-    def room(self, need: ResourceRequest) -> int:
+    def capacity(self, need: ResourceRequest) -> int:
         """How many tasks of this need the living nodes hold at once."""
-        if need not in self._rooms:
-            self._rooms[need] = sum(need.times(node) for node in self.living.values())
-        return self._rooms[need]
+        if need not in self._capacities:
+            self._capacities[need] = sum(need.times(node) for node in self.living.values())
+        return self._capacities[need]
 
     def holders(self, need: ResourceRequest) -> frozenset[str]:
         """The living nodes that could hold a task of this need."""
@@ -110,13 +112,13 @@ class Nodes:
             self._holders[need] = frozenset(name for name, node in living if need.times(node))
         return self._holders[need]
 
-    def homeless_s(self, need: ResourceRequest) -> float:
+    def seconds_unschedulable(self, need: ResourceRequest) -> float:
         """For how many seconds no living node could hold it; infinite if none ever could."""
-        if self.room(need):
+        if self.capacity(need):
             return 0.0
         if not any(need.times(node) for node in self._seen.values()):
             return math.inf
-        since = self._homeless.setdefault(need, time.monotonic())
+        since = self._unschedulable.setdefault(need, time.monotonic())
         return time.monotonic() - since
 
     def lacking(self, need: ResourceRequest) -> Failure:

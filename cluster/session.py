@@ -45,7 +45,7 @@ class Cluster:
         """GPUs of all nodes."""
         return sum(gpus for _, gpus in self.nodes)
 
-    def room(self, cpus: float, gpus: float) -> int:
+    def capacity(self, cpus: float, gpus: float) -> int:
         """How many workers of so many CPUs and GPUs fit at once; each must fit on one node."""
         return sum(
             int(min(node_cpus // cpus if cpus else 1e9, node_gpus // gpus if gpus else 1e9))

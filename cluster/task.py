@@ -253,7 +253,7 @@ class TaskAttempt:
         call = cloudpickle.dumps((function, job.arguments))
         return TaskAttempt(job, slot, name, stream.remote(call, progress), progress)
 
-    def hear(self) -> Start | End:
+    def poll(self) -> Start | End:
         """The next word of the task. Raises RayError, or StopIteration if there is none."""
         import ray
 

@@ -61,13 +61,13 @@ def fit_group(key: str, asked: WorkerResources, cluster: Cluster) -> Group:
         # The largest share with which all fit, as each worker must fit on one node.
         most = max((node_cpus for node_cpus, _ in cluster.nodes), default=1)
         shares = range(max(1, most), 0, -1)
-        cpus = next((share for share in shares if cluster.room(share, 0) >= workers), 1)
-    room, needed = cluster.room(cpus, gpus), workers if fewest is None else fewest
-    if room < needed:
+        cpus = next((share for share in shares if cluster.capacity(share, 0) >= workers), 1)
+    capacity, needed = cluster.capacity(cpus, gpus), workers if fewest is None else fewest
+    if capacity < needed:
         there = ", ".join(f"{c} CPUs and {g} GPUs" for c, g in cluster.nodes)
         raise NotEnough(
             f"resources.{key}: {needed} workers of {cpus} CPUs and {gpus} GPUs do not fit, only "
-            f"{room} do (nodes: {there}); set resources.{key}.workers or what each has lower"
+            f"{capacity} do (nodes: {there}); set resources.{key}.workers or what each has lower"
         )
     return Group(workers, cpus, gpus, fewest)
 

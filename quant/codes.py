@@ -171,9 +171,9 @@ def _unpacked(packed: Tensor, bits: int) -> Tensor:
         words = blocks.view(WORDS[bits]).to(torch.int64)
     else:
         words = torch.zeros(len(blocks), 1, dtype=torch.int64, device=packed.device)
-        room = words.view(torch.uint8)
+        space = words.view(torch.uint8)
         for byte in range(bits):
-            room[:, byte] = blocks[:, byte]
+            space[:, byte] = blocks[:, byte]
     for half in HALVES:
         used = bits * half // 8
         low = _fields(used, 2 * half)

@@ -296,7 +296,7 @@ class SweepSpec(Section):
         return found
 
     @property
-    def ends(self) -> list[tuple[bool, bool]]:
+    def embedding_choices(self) -> list[tuple[bool, bool]]:
         """(embeddings, head): which of them are quantized too, of all cells."""
         tables = self.embeddings if isinstance(self.embeddings, list) else [self.embeddings]
         heads = self.head if isinstance(self.head, list) else [self.head]
@@ -306,7 +306,7 @@ class SweepSpec(Section):
         """The cells of the grid made of `model`, in the order of the spec; none twice."""
         grid = [
             (8, CHANNEL, method, *end) if method == DYNAMIC else (bits, size, method, *end)
-            for end in self.ends
+            for end in self.embedding_choices
             for method in self.methods
             for bits in self.bits
             for size in self.group_sizes

@@ -24,9 +24,9 @@ from quant.unsupported import (
     inside,
     is_matrix,
     is_plain_linear,
+    kept_modules,
     matches,
     unsupported_weights,
-    untouched,
 )
 from trainer.models.load import meta_model
 
@@ -167,10 +167,10 @@ def find_targets(
     """
     listed: Layers = layers or {}
     _check_layers(listed)
-    ends = Embeddings.of(model)
-    ends.check(model, spec)
-    kept = untouched(model) | ends.kept(spec)
-    candidates = _linears(model, ends, kept, spec) + _asked_ends(ends, spec)
+    embeddings_ = Embeddings.of(model)
+    embeddings_.check(model, spec)
+    kept = kept_modules(model) | embeddings_.kept(spec)
+    candidates = _linears(model, embeddings_, kept, spec) + _asked_embeddings(embeddings_, spec)
     left = unsupported_weights(model, kept)
     _check_names(
         listed,
@@ -218,13 +218,13 @@ def check_group_size(
 
 
 def _linears(
-    model: PreTrainedModel, ends: Embeddings, kept: Mapping[str, str], spec: QuantSpec
+    model: PreTrainedModel, embeddings_: Embeddings, kept: Mapping[str, str], spec: QuantSpec
 ) -> list[Target]:
     """The linear layers besides the head. Those that hold the same weight and bias are one."""
     names: dict[tuple[int, int], list[str]] = {}
     modules: dict[tuple[int, int], nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if is_matrix(module) and module is not ends.head and not inside(name, kept):
+        if is_matrix(module) and module is not embeddings_.head and not inside(name, kept):
             key = (id(module.weight), id(module.bias))
             names.setdefault(key, []).append(name)
             modules[key] = module
@@ -240,19 +240,19 @@ def _linears(
     return targets
 
 
-def _asked_ends(ends: Embeddings, spec: QuantSpec) -> list[Target]:
+def _asked_embeddings(embeddings_: Embeddings, spec: QuantSpec) -> list[Target]:
     """Embeddings and head as far as `spec` asks for them; tied, they are one weight."""
     targets = []
     if spec.embeddings:
-        assert isinstance(ends.table, nn.Embedding)
-        rows, columns = ends.table.weight.shape
-        kind: Kind = "tied" if ends.tied else "embedding"
-        heads = ends.head_names if ends.tied else ()
-        targets.append(Target(kind, ends.table_names, rows, columns, spec, heads))
-    if spec.head and not ends.tied:
-        assert isinstance(ends.head, nn.Linear)
-        rows, columns = ends.head.weight.shape
-        targets.append(Target("linear", ends.head_names, rows, columns, spec))
+        assert isinstance(embeddings_.table, nn.Embedding)
+        rows, columns = embeddings_.table.weight.shape
+        kind: Kind = "tied" if embeddings_.tied else "embedding"
+        heads = embeddings_.head_names if embeddings_.tied else ()
+        targets.append(Target(kind, embeddings_.table_names, rows, columns, spec, heads))
+    if spec.head and not embeddings_.tied:
+        assert isinstance(embeddings_.head, nn.Linear)
+        rows, columns = embeddings_.head.weight.shape
+        targets.append(Target("linear", embeddings_.head_names, rows, columns, spec))
     return targets
 
 

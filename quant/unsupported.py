@@ -76,7 +76,7 @@ def inside(name: str, names: Collection[str]) -> bool:
     return any(name == other or name.startswith(f"{other}.") for other in names)
 
 
-def untouched(model: PreTrainedModel) -> dict[str, str]:
+def kept_modules(model: PreTrainedModel) -> dict[str, str]:
     """Modules that stay in 16 bits with all below them, and why: {name: reason}.
 
     Routers of experts and their gates; towers that read no text (vision, audio).

@@ -34,12 +34,12 @@ from trainer.messages import failure_reason, format_event, is_out_of_memory
 from trainer.processor import DtypeName, fast_dtype
 from trainer.resolve_auto import DTYPE_SECTIONS, recorded_dtypes, resolve
 from trainer.spec.errors import SpecReader
+from trainer.spec.responses import ResponsesSpec
 from trainer.spec.rules import NAME, RULES, faults_of, plain_name, raise_faults
 from trainer.spec.sections import (
     CacheSpec,
     DataSpec,
     DistillSpec,
-    ResponsesSpec,
     StudentSpec,
     TeacherSpec,
     TokenizerSpec,
@@ -376,7 +376,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _wrong(error: ValueError, is_main: bool) -> int:
-    _tell(str(error).splitlines(), is_main)
+    _notify(str(error).splitlines(), is_main)
     return WRONG
 
 
@@ -392,13 +392,13 @@ def _failed(error: Exception, is_main: bool) -> int:
         return _wrong(error, is_main)
     expected = (CheckpointMisfit, FloatingPointError, OSError, Fenced)
     if isinstance(error, expected) or is_out_of_memory(error):
-        _tell([failure_reason(error)], is_main)
+        _notify([failure_reason(error)], is_main)
     else:
         traceback.print_exception(error)
     return FAILED
 
 
-def _tell(lines: Sequence[str], is_main: bool) -> None:
+def _notify(lines: Sequence[str], is_main: bool) -> None:
     """Says what is wrong, once: all ranks find the same, and rank 0 has the word."""
     if not is_main:
         # Rank 0 ends the group. If it has found nothing wrong, the fault is this rank's own.

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.identity import Identities
 from trainer.models.load import max_length, meta_model, read_config
+from trainer.spec.responses import AnswersEndpoint, AnswersFile, ResponsesSpec
 from trainer.spec.rules import Sections
-from trainer.spec.sections import AnswersEndpoint, AnswersFile, ResponsesSpec, TeacherSpec
+from trainer.spec.sections import TeacherSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -31,7 +32,7 @@ def world_faults(spec: Sections, found: Identities, stages: Collection[str]) -> 
     if faults or not stages:
         return faults  # what follows would only repeat them
     checks: list[Callable[[], Any]] = [lambda: _vocabularies(found)]
-    if found.given is not None:
+    if found.existing is not None:
         checks.append(lambda: found.corpus)
     elif "prepare" in stages:
         checks.append(lambda: _corpus(spec, found))
@@ -187,7 +188,7 @@ def responses_faults(
         else:
             chats = check_prompts(spec.data)
         if origin == "teacher":
-            _check_room(responses, getattr(spec, "teacher", None))
+            _check_length(responses, getattr(spec, "teacher", None))
     except ValueError as error:
         return [" ".join(str(error).split())]
     if tokenizer is None:
@@ -208,7 +209,7 @@ def responses_faults(
     return []
 
 
-def _check_room(responses: ResponsesSpec, teacher: TeacherSpec | None) -> None:
+def _check_length(responses: ResponsesSpec, teacher: TeacherSpec | None) -> None:
     """Raises ValueError, one line, where no prompt at all could leave room for an answer."""
     from trainer.models.load import find_model, max_length, read_config
 

@@ -21,14 +21,8 @@ from trainer.models.load import (
     read_config,
     tokenizer_identity,
 )
-from trainer.spec.sections import (
-    CacheSpec,
-    DataSpec,
-    ResponsesSpec,
-    StudentSpec,
-    TeacherSpec,
-    TokenizerSpec,
-)
+from trainer.spec.responses import ResponsesSpec
+from trainer.spec.sections import CacheSpec, DataSpec, StudentSpec, TeacherSpec, TokenizerSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -47,7 +41,7 @@ class Identities:
     data: DataSpec
     cache_spec: CacheSpec
     responses_spec: ResponsesSpec | None = None
-    given: Store | None = None  # the corpus of data.corpus
+    existing: Store | None = None  # the corpus of data.corpus
     train_sequences: int | None = None  # as many of train as are read; None: all there are
 
     @cached_property
@@ -160,8 +154,8 @@ class Identities:
         from trainer.corpus.prepare import corpus_identity
         from trainer.responses.store import corpus_of_answers
 
-        if self.given is not None:
-            return existing_identity(self.data, self.given, self.tokenizer, self.train_sequences)
+        if self.existing is not None:
+            return existing_identity(self.data, self.existing, self.tokenizer, self.train_sequences)
         if self.responses_spec is not None:
             return corpus_of_answers(
                 self.data, self.tokenizer, self.responses, self.train_sequences

@@ -16,8 +16,9 @@ import yaml
 from cluster.storage import Store, read_events
 from trainer.models.load import absolute, find_model, width_of
 from trainer.processor import DtypeName, fast_dtype, this_device
+from trainer.spec.responses import AnswersFile
 from trainer.spec.rules import Sections
-from trainer.spec.sections import AnswersFile, StudentSpec, TeacherSpec
+from trainer.spec.sections import StudentSpec, TeacherSpec
 
 DTYPE_SECTIONS = ("teacher", "distill", "sweep")  # that compute in a dtype of their own
 NAMES: tuple[DtypeName, ...] = ("bfloat16", "float32")

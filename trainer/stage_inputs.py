@@ -16,8 +16,9 @@ from trainer.identity import Identities
 from trainer.responses.make import open_answers
 from trainer.responses.store import AnswerStore, corpus_of_content
 from trainer.spec.losses import LossesSpec
+from trainer.spec.responses import AnswersFile
 from trainer.spec.rules import Sections
-from trainer.spec.sections import AnswersFile, DataSpec, SourceSpec, StudentSpec
+from trainer.spec.sections import DataSpec, SourceSpec, StudentSpec
 from trainer.training.checkpoint_names import DONE, INPUTS, records, step_of
 
 # Folders below the storage that all runs share, and the one of a run with a folder per training.
@@ -41,7 +42,7 @@ def identities(spec: Sections) -> Identities:
     """The identities of this spec's parts."""
     data = spec.data
     assert data is not None
-    given = None if data.corpus is None else open_store(spec.storage).sub(CORPORA, data.corpus)
+    existing = None if data.corpus is None else open_store(spec.storage).sub(CORPORA, data.corpus)
     return Identities(
         spec.teacher,
         spec.student,
@@ -49,7 +50,7 @@ def identities(spec: Sections) -> Identities:
         data,
         spec.cache,
         spec.responses,
-        given,
+        existing,
         train_sequences(spec),
     )
 
@@ -81,8 +82,8 @@ def learnt_data(spec: Sections) -> DataSpec:
     assert data is not None
     if data.train or spec.responses is None or not isinstance(spec.responses.origin, AnswersFile):
         return data
-    given = SourceSpec(source=spec.responses.origin.file, format="prompt_completion")
-    return data.model_copy(update={"train": [given]})
+    existing = SourceSpec(source=spec.responses.origin.file, format="prompt_completion")
+    return data.model_copy(update={"train": [existing]})
 
 
 def corpus_of(names: Identities, answers: AnswerStore) -> dict[str, Any]:

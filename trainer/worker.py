@@ -200,8 +200,8 @@ def start_worker(hooks: Hooks, *, threads: int, uses_gpu: bool, timeout_minutes:
     """
     torch.set_num_threads(threads)
     # DeepSpeed looks for ninja on the path when it loads its op; it is installed beside Python.
-    beside = str(Path(sys.executable).parent)
-    os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])
+    folder = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", "")])
     if uses_gpu and not torch.cuda.is_available():
         raise NoGpu(
             "a GPU was asked for (resources.*.gpus_per_worker), but torch sees none in this "

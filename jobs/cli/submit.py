@@ -99,7 +99,7 @@ def submit(
         raise SpecErrors([f"--address: {error}"]) from error
     job = prepare_job(job_spec, how.until, how.only, how.redo)
     name = job.spec.name
-    if not job.plan.todo:
+    if not job.selection.to_run:
         typer.echo(f"{name}: nothing is left to do; see stillhouse report {name}")
         return DONE
     for variable in how.forward:

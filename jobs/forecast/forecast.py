@@ -170,7 +170,7 @@ def _distill(models: Models, spec: JobSpec, place: Place, tokens: Tokens) -> dic
 
 def _sweep(models: Models, spec: JobSpec, place: Place, tokens: Tokens) -> dict[str, Any]:
     cpus, gpus = cell_gpus(models, spec, place)
-    if not place.cluster.room(cpus, gpus):
+    if not place.cluster.capacity(cpus, gpus):
         raise SpecErrors(
             [
                 f"resources.sweep: a cell of {cpus} CPUs and {gpus:g} GPUs fits no node; set "

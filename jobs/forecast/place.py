@@ -214,9 +214,9 @@ class Place:
         """Bytes of memory of one worker: its GPU's, or its share of the host's."""
         if group.gpus:
             return None if self.gpu is None else float(self.gpu.memory)
-        return None if self.host is None else self.host / self.beside(group)
+        return None if self.host is None else self.host / self.workers_per_node(group)
 
-    def beside(self, group: Group) -> int:
+    def workers_per_node(self, group: Group) -> int:
         """The most workers of a group that share a node."""
         return max(map(len, self.ranks(group)))
 
@@ -225,10 +225,10 @@ class Place:
         result: list[list[int]] = []
         left = list(range(group.workers))
         for cpus, gpus in self.nodes:
-            room = int(min(cpus // group.cpus, gpus // group.gpus if group.gpus else 1 << 30))
-            if room and left:
-                result.append(left[:room])
-                left = left[room:]
+            capacity = int(min(cpus // group.cpus, gpus // group.gpus if group.gpus else 1 << 30))
+            if capacity and left:
+                result.append(left[:capacity])
+                left = left[capacity:]
         return result
 
     def flops(self, cpus: int, gpus: float, dtype: DtypeName) -> float | None:

@@ -147,12 +147,12 @@ def _host(need: dict[str, Any]) -> str:
 def _verdict(need: dict[str, Any]) -> Text:
     if need["memory"] is None:
         return Text("in all", style="bold")
-    room = f"in all, of {_bytes(need['memory'])}"
+    capacity = f"in all, of {_bytes(need['memory'])}"
     if need["fits"]:
-        return Text(f"{room}: fits", style="bold")
+        return Text(f"{capacity}: fits", style="bold")
     over = need["total"] > USABLE * need["memory"]
     why = "does not fit" if over else "host memory does not suffice"
-    return Text(f"{room}: {why}", style="bold red")
+    return Text(f"{capacity}: {why}", style="bold red")
 
 
 def _advice(plan: dict[str, Any]) -> list[Text]:

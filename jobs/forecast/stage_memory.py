@@ -77,7 +77,7 @@ class MemoryNeed:
 # Float32 tensors of a strip of logits that a capture holds at once, and elements of a strip: as in
 # `trainer.teacher.forward`. Elements that ZeRO-3 gathers ahead: as in `trainer.teacher.sharded`.
 STRIPS = 3
-CPU_STRIP, GPU_STRIP = 1 << 20, 1 << 26
+CPU_TILE, GPU_TILE = 1 << 20, 1 << 26
 CHUNK_TOKENS = 256
 PREFETCH = 50_000_000
 GPU_WEIGHTS = 100_000_000  # as in `jobs.sweep.resources`, which imports Ray's part of the sweep
@@ -170,7 +170,7 @@ def capture_need(models: Models, spec: JobSpec, place: Place, group: Group) -> M
     assert teacher is not None and asked is not None
     itemsize, cuda = training_memory.itemsize_of(asked.dtype), group.gpus > 0
     tokens, cache = capture_tokens(spec, teacher, cuda), spec.cache
-    strip = min(GPU_STRIP if cuda else CPU_STRIP, tokens * teacher.vocab)
+    strip = min(GPU_TILE if cuda else CPU_TILE, tokens * teacher.vocab)
     chunk = min(tokens, max(CHUNK_TOKENS, strip // teacher.vocab if cuda else CHUNK_TOKENS))
     kept = cache.draws * cache.redraws if cache.method == "sample" else cache.k
     sharding = teacher_sharding(models, spec, place, group, "capture")
@@ -179,7 +179,7 @@ def capture_need(models: Models, spec: JobSpec, place: Place, group: Group) -> M
     parts["logits"] = float(chunk * teacher.vocab * itemsize + STRIPS * 4 * strip)
     parts["records"] = 12.0 * tokens * max(kept, EVAL_IDS)
     if not cuda:  # a sharded teacher makes the allocator give back what is freed
-        pieces = 0.0 if sharding.over > 1 else training_memory.CPU_PIECES - 1
+        pieces = 0.0 if sharding.over > 1 else training_memory.CPU_FRAGMENTS - 1
         parts["kept by the allocator"] = pieces * parts["activations"]
         parts["buffers"] = training_memory.CPU_EXTRAS
     return _need(parts, place, group)
@@ -225,7 +225,7 @@ def distill_need(models: Models, spec: JobSpec, place: Place, group: Group) -> M
         group,
         host={**(states if offloaded else {}), **ahead},
         start=whole * itemsize if cuda else whole * made,
-        load=whole * made * place.beside(group) if cuda else 0.0,
+        load=whole * made * place.workers_per_node(group) if cuda else 0.0,
     )
 
 
@@ -258,7 +258,7 @@ def cell_need(models: Models, spec: JobSpec, place: Place) -> tuple[str, MemoryN
     """The largest cell's key, and what it takes."""
     assert spec.sweep is not None
     cpus, gpus = cell_gpus(models, spec, place)
-    slots = max(1, max(place.cluster.room(cpus, gpus), 1) // len(place.nodes))
+    slots = max(1, max(place.cluster.capacity(cpus, gpus), 1) // len(place.nodes))
     shapes = swept(models, spec)
     found = [
         (cell.key, _cell(cell, shapes[cell.model], spec, gpus > 0)) for cell in grid(spec.sweep)
@@ -306,10 +306,10 @@ def cell_bytes(shape: Shape, spec: QuantSpec) -> int:
 
 def _quantized(shape: Shape, spec: QuantSpec) -> tuple[Matrix, ...]:
     """The linear layers, and embeddings and head where they are asked for; tied, they are one."""
-    ends = 1 if shape.tied else spec.embeddings + spec.head
+    embeddings = 1 if shape.tied else spec.embeddings + spec.head
     if not (spec.embeddings or spec.head):
         return shape.matrices
-    return (*shape.matrices, Matrix("embeddings and head", shape.vocab, shape.hidden, ends))
+    return (*shape.matrices, Matrix("embeddings and head", shape.vocab, shape.hidden, embeddings))
 
 
 def _need(
@@ -327,5 +327,5 @@ def _need(
         start=start,
         load=load,
         host_memory=place.host if group.gpus else None,
-        workers=place.beside(group),
+        workers=place.workers_per_node(group),
     )

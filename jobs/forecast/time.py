@@ -183,7 +183,7 @@ def sweep_seconds(models: Models, spec: JobSpec, place: Place, tokens: Tokens) -
     sweep = spec.sweep
     assert sweep is not None and spec.data is not None
     cpus, gpus = cell_gpus(models, spec, place)
-    slots = max(1, place.cluster.room(cpus, gpus))
+    slots = max(1, place.cluster.capacity(cpus, gpus))
     shapes, length = swept(models, spec), spec.data.sequence_length
     dtype = known_dtype(sweep.dtype)
     quantize = QUANTIZE_S if gpus else QUANTIZE_CPU_S / cpus

@@ -19,11 +19,11 @@ BUCKET, LIVE = 500_000_000, 1_000_000_000
 # As in `trainer.losses.fused_linear`, which must not be imported for torch's sake: bytes of a chunk
 # of logits, and elements of a strip of it in float32, of which about six are held at once.
 CPU_CHUNK, GPU_CHUNK = 16 << 20, 512 << 20
-CPU_STRIP, GPU_STRIP = 1 << 19, 1 << 25
+CPU_TILE, GPU_TILE = 1 << 19, 1 << 25
 STRIPS = 6
 # glibc keeps what was freed of blocks below 32 MiB, in pieces that the next pass does not quite
 # fit: measured 1.3 to 1.5 times the activations, at four shapes.
-CPU_PIECES = 1.4
+CPU_FRAGMENTS = 1.4
 CPU_BLOCK = 32 << 20
 # Buffers that come with the first steps: kernels' workspaces, DeepSpeed's own.
 CPU_EXTRAS = 100e6
@@ -183,7 +183,7 @@ def loss_bytes(student: Shape, distill: DistillSpec, tokens: int, cuda: bool, de
     if itemsize < 4:
         size = max(size, min(-(-tokens // 8), student.hidden))
     size = min(size, tokens)
-    strip = min(size * student.vocab, GPU_STRIP if cuda else CPU_STRIP)
+    strip = min(size * student.vocab, GPU_TILE if cuda else CPU_TILE)
     gradients = student.head * itemsize + 2 * tokens * student.hidden * itemsize
     return size * student.vocab * itemsize * models + 4.0 * STRIPS * models * strip + gradients
 
@@ -199,7 +199,7 @@ def kept_by_allocator(student: Shape, passing: float, itemsize: int) -> float:
         for matrix in student.matrices
         if matrix.weights * itemsize < CPU_BLOCK
     )
-    return max(CPU_PIECES * passing, itemsize * small) - passing
+    return max(CPU_FRAGMENTS * passing, itemsize * small) - passing
 
 
 def _count(value: object, default: int) -> int:

@@ -15,7 +15,7 @@ from cluster.spec import WorkerResources
 from jobs.kubernetes.options import GPU_PRODUCT, Fault, below, kept, read_bytes, read_gpu_type
 from jobs.spec import job
 from jobs.spec.job import JobSpec
-from trainer.spec.sections import AnswersEndpoint
+from trainer.spec.responses import AnswersEndpoint
 
 MACHINE_GPUS = 8  # of the usual machine
 CPUS_PER_GPU = 8
@@ -119,10 +119,10 @@ def _misfits(spec: JobSpec, pods: Pods) -> Iterator[str]:
     for stage, workers in _stages(spec):
         on_gpus = pods.gpus > 0 if workers.gpus_per_worker == "auto" else workers.gpus_per_worker
         each = 1 if workers.cpus_per_worker == "auto" else workers.cpus_per_worker
-        room = pods.cpus // each
+        space = pods.cpus // each
         if on_gpus:
-            room = min(room, pods.gpus)
-        if room * pods.count < _fewest(workers):
+            space = min(space, pods.gpus)
+        if space * pods.count < _fewest(workers):
             yield (
                 f"resources.{stage}: {_fewest(workers)} workers of {each} CPUs and "
                 f"{int(on_gpus)} GPUs do not fit on {there}; give more --nodes, --gpus-per-node or "

@@ -82,22 +82,22 @@ def export_to(
 
     model = load_any(found, "cpu", "plain")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    material = ExportInputs() if kind == "bf16" else material_of(found, tokenizer, longest)
+    inputs = ExportInputs() if kind == "bf16" else export_inputs_of(found, tokenizer, longest)
     try:
         with progress_bar("trying") as progress:
             found_report = export_hf(
                 model,
                 found.folder,
                 out,
-                material.ids,
+                inputs.ids,
                 formats=None if kind == "auto" else [kind],
-                original=material.original,
+                original=inputs.original,
                 progress=progress,
                 dtype=compute_dtype(dtype, "cpu"),
             )
     except ValueError as error:
         raise ValueError(re.sub(r'formats=\["(\w+)"\]', r"--kind \1", str(error))) from error
-    yield from _lines(found_report, model, out, material.notes)
+    yield from _lines(found_report, model, out, inputs.notes)
     yield f"run it: stillhouse generate {out} --prompt TEXT"
 
 
@@ -112,7 +112,7 @@ def file_name(found: Found) -> str:
     return model_name(found.folder)
 
 
-def material_of(
+def export_inputs_of(
     found: Found, tokenizer: PreTrainedTokenizerBase, longest: int | None
 ) -> ExportInputs:
     """The select part of the run's corpus and the model that the cell was made from.

@@ -46,7 +46,7 @@ class Grid:
             faults.append(f"--bits: is missing; may be one of {', '.join(map(str, BITS))}")
         dynamic = method == DYNAMIC
         size: GroupSize = CHANNEL if dynamic else 64
-        if dynamic and self._beside_dynamic():
+        if dynamic and self._with_dynamic():
             faults.append(DYNAMIC_ONLY)
         if faults:
             raise SpecErrors(faults)
@@ -61,13 +61,13 @@ class Grid:
         except ValueError as error:
             raise SpecErrors([f"--method {method}: {error}"]) from None
 
-    def _beside_dynamic(self) -> bool:
+    def _with_dynamic(self) -> bool:
         """Whether bits or group sizes are given that int8-dynamic has not."""
         return bool(set(self.bits) - {8} or set(self.group_sizes) - {CHANNEL})
 
     def section(self) -> dict[str, Any]:
         """The section `sweep` of a spec. Raises SpecErrors for what no cell would have."""
-        if self.methods == [DYNAMIC] and self._beside_dynamic():
+        if self.methods == [DYNAMIC] and self._with_dynamic():
             raise SpecErrors([DYNAMIC_ONLY])
         section: dict[str, Any] = {"group_size": self.group_sizes or [64]}
         if self.bits:

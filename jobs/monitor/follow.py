@@ -29,14 +29,14 @@ def follow(run: Store, console: Console) -> Status:
     with Reporter(console) as reporter:
         while True:
             try:
-                news, status = tail.poll(), None
+                new_events, status = tail.poll(), None
                 if time.monotonic() >= next_look:
                     status = status_of(run)
             except Exception as error:  # a storage that is away for a moment
-                news, status = [], None
+                new_events, status = [], None
                 next_look = time.monotonic() + STATUS_SECONDS
                 print(f"cannot look: {' '.join(str(error).split())[:200]}", file=sys.stderr)
-            for event in news:
+            for event in new_events:
                 _show(reporter, event)
             if status is not None:
                 away = status.word == "unknown" and status.submission is not None

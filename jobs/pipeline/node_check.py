@@ -93,7 +93,7 @@ def fetch(models: Sequence[Model]) -> list[str]:
     faults = []
     for model in models:
         try:
-            faults += [] if is_there(model) else _no_room(model)
+            faults += [] if is_there(model) else _no_space(model)
             if not faults:
                 find_model(model.key, model.name, model.revision, weights=model.weights)
         except ValueError as error:
@@ -108,7 +108,7 @@ def is_there(model: Model) -> bool:
     return "://" not in model.name and Path(model.name).expanduser().is_dir()
 
 
-def _no_room(model: Model) -> list[str]:
+def _no_space(model: Model) -> list[str]:
     """A line if this machine's cache has no room for a model at a URL."""
     if "://" not in model.name:
         return []  # the hub's client looks for itself

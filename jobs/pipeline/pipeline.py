@@ -23,7 +23,7 @@ from jobs.pipeline.skip import StageSelection, is_current
 from jobs.run.directory import RunDir
 from jobs.run.heartbeat import Heartbeat, job_of_driver, tries_left
 from jobs.run.inputs import ResolvedJob, absolute_paths
-from jobs.run.log import LogPieces
+from jobs.run.log import LogSegments
 from jobs.run.progress import Reporter, chatter_to, log_file
 from jobs.run.requests import Interruptible, StopWatch
 from jobs.spec.group_sizes import resolve_group_sizes
@@ -53,9 +53,9 @@ def run_pipeline(
     Superseded, or Interrupted after a clean stop.
     """
     job = prepare_job(spec, until, only, redo, local=target(address) == "local")
-    if not job.plan.todo:
+    if not job.selection.to_run:
         console = Console(highlight=False)
-        for stage in job.plan.skipped:
+        for stage in job.selection.skipped:
             console.print(f"{stage}: done before, skipped", markup=False)
         show_result(console, job.run)
         return 0
@@ -69,7 +69,7 @@ class Job:
     asked: JobSpec  # as the user wrote it
     resolved: ResolvedJob
     run: RunDir
-    plan: StageSelection
+    selection: StageSelection
     stages: tuple[str | None, str | None, str | None]  # until, only, redo
     undecided: list[str]  # sections whose dtype the cluster's nodes decide
 
@@ -106,15 +106,15 @@ def prepare_job(
         resolved = ResolvedJob.of(spec, storage)
         resolved = resolved.with_spec(resolve_group_sizes(spec, resolved.names))
         redo = _left_to_redo(run, redo)
-        plan = StageSelection(resolved, run, until, only, redo)
+        selection = StageSelection(resolved, run, until, only, redo)
     except ValueError as error:
         raise error if isinstance(error, SpecErrors) else SpecErrors([str(error)]) from error
     faults: list[str] = []
-    for stage in plan.todo:
+    for stage in selection.to_run:
         faults += [line for line in STAGES[stage].faults(resolved) if line not in faults]
     if faults:
         raise SpecErrors(faults)
-    return Job(asked, resolved, run, plan, (until, only, redo), undecided)
+    return Job(asked, resolved, run, selection, (until, only, redo), undecided)
 
 
 def _open_storage(spec: JobSpec) -> Store:
@@ -154,18 +154,18 @@ class _Attempt:
         # Signals last until the last word is out: a job's end may be asked for more than once.
         with (
             Interruptible() as signals,
-            Heartbeat(store, number, job=job_of_driver(), tries_left=tries_left()) as beacon,
+            Heartbeat(store, number, job=job_of_driver(), tries_left=tries_left()) as heartbeat,
             chatter_to(self.log) as console,
-            LogPieces(store, number, self.log),
+            LogSegments(store, number, self.log),
             EventWriter(store, number) as events,
-            StopWatch(store, number, signals.stop, beacon.cut_off),
+            StopWatch(store, number, signals.stop, heartbeat.cut_off),
         ):
             status, error = "failed", None
             try:
                 self._keep_spec(with_auto(job.spec, job.undecided))
                 events.emit("run_start", name=job.spec.name, spec=job.spec.model_dump(mode="json"))
                 with Reporter(console) as reporter:
-                    self._stages(events, beacon, reporter, signals)
+                    self._stages(events, heartbeat, reporter, signals)
                 status = "done"
             except Interrupted as stop_error:
                 status, error = "stopped", str(stop_error)
@@ -176,11 +176,11 @@ class _Attempt:
                 raise
             except Fenced as failure:
                 error = str(failure)
-                beacon.tell(tries_left=0)
+                heartbeat.update(tries_left=0)
                 raise Superseded(error) from failure
             except SpecErrors as failure:  # the same in every try
                 error = " ".join(str(failure).split())[:1000]
-                beacon.tell(tries_left=0)
+                heartbeat.update(tries_left=0)
                 raise
             except Exception as failure:
                 error = " ".join(str(failure).split())[:1000]
@@ -195,8 +195,8 @@ class _Attempt:
                     console.print(note, markup=False, soft_wrap=True)
                 if status == "stopped":
                     console.print(f"log: {self.log}", markup=False, soft_wrap=True)
-                beacon.end(status, error)
-            if "summarize" in job.plan.todo:
+                heartbeat.end(status, error)
+            if "summarize" in job.selection.to_run:
                 show_result(console, job.run)
             console.print(f"log: {self.log}", markup=False, soft_wrap=True)
         return 0
@@ -205,15 +205,15 @@ class _Attempt:
         self.attempt.write_bytes("spec.yaml", dump_spec(spec).encode())
 
     def _stages(
-        self, events: EventWriter, beacon: Heartbeat, reporter: Reporter, signals: Interruptible
+        self, events: EventWriter, heartbeat: Heartbeat, reporter: Reporter, signals: Interruptible
     ) -> None:
         """Connects to the cluster, looks at it, and runs the stages in order."""
         job = self.job
         reporter.say(f"run {job.run.store.url}, attempt {self.attempt.number}, log {self.log}")
-        for stage in job.plan.skipped:
+        for stage in job.selection.skipped:
             events.emit("stage_skip", stage=stage)
             reporter.say(f"{stage}: done before, skipped")
-        beacon.tell(waits="connecting to Ray")
+        heartbeat.update(waits="connecting to Ray")
         reporter.waits("", "connecting to Ray")
         with contextlib.ExitStack() as connected:
             try:
@@ -225,47 +225,49 @@ class _Attempt:
             signals.install()  # Ray has put its own handler of SIGTERM in place
             from jobs.run.context import Context
 
-            cluster = self._look(cluster, beacon, reporter, signals)
+            cluster = self._look(cluster, heartbeat, reporter, signals)
             job = self.job  # with the dtypes that the nodes are fast at
             tail = EventTail(job.run.store)
             tail.poll()  # what earlier attempts said is not news
             context = Context(
                 job.run,
                 job.resolved,
-                dict(job.plan.outputs),
+                dict(job.selection.outputs),
                 events,
                 tail,
                 reporter,
                 cluster,
-                beacon,
+                heartbeat,
                 signals.stop,
-                todo=tuple(job.plan.todo),
+                to_run=tuple(job.selection.to_run),
             )
-            for stage in job.plan.todo:
-                _run_stage(stage, context, self.log, forced=stage in job.plan.forced)
+            for stage in job.selection.to_run:
+                _run_stage(stage, context, self.log, forced=stage in job.selection.forced)
 
     def _look(
-        self, cluster: Cluster, beacon: Heartbeat, reporter: Reporter, signals: Interruptible
+        self, cluster: Cluster, heartbeat: Heartbeat, reporter: Reporter, signals: Interruptible
     ) -> Cluster:
         """Refuses a cluster on which the job cannot work, before anything of it is taken."""
         job, stopped = self.job, signals.stop.is_set
 
-        def tell(why: str) -> None:
-            beacon.tell(waits=why)
+        def notify(why: str) -> None:
+            heartbeat.update(waits=why)
             reporter.waits("", why)
 
-        grown = preflight.wait_for_resources(job.spec, job.plan.todo, cluster, stopped, tell)
+        grown = preflight.wait_for_resources(
+            job.spec, job.selection.to_run, cluster, stopped, notify
+        )
         try:
-            cores = preflight.cores(grown, stopped, reporter.say, tell)
+            cores = preflight.cores(grown, stopped, reporter.say, notify)
             job = self._decide(grown, cores, reporter)
             scratch = self._keep_plan(grown, slowest(cores))
-            preflight.nodes(job.spec, job.run, grown, scratch, stopped, reporter.say, tell)
+            preflight.nodes(job.spec, job.run, grown, scratch, stopped, reporter.say, notify)
         except preflight.NodesSilent as error:
             command = _command(job.spec)
             raise StageFailed("preflight", str(error), str(self.log), command) from error
         # A node may have gone meanwhile.
-        found = preflight.wait_for_resources(job.spec, job.plan.todo, grown, stopped, tell)
-        tell("starting")
+        found = preflight.wait_for_resources(job.spec, job.selection.to_run, grown, stopped, notify)
+        notify("starting")
         return found
 
     def _decide(self, cluster: Cluster, cores: Sequence[Core], reporter: Reporter) -> Job:
@@ -288,7 +290,7 @@ class _Attempt:
         core: the slowest of the nodes'. Returns the bytes that a node needs for its part of a
         checkpoint.
         """
-        if not {"capture", "distill", "sweep"} & set(self.job.plan.todo):
+        if not {"capture", "distill", "sweep"} & set(self.job.selection.to_run):
             return 0
         from jobs.forecast.forecast import record
 
@@ -302,7 +304,7 @@ class _Attempt:
             traceback.print_exc()
             return 0
         self.attempt.write_json("plan.json", found)
-        if "distill" not in self.job.plan.todo:
+        if "distill" not in self.job.selection.to_run:
             return 0
         return int(found.get("storage", {}).get("checkpoint", 0)) // cluster.machines
 

@@ -34,10 +34,10 @@ class NodesSilent(RuntimeError):
     """Nodes that live could not be asked; another try may find them well."""
 
 
-def resources(spec: JobSpec, todo: Sequence[str], cluster: Cluster) -> None:
+def resources(spec: JobSpec, to_run: Sequence[str], cluster: Cluster) -> None:
     """Raises SpecErrors, with the numbers, for stages that the cluster could never run."""
     faults: list[str] = []
-    for stage in todo:
+    for stage in to_run:
         for key, asked in STAGES[stage].resources(spec).items():
             faults += [line for line in _fits(key, asked, cluster) if line not in faults]
     if faults:
@@ -59,10 +59,10 @@ def _fits(key: str, asked: WorkerResources | CellResources, cluster: Cluster) ->
 
 def wait_for_resources(
     spec: JobSpec,
-    todo: Sequence[str],
+    to_run: Sequence[str],
     cluster: Cluster,
     stopped: Callable[[], bool],
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> Cluster:
     """The cluster, once it is large enough: it may take `resources.growth_minutes` to grow.
 
@@ -73,14 +73,14 @@ def wait_for_resources(
     asked = False
     while True:
         try:
-            resources(spec, todo, cluster)
+            resources(spec, to_run, cluster)
             return cluster
         except SpecErrors as error:
             if time.monotonic() >= ends or cluster.embedded:
                 raise
-            tell(f"waiting for the cluster to grow: {error.faults[0]}")
+            notify(f"waiting for the cluster to grow: {error.faults[0]}")
         if not asked:
-            ask_to_grow(_largest_group(spec, todo))
+            ask_to_grow(_largest_group(spec, to_run))
             asked = True
         if stopped():
             raise Interrupted("stopped while the cluster was too small")
@@ -88,10 +88,10 @@ def wait_for_resources(
         cluster = refresh(cluster)
 
 
-def _largest_group(spec: JobSpec, todo: Sequence[str]) -> list[dict[str, float]]:
+def _largest_group(spec: JobSpec, to_run: Sequence[str]) -> list[dict[str, float]]:
     """The resources of every worker of the stage that wants the most."""
     groups = []
-    for asked in (each for stage in todo for each in STAGES[stage].resources(spec).values()):
+    for asked in (each for stage in to_run for each in STAGES[stage].resources(spec).values()):
         if not isinstance(asked, WorkerResources):
             continue
         count = asked.workers[0] if isinstance(asked.workers, tuple) else asked.workers
@@ -107,7 +107,7 @@ def cores(
     cluster: Cluster,
     stopped: Callable[[], bool],
     say: Callable[[str], None],
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> list[Core]:
     """A core of every node, measured there; of this machine where Ray is embedded.
 
@@ -116,9 +116,9 @@ def cores(
     """
     if cluster.embedded:
         return [this_core()]
-    tell("looking at the nodes")
+    notify("looking at the nodes")
     install_s = install_seconds()
-    word = _Word(say, tell, "packages", "installs")
+    word = _Word(say, notify, "packages", "installs")
     try:
         answers = run_on_every_node(
             this_core,
@@ -139,7 +139,7 @@ def nodes(
     scratch_bytes: int,
     stopped: Callable[[], bool],
     say: Callable[[str], None],
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> None:
     """Looks at every node. Raises SpecErrors with a line per fault, Interrupted if `stopped()`.
 
@@ -156,7 +156,7 @@ def nodes(
     nonce = uuid.uuid4().hex
     run.store.write_text(f"{folder}/driver", nonce)
     try:
-        tell("looking at the nodes")
+        notify("looking at the nodes")
         looked = run_on_every_node(
             look,
             (run.store, folder, nonce, versions(), scratch_bytes),
@@ -170,7 +170,7 @@ def nodes(
             raise SpecErrors(faults)
         models = _models(spec)
         if models:
-            word = _Word(say, tell, "models", "fetches")
+            word = _Word(say, notify, "models", "fetches")
             fetched = run_on_every_node(fetch, models, should_stop=stopped, on_wait=word.waiting)
             refuse_silent(fetched)
             faults = [f"node {a.node}: {a.error}" for a in fetched if a.error]
@@ -235,15 +235,15 @@ class _Word:
     """Tells which nodes are still at it, and says so now and then."""
 
     def __init__(
-        self, say: Callable[[str], None], tell: Callable[[str], None], what: str, does: str
+        self, say: Callable[[str], None], notify: Callable[[str], None], what: str, does: str
     ) -> None:
-        self._say, self._tell, self._what, self._does = say, tell, what, does
+        self._say, self._notify, self._what, self._does = say, notify, what, does
         self._next = time.monotonic() + SAY_SECONDS
 
     def waiting(self, waiting: list[str], count: int) -> None:
         done = count - len(waiting)
         word = f"{self._what}: {done} of {count} nodes have them, {waiting[0]} {self._does}"
-        self._tell(word)
+        self._notify(word)
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + SAY_SECONDS
             self._say(word)

@@ -41,7 +41,7 @@ class StageSelection:
             raise SpecErrors([f"--redo {redo}: is not among the stages that this command runs"])
         self.forced = {redo}
         self.skipped: list[str] = []
-        self.todo: list[str] = []
+        self.to_run: list[str] = []
         self.outputs: Outputs = {}
         known = True  # whether what the stages before give is what they gave
         refilled = False  # whether an earlier attempt began to add what the cache had lost
@@ -59,11 +59,11 @@ class StageSelection:
                     refilled = not record.finished and has_inputs(record, new)
             if record is not None:
                 self.outputs[stage] = record.outputs
-            trained = stage == "distill" and refilled and self.todo == ["capture"]
-            if same and (trained or not self.todo):
+            trained = stage == "distill" and refilled and self.to_run == ["capture"]
+            if same and (trained or not self.to_run):
                 self.skipped.append(stage)
             elif only in (None, stage):
-                self.todo.append(stage)
+                self.to_run.append(stage)
             else:
                 raise SpecErrors(
                     [
@@ -71,13 +71,13 @@ class StageSelection:
                         f"run with --until {only}"
                     ]
                 )
-        for stage in self.todo:
+        for stage in self.to_run:
             self.outputs.pop(stage, None)
         # Whoever does a stage before it anew knows that another training follows.
         anew = redo in stages[: stages.index("distill") + 1] if "distill" in stages else True
-        if "distill" in self.todo and not anew:
+        if "distill" in self.to_run and not anew:
             _refuse_passing_over(run, job, self.outputs)
-        if "capture" in self.skipped and {"distill", "sweep"} & set(self.todo):
+        if "capture" in self.skipped and {"distill", "sweep"} & set(self.to_run):
             self._complete_cache(job, only)
 
     def _complete_cache(self, job: ResolvedJob, only: str | None) -> None:
@@ -93,7 +93,7 @@ class StageSelection:
             )
         if lacking:
             self.skipped.remove("capture")
-            self.todo.insert(0, "capture")
+            self.to_run.insert(0, "capture")
             self.forced.add("capture")
             del self.outputs["capture"]
 

@@ -190,7 +190,7 @@ def extra(data: RunData, rows: list[Row]) -> str:
         if row["role"] == "cell" and row["of"] == "student" and row["status"] != "failed"
     }
 
-    def beside(row: Row) -> str | None:
+    def no_larger(row: Row) -> str | None:
         """The cell that does best on select of those no larger."""
         fitting = [
             (select, key)
@@ -201,7 +201,7 @@ def extra(data: RunData, rows: list[Row]) -> str:
         return min(fitting)[1] if fitting else None
 
     def compared(row: Row) -> str:
-        key = beside(row)
+        key = no_larger(row)
         if key is None:
             return f.NOTHING
         less = reduction(data.extra[row["name"]], data.cells[key], OWN)
@@ -211,8 +211,8 @@ def extra(data: RunData, rows: list[Row]) -> str:
         Field("Technique", lambda row: row["technique"], False),
         Field("Size", lambda row: f.size(row["bytes"])),
         Field("KL to student", _kl),
-        Field("Best cell no larger", lambda row: beside(row) or f.NOTHING, False),
-        Field("Its KL", lambda row: _kl(cells[key]) if (key := beside(row)) else f.NOTHING),
+        Field("Best cell no larger", lambda row: no_larger(row) or f.NOTHING, False),
+        Field("Its KL", lambda row: _kl(cells[key]) if (key := no_larger(row)) else f.NOTHING),
         Field("which is", compared, False),
     ]
     text = "Sizes are those of the weight files. The cell was chosen on select; KL is on report."

@@ -212,10 +212,10 @@ class _Choice:
                 misses.append(f"{shown} misses {limit.option}")
             else:
                 others.append(shown)
-        beside = f" (and has {' and '.join(others)})" if others else ""
+        also = f" (and has {' and '.join(others)})" if others else ""
         return (
             f"{self.run}: no cell of {len(known)} fits {asked}; the nearest is {near.key}: "
-            f"{' and '.join(misses)}{beside}; loosen what it misses"
+            f"{' and '.join(misses)}{also}; loosen what it misses"
         )
 
     def numbers(self, one: Candidate) -> str:

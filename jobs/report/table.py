@@ -163,14 +163,14 @@ def terminal(rows: list[Row], width: int, cost: str = "") -> Group:
     for layout in _layouts(rows):
         figures = sum(_needs(column, rows) for column in layout if column.figure) + 2 * len(layout)
         names = [column for column in layout if not column.figure]
-        room = width - figures
+        space = width - figures
         wanted = [_needs(column, rows) for column in names]
-        if sum(wanted) <= room:
+        if sum(wanted) <= space:
             break
-        if room >= sum(
+        if space >= sum(
             min(want, floor) for want, floor in zip(wanted, _floors(names), strict=True)
         ):
-            wanted = _shrink(wanted, _floors(names), room)
+            wanted = _shrink(wanted, _floors(names), space)
             break
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
     widths = dict(zip([column.title for column in names], wanted, strict=True))
@@ -230,10 +230,10 @@ def _floors(names: list[Column]) -> list[int]:
     return [{"Model": 12, "Technique": 14, "Run": 10}[column.title] for column in names]
 
 
-def _shrink(wanted: list[int], floors: list[int], room: int) -> list[int]:
-    """Take from the widest column, never below its floor, until they fit into `room`."""
+def _shrink(wanted: list[int], floors: list[int], space: int) -> list[int]:
+    """Take from the widest column, never below its floor, until they fit into `space`."""
     widths = list(wanted)
-    while sum(widths) > room:
+    while sum(widths) > space:
         spare = [
             width - min(floor, want)
             for width, floor, want in zip(widths, floors, wanted, strict=True)

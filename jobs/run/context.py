@@ -46,11 +46,11 @@ class Context:
     tail: EventTail
     reporter: Reporter
     cluster: Cluster
-    beacon: Heartbeat
+    heartbeat: Heartbeat
     stop: threading.Event = field(default_factory=threading.Event)
     saves_asked: int = 0  # checkpoints out of turn
     forced: bool = False  # the user asked for this stage again, from its beginning
-    todo: Sequence[str] = ()  # the stages of this attempt
+    to_run: Sequence[str] = ()  # the stages of this attempt
     waiting: WaitingGroup | None = None  # workers of a stage that are there for the next one
 
     @property
@@ -90,7 +90,7 @@ class Context:
 
     def _show(self, event: dict[str, Any]) -> None:
         self.reporter.event(event)
-        self.beacon.event(event)
+        self.heartbeat.event(event)
 
 
 LOOK_SECONDS = 3.0
@@ -118,7 +118,7 @@ class Placement:
             self._idle_since, self._next_look = now, now
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
-            self._wait.tell(self._why(), now - self._idle_since)
+            self._wait.notify(self._why(), now - self._idle_since)
 
     def _why(self) -> str:
         group = self._group
@@ -137,9 +137,9 @@ def tasks_wait(context: Context, stage: str) -> Callable[[ResourceRequest, float
 
     def on_wait(need: ResourceRequest, seconds: float) -> None:
         there, idle = free()
-        has_room = idle.cpus >= need.cpus and idle.gpus >= need.gpus
+        fits = idle.cpus >= need.cpus and idle.gpus >= need.gpus
         why = waiting_for(need.cpus, need.gpus, there, idle)
-        wait.tell("starting tasks" if has_room else why, seconds)
+        wait.notify("starting tasks" if fits else why, seconds)
 
     return on_wait
 
@@ -158,9 +158,9 @@ class _Wait:
         self._context, self._stage = context, stage
         self._limit_s = 60.0 * context.spec.resources.placement_minutes
 
-    def tell(self, why: str, seconds: float) -> None:
+    def notify(self, why: str, seconds: float) -> None:
         """seconds: for how long that has been so. Raises NotPlaced after the time that it has."""
-        self._context.beacon.tell(waits=why)
+        self._context.heartbeat.update(waits=why)
         self._context.reporter.waits(self._stage, why)
         if seconds > self._limit_s:
             raise NotPlaced(

@@ -125,7 +125,7 @@ class Heartbeat:
         self.end("stopped", "ended by force; what is newer than the last checkpoint is lost")
         self._publish()
 
-    def tell(self, **fields: Any) -> None:
+    def update(self, **fields: Any) -> None:
         """Changes what is published; None takes a field back."""
         with self._lock:
             before = dict(self._state)
@@ -134,34 +134,34 @@ class Heartbeat:
 
     def end(self, status: str, error: str | None = None) -> None:
         """The last word: done, failed or stopped; published when the block is left."""
-        self.tell(status=status, error=error, ended=time.time(), waits=None, restarting=None)
+        self.update(status=status, error=error, ended=time.time(), waits=None, restarting=None)
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Takes over what an event says of the state of the run."""
         kind, stage = event["event"], event.get("stage")
         if kind == "stage_start":
-            self.tell(stage=stage, waits=None, restarts=0, progress={}, failed_cells=0)
+            self.update(stage=stage, waits=None, restarts=0, progress={}, failed_cells=0)
         elif kind == "group_lost":
             self._lost(event)
         elif kind == "cell_done" and event["status"] != "done":
             with self._lock:
                 failed = self._state["failed_cells"] + 1
-            self.tell(failed_cells=failed)
+            self.update(failed_cells=failed)
         elif kind == "step":
             self._progress(stage, event["step"], event["steps"], unit="steps")
         elif kind == "progress":
             others = {name: event[name] for name in ("unit", "share", "tasks") if name in event}
             self._progress(stage, event["done"], event["total"], **others)
             if "failed" in event:
-                self.tell(failed_cells=event["failed"])
+                self.update(failed_cells=event["failed"])
         if kind in AT_WORK:
-            self.tell(waits=None, restarting=None)
+            self.update(waits=None, restarting=None)
 
     def _progress(self, stage: str | None, done: float, total: int, **others: Any) -> None:
         share = others.get("share", min(1.0, done / total) if total else 1.0)
         left = self._remaining.seconds(f"{stage} {others['unit']}", share, time.monotonic())
         told = {"stage": stage, "done": int(min(done, total)), "total": total, "left_s": left}
-        self.tell(progress={**told, **others})
+        self.update(progress={**told, **others})
 
     def _lost(self, event: Mapping[str, Any]) -> None:
         with self._lock:
@@ -170,7 +170,7 @@ class Heartbeat:
         told = f"restarting after {event['what']}, attempt {restarts + 1} of {most}"
         if restarts + 1 > most:
             told = f"{event['what']}, the last of {most} attempts"
-        self.tell(restarts=restarts, restarting=told)
+        self.update(restarts=restarts, restarting=told)
 
     def _run(self) -> None:
         published = 0.0

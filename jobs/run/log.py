@@ -21,7 +21,7 @@ LOCAL_POLL_SECONDS, REMOTE_POLL_SECONDS = 0.5, 3.0
 _PIECE = re.compile(r"^(\d+)-(\d+)\.txt$")
 
 
-class LogPieces:
+class LogSegments:
     """Publishes a growing local log in pieces; does nothing where the log is on the storage."""
 
     def __init__(self, store: Store, attempt: int, log: Path) -> None:
@@ -30,7 +30,7 @@ class LogPieces:
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log-pieces", daemon=True)
 
-    def __enter__(self) -> LogPieces:
+    def __enter__(self) -> LogSegments:
         if self._store.local() is None:
             self._thread.start()
         return self

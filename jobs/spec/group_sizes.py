@@ -61,8 +61,10 @@ def _widths_of_models(spec: JobSpec, names: Identities) -> set[int]:
     for role in sweep.models:
         config = names.student_config if role == "student" else names.teacher_config
         assert config is not None
-        ends = dict.fromkeys((cell.embeddings, cell.head) for cell in sweep.cells(role))
-        for embeddings, head in ends:
+        embedding_choices = dict.fromkeys(
+            (cell.embeddings, cell.head) for cell in sweep.cells(role)
+        )
+        for embeddings, head in embedding_choices:
             asked = QuantSpec(8, CHANNEL, "hqq", embeddings, head)
             widths |= _widths(config, asked, dict.fromkeys(sweep.keep_16bit))
     return widths

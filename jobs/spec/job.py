@@ -18,14 +18,13 @@ from cluster.spec import ResourcesSpec
 from cluster.storage.section import Section
 from quant.spec import SweepSpec
 from trainer.corpus.files import is_local
+from trainer.spec.responses import AnswersFile, ResponsesSpec
 from trainer.spec.rules import NAME, Rule, faults_of, is_hub_id, plain_name, raise_faults
 from trainer.spec.rules import RULES as TRAINER_RULES
 from trainer.spec.sections import (
-    AnswersFile,
     CacheSpec,
     DataSpec,
     DistillSpec,
-    ResponsesSpec,
     StudentSpec,
     TeacherSpec,
     TokenizerSpec,

@@ -156,7 +156,7 @@ class _Tasks:
         context = self.context
         results: dict[str, Any] = {}
 
-        def tell(*_: Any) -> None:
+        def notify(*_: Any) -> None:
             unit = f"shards ({function.__name__})"
             done, total = len(results), len(calls)
             context.emit("progress", stage="prepare", done=done, total=total, unit=unit)
@@ -168,7 +168,7 @@ class _Tasks:
                 cpus=1,
                 retries=context.spec.resources.max_failures,
                 should_stop=context.stop.is_set,
-                on_start=tell,
+                on_start=notify,
                 on_wait=tasks_wait(context, "prepare"),
             ):
                 if isinstance(result, Failure):
@@ -177,7 +177,7 @@ class _Tasks:
                         raise ValueError(result.error.removeprefix("ValueError: "))
                     raise RuntimeError(result.error)
                 results[key] = result
-                tell()
+                notify()
         except Cancelled:
             raise Interrupted("prepare stopped") from None
         return [results[str(index)] for index in range(len(calls))]

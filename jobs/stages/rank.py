@@ -149,7 +149,7 @@ def _settle(store: Store, path: str, outcome: dict[str, Any]) -> None:
     store.create(path, json.dumps(outcome).encode())
 
 
-def tell_loss(
+def report_loss(
     store: Store, attempt: int, outcomes: Mapping[str, str], max_failures: int, what: str, why: str
 ) -> None:
     """Records that a group has lost workers; runs in Ray Train's controller.

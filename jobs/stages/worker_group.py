@@ -15,7 +15,7 @@ from cluster.workers import Group, Launch, NotEnough, fit_group
 from jobs.errors import Interrupted, SpecErrors
 from jobs.run.context import Context, Placement, WaitingGroup
 from jobs.run.requests import ask_save, ask_stop
-from jobs.stages.rank import Ranks, rank_main, tell_loss
+from jobs.stages.rank import Ranks, rank_main, report_loss
 
 # Stages whose workers may stay for the one after, and that.
 FOLLOWERS = {"capture": "distill"}
@@ -39,8 +39,8 @@ def run_ranks(
     # Answers are generated on the workers of capture, and by that name a user knows them.
     group = _fit(context, "capture" if stage == "prepare" else stage, asked)
     outcome = _outcome(context, stage)
-    patience = context.spec.resources.collective_minutes
-    ranks = Ranks(stage, work, context.attempt, outcome, group.cpus, group.gpus > 0, patience)
+    minutes = context.spec.resources.collective_minutes
+    ranks = Ranks(stage, work, context.attempt, outcome, group.cpus, group.gpus > 0, minutes)
     found: dict[str, Any] = {}
     failure, follower, there = None, None, context.waiting
     if there is not None and there.fits(stage, group):
@@ -55,7 +55,7 @@ def run_ranks(
         stays = follower is not None
         found, failure = _watch(context, stage, launch, group, outcome, stays)
     context.pump()
-    context.beacon.tell(waits=None, restarting=None)
+    context.heartbeat.update(waits=None, restarting=None)
     if not found:
         why = " ".join(str(failure).split())[:600] if failure else "its workers left no outcome"
         raise GroupFailed(why) from failure
@@ -99,7 +99,7 @@ def _follower(context: Context, stage: str, group: Group) -> str | None:
     Not on GPUs: there new processes start with all of their memory.
     """
     follower = FOLLOWERS.get(stage)
-    if follower is None or follower not in context.todo or group.gpus:
+    if follower is None or follower not in context.to_run or group.gpus:
         return None
     same = _fit(context, follower, getattr(context.spec.resources, follower)) == group
     return follower if same else None
@@ -125,7 +125,7 @@ def _launch(
         f"{context.spec.name}-{stage}-{attempt.number:04d}",
         most,
         collective_minutes=ranks.collective_minutes,
-        on_loss=partial(tell_loss, attempt.store, attempt.number, outcomes, most),
+        on_loss=partial(report_loss, attempt.store, attempt.number, outcomes, most),
         stays=follower is not None,
     )
 
@@ -150,7 +150,7 @@ def _watch(
         if context.stop.is_set() and not asked_to_stop:
             asked_to_stop = True
             context.reporter.say(f"{stage}: stopping; the state is saved first")
-            context.beacon.tell(waits="stopping: the state is saved first")
+            context.heartbeat.update(waits="stopping: the state is saved first")
             ask_stop(store, number, stage=stage)
         if (stays or asked_to_stop) and time.monotonic() >= next_look:
             next_look = time.monotonic() + OUTCOME_SECONDS
@@ -160,7 +160,7 @@ def _watch(
             if found.get("status") == "stopped" or (stays and found.get("status") == "done"):
                 return found, None
         with suppress(Exception):  # a notice that cannot be read or passed on ends nothing
-            for notice in draining.news():
+            for notice in draining.poll():
                 _save_before(context, stage, str(notice))
     failure = launch.error()
     return _read_outcome(store, outcome), failure

@@ -48,7 +48,7 @@ def portable(job: Job, shared: Sequence[str]) -> JobSpec:
         for key, path in named_sources(spec)
         if not _lies_in(Path(path).expanduser(), folders)
     ]
-    if local and "prepare" in job.plan.todo:
+    if local and "prepare" in job.selection.to_run:
         faults += [
             f"{key}: {path} is of this machine; prepare the corpus here first, into a storage that "
             "the cluster sees: stillhouse run SPEC --until prepare storage=s3://bucket/prefix, "
@@ -57,7 +57,7 @@ def portable(job: Job, shared: Sequence[str]) -> JobSpec:
         ]
     elif local:
         assert spec.data is not None
-        corpus = job.plan.outputs["prepare"]["corpus"]
+        corpus = job.selection.outputs["prepare"]["corpus"]
         spec = spec.model_copy(update={"data": spec.data.model_copy(update={"corpus": corpus})})
     if faults:
         raise SpecErrors(faults)

@@ -106,27 +106,27 @@ def submit(job: Job, jobs: RayJobs, how: How, say: Callable[[str], None]) -> Sen
     """Sends a job, or joins the same one that is live. Raises SpecErrors; then nothing was sent."""
     spec = portable(job, how.shared)
     if not spec.resources.growth_minutes:  # else the run waits for the cluster to grow
-        preflight.resources(spec, job.plan.todo, _cluster(jobs))
+        preflight.resources(spec, job.selection.to_run, _cluster(jobs))
     _refuse_running(job.run.store)
     run, values = job.run.store, spec.model_dump(mode="json")
     # Where work runs, and how it is tracked, may differ between two that are the same job.
     same = {k: v for k, v in values.items() if k not in ("resources", "tracking")}
     asked = {"until": how.until, "only": how.only, "redo": how.redo}
-    print_ = fingerprint({**flatten(same), **asked})
+    fingerprint_ = fingerprint({**flatten(same), **asked})
     while True:
         last = last_submission(run)
         job_of_last = _job_of(last, jobs, run)
         if last is not None and job_of_last is not None and job_of_last.live:
-            return _join(last, job_of_last, print_, values)
+            return _join(last, job_of_last, fingerprint_, values)
         number = 1 if last is None else last.number + 1
-        while jobs.find(job_id(run.name, print_, number)) is not None:
+        while jobs.find(job_id(run.name, fingerprint_, number)) is not None:
             number += 1  # of a run of this name whose folder is gone
         new = Submission(
             number=number,
             attempt=Attempt.latest(run),
-            id=job_id(run.name, print_, number),
+            id=job_id(run.name, fingerprint_, number),
             address=jobs.address,
-            fingerprint=print_,
+            fingerprint=fingerprint_,
             sent_at=time.time(),
             spec=values,
         )
@@ -184,9 +184,9 @@ def _refuse_running(run: Store) -> None:
         )
 
 
-def _join(last: Submission, live: RayJob, print_: str, values: dict[str, Any]) -> Sent:
+def _join(last: Submission, live: RayJob, fingerprint_: str, values: dict[str, Any]) -> Sent:
     """The live job of this run, if it is the same. Raises SpecErrors with the difference if not."""
-    if last.fingerprint == print_:
+    if last.fingerprint == fingerprint_:
         return Sent(last, joined=True)
     changed = differences(flatten(last.spec), flatten(values))
     told = "; ".join(changed[:5]) or "other stages were asked for"

@@ -49,19 +49,24 @@ class Allocations:
     def __init__(
         self,
         sweep: SweepSpec,
-        material: SharedContext,
+        shared_context: SharedContext,
         source: Source,
         needs: CellRequests,
         outputs: Outputs,
     ) -> None:
-        self.sweep, self.material, self.source, self.needs = sweep, material, source, needs
+        self.sweep, self.shared_context, self.source, self.needs = (
+            sweep,
+            shared_context,
+            source,
+            needs,
+        )
         self.keys = allocated_keys(sweep)
         self.base = QuantSpec(
             min(sweep.bits),
             next((size for size in sweep.group_sizes if size != CHANNEL), CHANNEL),
             next((method for method in sweep.methods if method != DYNAMIC), "hqq"),
-            any(table for table, _ in sweep.ends),
-            any(head for _, head in sweep.ends),
+            any(table for table, _ in sweep.embedding_choices),
+            any(head for _, head in sweep.embedding_choices),
         )
         self.inputs = {
             **common(sweep, outputs),
@@ -85,7 +90,7 @@ class Allocations:
         """The cells of decisions that an earlier attempt took."""
         cells = []
         for key in self.keys:
-            found = self._read(f"allocations/{key}.json", self._print(key))
+            found = self._read(f"allocations/{key}.json", self._fingerprint(key))
             if found is not None:
                 self.decided.add(key)
                 cells += self._cells(key, found["layers"], found["controls"])
@@ -95,25 +100,25 @@ class Allocations:
         """How many allocated cells are not decided yet."""
         return len(self.keys) - len(self.decided)
 
-    def _print(self, key: str) -> str:
+    def _fingerprint(self, key: str) -> str:
         return fingerprint({**self.inputs, "budget_mb": self.keys[key]})
 
-    def _read(self, path: str, print_: str) -> dict[str, Any] | None:
-        store = self.material.attempt.store
+    def _read(self, path: str, fingerprint_: str) -> dict[str, Any] | None:
+        store = self.shared_context.attempt.store
         if not store.exists(path):
             return None
         found: dict[str, Any] = store.read_json(path)
-        return found if found.get("fingerprint") == print_ else None
+        return found if found.get("fingerprint") == fingerprint_ else None
 
     # Which tasks come next.
 
     def first(self, anew: bool = False) -> list[Item]:
         """The first tasks of the budgets that are not decided: sensitivities, or candidates where
         those are known and not to be measured anew."""
-        from quant.allocation import layer_options, pieces_of
+        from quant.allocation import layer_options, shards_of
 
-        todo = [key for key in self.keys if key not in self.decided]
-        if not todo:
+        to_run = [key for key in self.keys if key not in self.decided]
+        if not to_run:
             return []
         self.options = layer_options(
             self.needs.meta(self.source),
@@ -121,13 +126,13 @@ class Allocations:
             [(bits, size) for bits in self.sweep.bits for size in self.sweep.group_sizes],
             dict.fromkeys(self.sweep.keep_16bit),
         )
-        self.budgets = {key: _Budget(key, round(self.keys[key] * 1e6)) for key in todo}
+        self.budgets = {key: _Budget(key, round(self.keys[key] * 1e6)) for key in to_run}
         path = "allocations/sensitivities.json"
         found = None if anew else self._read(path, fingerprint(self.inputs))
         if found is not None:
             self.losses = {(item["layer"], item["option"]): item for item in found["losses"]}
             return self._candidates()
-        pieces = pieces_of(self.options, 2 * self.needs.slots)
+        pieces = shards_of(self.options, 2 * self.needs.slots)
         items: list[Item] = []
         for number, piece in enumerate(pieces):
             name = f"sensitivity/{number}"
@@ -166,7 +171,7 @@ class Allocations:
             {**found, "layer": layer, "option": option}
             for (layer, option), found in sorted(self.losses.items())
         ]
-        self.material.attempt.write_json(
+        self.shared_context.attempt.write_json(
             "allocations/sensitivities.json",
             {"fingerprint": fingerprint(self.inputs), "inputs": self.inputs, "losses": told},
         )
@@ -226,7 +231,7 @@ class Allocations:
         }
         controls = self._controls(allocation.bytes, budget.bytes)
         decision = {
-            "fingerprint": self._print(budget.key),
+            "fingerprint": self._fingerprint(budget.key),
             "inputs": self.inputs,
             "budget_bytes": budget.bytes,
             "bytes": allocation.bytes,
@@ -239,7 +244,7 @@ class Allocations:
             ],
             "controls": [[spec.bits, spec.group_size] for spec in controls],
         }
-        self.material.attempt.write_json(f"allocations/{budget.key}.json", decision)
+        self.shared_context.attempt.write_json(f"allocations/{budget.key}.json", decision)
         self.decided.add(budget.key)
         return self._cells(budget.key, layers, decision["controls"])
 
@@ -262,11 +267,11 @@ class Allocations:
             name: None if found is None else self._like_base(*found)
             for name, found in layers.items()
         }
-        beside = []
+        cells = [self._cell(key, made)]
         for found in controls:
             control = uniform(self._like_base(*found), self.source.role)
-            beside.append(Cell(control.key, control.model, control.spec, control_of=(key,)))
-        return [self._cell(key, made), *beside]
+            cells.append(Cell(control.key, control.model, control.spec, control_of=(key,)))
+        return cells
 
     def _like_base(self, bits: int, group_size: Any) -> QuantSpec:
         return QuantSpec(bits, group_size, self.base.method, self.base.embeddings, self.base.head)
@@ -293,7 +298,7 @@ class Allocations:
 
 
 def sensitivity_task(
-    material: SharedContext, source: Source, pieces: list[Any]
+    shared_context: SharedContext, source: Source, pieces: list[Any]
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """KL on select of the 16-bit model with one layer quantized, for each of `pieces`."""
     import torch
@@ -301,36 +306,36 @@ def sensitivity_task(
     from quant.allocation import sensitivity
     from quant.evaluation.reference import open_reference
 
-    torch.set_num_threads(material.threads)
+    torch.set_num_threads(shared_context.threads)
     folder = source.folder()
-    part, sequences = material.part("select", source), material.sequences("select")
+    part, sequences = shared_context.part("select", source), shared_context.sequences("select")
 
-    def tell(layer: int, layers: int, done: float) -> None:
+    def notify(layer: int, layers: int, done: float) -> None:
         share = (layer + done / max(1, sequences)) / layers
-        material.report(share, f"layer {layer + 1} of {layers}")
+        shared_context.report(share, f"layer {layer + 1} of {layers}")
 
     assert part.reference is not None
-    reference = open_reference(part.reference, folder, material.device, material.vocab)
-    model = material.setting().load(folder)
+    reference = open_reference(part.reference, folder, shared_context.device, shared_context.vocab)
+    model = shared_context.setting().load(folder)
     return sensitivity(
-        model, reference, part.batches, pieces, material.device, material.vocab, tell
+        model, reference, part.batches, pieces, shared_context.device, shared_context.vocab, notify
     )
 
 
-def candidate_task(material: SharedContext, source: Source, cell: Cell) -> dict[str, Any]:
+def candidate_task(shared_context: SharedContext, source: Source, cell: Cell) -> dict[str, Any]:
     """KL on select of the model quantized by an allocation."""
     from quant.evaluation.cell import select_kl
 
     work = {
-        "quantize": QUANTIZE_TOKENS / material.sequence_length,
-        "evaluation/select": EVALUATE * material.sequences("select"),
+        "quantize": QUANTIZE_TOKENS / shared_context.sequence_length,
+        "evaluation/select": EVALUATE * shared_context.sequences("select"),
     }
-    advance = Advance(material.report, work)
+    advance = Advance(shared_context.report, work)
     return select_kl(
         cell,
         source.folder(),
-        material.part("select", source, advance),
-        setting=material.setting(),
-        keep_16bit=material.sweep.keep_16bit,
+        shared_context.part("select", source, advance),
+        setting=shared_context.setting(),
+        keep_16bit=shared_context.sweep.keep_16bit,
         progress=advance.quantized,
     )

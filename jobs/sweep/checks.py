@@ -47,10 +47,10 @@ def _model_faults(sweep: SweepSpec, config: PreTrainedConfig, role: str) -> list
     for table, head in dict.fromkeys((cell.embeddings, cell.head) for cell in cells):
         if faults or not (table or head):
             continue
-        ends = QuantSpec(8, CHANNEL, "hqq", table, head)
+        embedding_choices = QuantSpec(8, CHANNEL, "hqq", table, head)
         key = "sweep.embeddings" if table else "sweep.head"
-        more = faults_in(partial(find, ends, kept), key)
-        if more and len(sweep.ends) > 1:
+        more = faults_in(partial(find, embedding_choices, kept), key)
+        if more and len(sweep.embedding_choices) > 1:
             asked = f"{{embeddings: {str(table).lower()}, head: {str(head).lower()}}}"
             more = [f"{line}; or sweep.exclude: [{asked}]" for line in more]
         faults += more

@@ -79,8 +79,8 @@ def reference_folder(role: str, spec: JobSpec, model: PreTrainedModel, outputs: 
 
 def extra_fingerprint(extra: ExtraModel, spec: JobSpec, student: Any, outputs: Outputs) -> str:
     """What the evaluation of a model quantized elsewhere depends on; it is beside the student."""
-    print_ = model_fingerprint("extra", spec, student, outputs)
-    return fingerprint({"extra": extra_identity(extra), "beside": print_})
+    fingerprint_ = model_fingerprint("extra", spec, student, outputs)
+    return fingerprint({"extra": extra_identity(extra), "beside": fingerprint_})
 
 
 def complete(sweep: SweepSpec, result: dict[str, Any], store: Store, key: str) -> bool:

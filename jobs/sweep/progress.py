@@ -109,11 +109,11 @@ class Advance:
     def part(self, name: str, sequences: int) -> Callable[[str, float], None]:
         """What a `quant.evaluation.measure.Part` calls; phases are e.g. "evaluation/report"."""
 
-        def tell(what: str, done: float) -> None:
+        def notify(what: str, done: float) -> None:
             words = f"{_WORDS[what]} {name}: {int(done)} of {sequences} sequences"
             self.at(f"{what}/{name}", done / max(1, sequences), words)
 
-        return tell
+        return notify
 
     def quantized(self, done: int, total: int) -> None:
         """What `quant.evaluation.cell.run_cell` calls."""

@@ -39,7 +39,7 @@ def cell_resources(
     gpus: float = 1 if cluster.gpus and wants else 0
     if asked.gpus_per_cell != "auto":
         gpus = asked.gpus_per_cell
-    if not cluster.room(cpus, gpus):
+    if not cluster.capacity(cpus, gpus):
         there = ", ".join(f"{c} CPUs and {g} GPUs" for c, g in cluster.nodes)
         raise SpecErrors(
             [
@@ -82,7 +82,7 @@ class CellRequests:
 
     @property
     def slots(self) -> int:
-        return self.cluster.room(self.cpus, self.gpus)
+        return self.cluster.capacity(self.cpus, self.gpus)
 
     def task(self) -> ResourceRequest:
         """A task that needs no memory worth mentioning."""

@@ -32,7 +32,7 @@ class Sweep:
         self.spec, self.sweep = spec, spec.sweep
         self.sources = sources_of(context)
         self.needs = CellRequests.of(context, self.sources)
-        self.material = SharedContext(
+        self.shared_context = SharedContext(
             sweep=spec.sweep,
             corpus=context.corpus,
             cache=context.cache,
@@ -52,31 +52,31 @@ class Sweep:
         self.timing: dict[str, float] = {}
         main = main_model(spec.sweep)
         self.allocations = Allocations(
-            spec.sweep, self.material, self.sources[main], self.needs, context.outputs
+            spec.sweep, self.shared_context, self.sources[main], self.needs, context.outputs
         )
         self.pool: Any = None
         self.running = Running()
 
     # What is there already.
 
-    def print_of(self, cell: Cell) -> str:
+    def fingerprint_of(self, cell: Cell) -> str:
         """The fingerprint of a cell."""
         identity = self.sources[cell.model].identity
         return cell_fingerprint(cell, self.spec, identity, self.context.outputs)
 
-    def finished(self, path: str, print_: str) -> dict[str, Any] | None:
+    def finished(self, path: str, fingerprint_: str) -> dict[str, Any] | None:
         """A published result, if it is done and of this fingerprint."""
         store = self.context.run.store
         if self.context.forced or not store.exists(path):
             return None
         result = store.read_json(path)
         done = result.get("status", "done") == "done"
-        fits = done and result.get("fingerprint") == print_
+        fits = done and result.get("fingerprint") == fingerprint_
         return result if fits else None
 
     def _stands(self, cell: Cell) -> bool:
         """Whether a cell has a result that stands; it is taken over then."""
-        found = self.finished(f"cells/{cell.key}/result.json", self.print_of(cell))
+        found = self.finished(f"cells/{cell.key}/result.json", self.fingerprint_of(cell))
         if found is None or not fingerprints.complete(
             self.sweep, found, self.context.run.store, cell.key
         ):
@@ -111,17 +111,17 @@ class Sweep:
             self._forget_made()
         for cell in [] if context.forced else self.allocations.known():
             self.cells.setdefault(cell.key, cell)
-        todo = [cell for cell in self.cells.values() if not self._stands(cell)]
+        to_run = [cell for cell in self.cells.values() if not self._stands(cell)]
         again = fingerprints.missing(self.sweep, self.results, context.run.store)
-        todo += [self.cells[key] for key in again]
+        to_run += [self.cells[key] for key in again]
         for key in again:
             del self.results[key]
         allocating = self.allocations.first(anew=context.forced)
-        loaded: set[str] = {cell.model for cell in todo}
+        loaded: set[str] = {cell.model for cell in to_run}
         loaded |= {main_model(self.sweep)} if allocating else set()
-        loaded |= {"student"} if self._extra_todo() else set()
+        loaded |= {"student"} if self._extra_to_run() else set()
         self._models(loaded)
-        for cell in todo:
+        for cell in to_run:
             self._add(cell)
         for item in allocating:
             self._allocate(item)
@@ -138,8 +138,8 @@ class Sweep:
         """The unquantized models that are not evaluated yet, and references that cells need."""
         outputs, store = self.context.outputs, self.context.run.store
         for role, source in self.sources.items():
-            print_ = model_fingerprint(role, self.spec, source.identity, outputs)
-            done = self.finished(f"evaluations/{role}.json", print_) is not None
+            fingerprint_ = model_fingerprint(role, self.spec, source.identity, outputs)
+            done = self.finished(f"evaluations/{role}.json", fingerprint_) is not None
             stored = all(
                 store.exists(f"{source.references}/{part}/meta.json")
                 for part in ("select", "report")
@@ -147,30 +147,30 @@ class Sweep:
             loads = role in references or (role == "teacher" and self.sweep.tasks)
             if role in references and not (done and stored):
                 need = self.needs.reference(source)
-                arguments = (source, print_, True)
+                arguments = (source, fingerprint_, True)
                 self._add_task(f"model/{role}", model_task, arguments, source, need=need)
             elif done:
                 continue
             elif role == "teacher" and not loads:
                 assert self.spec.teacher is not None
-                named = (source.name, self.spec.teacher, print_)
+                named = (source.name, self.spec.teacher, fingerprint_)
                 self._add_task(f"model/{role}", teacher_task, named)
             else:
-                self._add_task(f"model/{role}", model_task, (source, print_), source)
-        for extra, print_ in self._extra_todo():
+                self._add_task(f"model/{role}", model_task, (source, fingerprint_), source)
+        for extra, fingerprint_ in self._extra_to_run():
             student = self.sources["student"]
             after = self._reference("student")
             key = f"extra/{extra.label}"
-            self._add_task(key, extra_task, (extra, student, print_), student, after)
+            self._add_task(key, extra_task, (extra, student, fingerprint_), student, after)
 
-    def _extra_todo(self) -> list[tuple[Any, str]]:
+    def _extra_to_run(self) -> list[tuple[Any, str]]:
         """Models quantized elsewhere that are not evaluated yet, with their fingerprints."""
         student = self.sources["student"].identity
         found = []
         for extra in self.sweep.extra:
-            print_ = extra_fingerprint(extra, self.spec, student, self.context.outputs)
-            if self.finished(f"evaluations/extra-{extra.label}.json", print_) is None:
-                found.append((extra, print_))
+            fingerprint_ = extra_fingerprint(extra, self.spec, student, self.context.outputs)
+            if self.finished(f"evaluations/extra-{extra.label}.json", fingerprint_) is None:
+                found.append((extra, fingerprint_))
         return found
 
     def _reference(self, role: str) -> tuple[str, ...]:
@@ -186,7 +186,13 @@ class Sweep:
         self.pool.add(
             key,
             cell_task,
-            (self.material, cell, self.print_of(cell), source, self.needs.forecast(cell, source)),
+            (
+                self.shared_context,
+                cell,
+                self.fingerprint_of(cell),
+                source,
+                self.needs.forecast(cell, source),
+            ),
             need=self.needs.cell(cell, source),
             after=self._reference(cell.model),
             priority=self.needs.cost(cell, source),
@@ -207,7 +213,7 @@ class Sweep:
         self.pool.add(
             key,
             task,
-            (replace(self.material, threads=int(need.cpus)), *arguments),
+            (replace(self.shared_context, threads=int(need.cpus)), *arguments),
             need=need,
             after=after,
             priority=float("inf"),
@@ -256,7 +262,7 @@ class Sweep:
         result = {
             **failed_cell(cell, failure.error),
             "failure": failure.kind,
-            "fingerprint": self.print_of(cell),
+            "fingerprint": self.fingerprint_of(cell),
         }
         self.context.attempt.write_json(f"cells/{cell.key}/result.json", result)
         return result
@@ -323,7 +329,9 @@ class Sweep:
     def measure(self) -> None:
         """Speeds of the cells that have none: the exclusive pass."""
         models = {key: cell.model for key, cell in self.cells.items()}
-        measure_speeds(self.context, self.material, self.needs, self.sources, models, self.results)
+        measure_speeds(
+            self.context, self.shared_context, self.needs, self.sources, models, self.results
+        )
         self.context.reporter.end_stage("speed")
 
     # The end.

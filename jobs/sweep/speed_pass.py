@@ -25,7 +25,7 @@ BASELINE = (
 
 def measure_speeds(
     context: Context,
-    material: SharedContext,
+    shared_context: SharedContext,
     needs: CellRequests,
     sources: Mapping[str, Source],
     models: Mapping[str, str],
@@ -40,13 +40,13 @@ def measure_speeds(
     """
     speeds_of = {r.get("gpu_type") or "" for r in results.values() if _measured(r)}
     need, machines = needs.exclusive(speeds_of)
-    todo: dict[str, list[str]] = {}
+    to_run: dict[str, list[str]] = {}
     for key, result in results.items():
         there = result["status"] == "done" and result.get("model_kept")
         if there and not has_speed(result, need.gpu_type):
-            todo.setdefault(models[key], []).append(key)
-    speeds = _Speeds(context, material, needs, need, machines, results)
-    for role, keys in todo.items():
+            to_run.setdefault(models[key], []).append(key)
+    speeds = _Speeds(context, shared_context, needs, need, machines, results)
+    for role, keys in to_run.items():
         for part in range(machines):
             speeds.add(sources[role], keys[part::machines])
     speeds.run()
@@ -60,13 +60,13 @@ class _Speeds:
     def __init__(
         self,
         context: Context,
-        material: SharedContext,
+        shared_context: SharedContext,
         needs: CellRequests,
         need: ResourceRequest,
         machines: int,
         results: dict[str, dict[str, Any]],
     ) -> None:
-        self.context, self.material, self.results = context, material, results
+        self.context, self.shared_context, self.results = context, shared_context, results
         self.limit_s, self.gpu_type = needs.limit_s, need.gpu_type
         self.tasks: dict[str, tuple[Source, list[str]]] = {}
         self.at: dict[str, int] = {}  # by task: how many of its cells are behind it
@@ -76,7 +76,7 @@ class _Speeds:
         self.pool = FanOut(
             call,
             need=need,
-            in_flight=machines,
+            max_running=machines,
             should_stop=context.stop.is_set,
             on_wait=tasks_wait(context, "sweep"),
             on_progress=self._progress,
@@ -89,13 +89,13 @@ class _Speeds:
         name = f"speed/{len(self.tasks)}"
         self.tasks[name] = (source, keys)
         self.total += 0 if again else len(keys)
-        arguments = (self.material, keys, source, self.gpu_type)
+        arguments = (self.shared_context, keys, source, self.gpu_type)
         self.pool.add(name, speed_task, arguments, limit_s=self.limit_s * len(keys))
 
     def run(self) -> None:
         """Until every cell was measured, or cannot be."""
         if self.tasks:
-            self._tell()  # its process takes a while to start
+            self._notify()  # its process takes a while to start
         for name, outcome in self.pool:
             source, keys = self.tasks[name]
             at = self.at.pop(name, 0)
@@ -122,16 +122,16 @@ class _Speeds:
             self.context.reporter.say(f"sweep: no speed of {key}: {error}")
             self.context.emit("speed_failed", stage="sweep", key=key, error=error)
         self.ended += len(keys)
-        self._tell()
+        self._notify()
 
     def _progress(self, name: str, progress: Progress) -> None:
         before = self.at.get(name, 0)
         self.at[name] = int(progress.done * len(self.tasks[name][1]) + 1e-6)
         self.now[name] = progress
         if self.at[name] != before or self.running.due():
-            self._tell()
+            self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         done = self.ended + sum(self.at.values())
         shares = {name: now.done * len(self.tasks[name][1]) for name, now in self.now.items()}
         self.context.emit(

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def model_task(
-    material: SharedContext, source: Source, print_: str, references: bool = False
+    shared_context: SharedContext, source: Source, fingerprint_: str, references: bool = False
 ) -> dict[str, Any]:
     """Evaluates a 16-bit model and publishes evaluations/<role>.json.
 
@@ -46,74 +46,78 @@ def model_task(
     """
     from quant.evaluation.baselines import evaluate_model
 
-    store = material.attempt.store
+    store = shared_context.attempt.store
     with tempfile.TemporaryDirectory(prefix="stillhouse-reference-") as temporary:
-        todo = {
+        to_run = {
             part: f"{temporary}/{part}"
             for part in PARTS
             if references and not store.exists(f"{source.references}/{part}/meta.json")
         }
-        advance = _model_advance(material, todo)
+        advance = _model_advance(shared_context, to_run)
         result = evaluate_model(
             source.folder(),
-            material.part("report", advance=advance),
-            material.part("select", advance=advance),
+            shared_context.part("report", advance=advance),
+            shared_context.part("select", advance=advance),
             source.role,  # type: ignore[arg-type]
             source.name,
-            setting=material.setting(advance),
-            references=todo,
+            setting=shared_context.setting(advance),
+            references=to_run,
         )
-        for part, folder in todo.items():
-            upload(material.attempt, Path(folder), f"{source.references}/{part}", "meta.json")
-    result["fingerprint"] = print_
-    material.attempt.write_json(f"evaluations/{source.role}.json", result)
+        for part, folder in to_run.items():
+            upload(shared_context.attempt, Path(folder), f"{source.references}/{part}", "meta.json")
+    result["fingerprint"] = fingerprint_
+    shared_context.attempt.write_json(f"evaluations/{source.role}.json", result)
     return result
 
 
 def teacher_task(
-    material: SharedContext, name: str, teacher: TeacherSpec, print_: str
+    shared_context: SharedContext, name: str, teacher: TeacherSpec, fingerprint_: str
 ) -> dict[str, Any]:
     """Evaluates the teacher from its records alone and publishes evaluations/teacher.json."""
     from quant.evaluation.baselines import evaluate_model
 
-    advance = Advance(material.report, _tasks(material))
+    advance = Advance(shared_context.report, _tasks(shared_context))
     result = evaluate_model(
         str(find_model("teacher.model", teacher.model, teacher.revision)),
-        material.part("report"),
-        material.part("select"),
+        shared_context.part("report"),
+        shared_context.part("select"),
         "teacher",
         name,
-        setting=material.setting(advance),
+        setting=shared_context.setting(advance),
     )
-    result["fingerprint"] = print_
-    material.attempt.write_json("evaluations/teacher.json", result)
+    result["fingerprint"] = fingerprint_
+    shared_context.attempt.write_json("evaluations/teacher.json", result)
     return result
 
 
 def extra_task(
-    material: SharedContext, extra: ExtraModel, source: Source, print_: str
+    shared_context: SharedContext, extra: ExtraModel, source: Source, fingerprint_: str
 ) -> dict[str, Any]:
     """Evaluates a model quantized elsewhere and publishes evaluations/extra-<name>.json."""
     from quant.evaluation.baselines import evaluate_extra
 
-    work = _evaluations(material, EVALUATE) | _tasks(material)
-    advance = Advance(material.report, work)
+    work = _evaluations(shared_context, EVALUATE) | _tasks(shared_context)
+    advance = Advance(shared_context.report, work)
     result = evaluate_extra(
         str(find_model("sweep.extra", extra.path)),
         source.folder(),
-        material.part("report", source, advance),
-        material.part("select", source, advance),
+        shared_context.part("report", source, advance),
+        shared_context.part("select", source, advance),
         extra.label,
-        setting=material.setting(advance),
-        reference_tasks=_reference_tasks(material, source),
+        setting=shared_context.setting(advance),
+        reference_tasks=_reference_tasks(shared_context, source),
     )
-    result["fingerprint"] = print_
-    material.attempt.write_json(f"evaluations/extra-{extra.label}.json", result)
+    result["fingerprint"] = fingerprint_
+    shared_context.attempt.write_json(f"evaluations/extra-{extra.label}.json", result)
     return result
 
 
 def cell_task(
-    material: SharedContext, cell: Cell, print_: str, source: Source, need: MemoryEstimate
+    shared_context: SharedContext,
+    cell: Cell,
+    fingerprint_: str,
+    source: Source,
+    need: MemoryEstimate,
 ) -> dict[str, Any]:
     """One cell: quantizes, publishes the model, evaluates it, publishes its result.json.
 
@@ -124,20 +128,20 @@ def cell_task(
     from trainer.corpus.tokenizer import copy_tokenizer
 
     began = time.perf_counter()
-    _check_gpu(material, need)
+    _check_gpu(shared_context, need)
     folder = Path(source.folder())
-    store = material.attempt.store
-    before = made_before(store, cell.key, print_)
-    advance = _cell_advance(material, cell, quantized=before is not None)
+    store = shared_context.attempt.store
+    before = made_before(store, cell.key, fingerprint_)
+    advance = _cell_advance(shared_context, cell, quantized=before is not None)
     recover = None
     if cell.recovered:
-        recover = partial(_recover, material, source, advance)
+        recover = partial(_recover, shared_context, source, advance)
     with tempfile.TemporaryDirectory(prefix="stillhouse-cell-") as temporary:
 
         def publish(made: dict[str, Any]) -> None:
             copy_tokenizer(folder, Path(temporary))
             found = {**made, "seconds": time.perf_counter() - began}
-            publish_made(material.attempt, Path(temporary), cell.key, print_, found)
+            publish_made(shared_context.attempt, Path(temporary), cell.key, fingerprint_, found)
 
         out = temporary
         if before is not None:
@@ -145,27 +149,27 @@ def cell_task(
         result = run_cell(
             cell,
             str(folder),
-            material.part("report", source, advance),
-            material.part("select", source, advance),
+            shared_context.part("report", source, advance),
+            shared_context.part("select", source, advance),
             out,
-            setting=material.setting(advance),
-            keep_16bit=material.sweep.keep_16bit,
+            setting=shared_context.setting(advance),
+            keep_16bit=shared_context.sweep.keep_16bit,
             recover=recover,
-            reference_tasks=_reference_tasks(material, source),
+            reference_tasks=_reference_tasks(shared_context, source),
             progress=advance.quantized,
             made=before,
             on_saved=publish,
         )
     seconds = time.perf_counter() - began + (0.0 if before is None else before["seconds"])
     result |= {
-        "fingerprint": print_,
+        "fingerprint": fingerprint_,
         "model_kept": True,
         "predicted_memory_bytes": need.device or need.host,
         "cell_s": seconds,
-        "device": "gpu" if material.gpus else "cpu",
-        "device_hours": seconds * (material.gpus or material.threads) / 3600,
+        "device": "gpu" if shared_context.gpus else "cpu",
+        "device_hours": seconds * (shared_context.gpus or shared_context.threads) / 3600,
     }
-    material.attempt.write_json(f"cells/{cell.key}/result.json", result)
+    shared_context.attempt.write_json(f"cells/{cell.key}/result.json", result)
     _forget_made(store, cell.key)
     return result
 
@@ -175,23 +179,23 @@ def made_path(key: str) -> str:
     return f"cells/{key}/made.json"
 
 
-def made_before(store: Store, key: str, print_: str) -> dict[str, Any] | None:
+def made_before(store: Store, key: str, fingerprint_: str) -> dict[str, Any] | None:
     """What an earlier start of the cell of this fingerprint has made and published, if it has."""
     path = made_path(key)
     if not store.exists(path) or not store.exists(f"cells/{key}/model/config.json"):
         return None
     found: dict[str, Any] = store.read_json(path)
-    return found if found.get("fingerprint") == print_ else None
+    return found if found.get("fingerprint") == fingerprint_ else None
 
 
 def publish_made(
-    attempt: Attempt, folder: Path, key: str, print_: str, made: dict[str, Any]
+    attempt: Attempt, folder: Path, key: str, fingerprint_: str, made: dict[str, Any]
 ) -> None:
     """Publishes a cell's model, in the place of one that was there, and then says so."""
     attempt.fence()
     _forget_made(attempt.store, key)  # the model is replaced now
     upload(attempt, folder, f"cells/{key}/model")
-    attempt.write_json(made_path(key), {**made, "fingerprint": print_})
+    attempt.write_json(made_path(key), {**made, "fingerprint": fingerprint_})
 
 
 def _forget_made(store: Store, key: str) -> None:
@@ -199,60 +203,63 @@ def _forget_made(store: Store, key: str) -> None:
         store.delete(made_path(key))
 
 
-def _evaluations(material: SharedContext, weight: float) -> dict[str, float]:
+def _evaluations(shared_context: SharedContext, weight: float) -> dict[str, float]:
     """The phases of an evaluation, as `Advance` has them."""
-    return {f"evaluation/{part}": weight * material.sequences(part) for part in PARTS}
+    return {f"evaluation/{part}": weight * shared_context.sequences(part) for part in PARTS}
 
 
-def _tasks(material: SharedContext) -> dict[str, float]:
+def _tasks(shared_context: SharedContext) -> dict[str, float]:
     """The benchmark tasks as a phase, if there are any."""
-    documents = sum(task.limit or TASK_DOCUMENTS for task in material.sweep.tasks)
-    return {"tasks": documents * TASK_TOKENS / material.sequence_length} if documents else {}
+    documents = sum(task.limit or TASK_DOCUMENTS for task in shared_context.sweep.tasks)
+    return {"tasks": documents * TASK_TOKENS / shared_context.sequence_length} if documents else {}
 
 
-def _model_advance(material: SharedContext, references: Iterable[str]) -> Advance:
-    work = {f"reference/{part}": float(material.sequences(part)) for part in references}
-    evaluations = _evaluations(material, HEAD if work else EVALUATE)
-    return Advance(material.report, work | evaluations | _tasks(material))
+def _model_advance(shared_context: SharedContext, references: Iterable[str]) -> Advance:
+    work = {f"reference/{part}": float(shared_context.sequences(part)) for part in references}
+    evaluations = _evaluations(shared_context, HEAD if work else EVALUATE)
+    return Advance(shared_context.report, work | evaluations | _tasks(shared_context))
 
 
-def _cell_advance(material: SharedContext, cell: Cell, quantized: bool) -> Advance:
+def _cell_advance(shared_context: SharedContext, cell: Cell, quantized: bool) -> Advance:
     work: dict[str, float] = {}
     if not quantized:
-        work["quantize"] = QUANTIZE_TOKENS / material.sequence_length
-        if cell.recovered and (learn := material.sweep.recover) is not None:
+        work["quantize"] = QUANTIZE_TOKENS / shared_context.sequence_length
+        if cell.recovered and (learn := shared_context.sweep.recover) is not None:
             work["recover"] = LEARN * learn.steps * learn.batch_sequences
-    return Advance(material.report, work | _evaluations(material, EVALUATE) | _tasks(material))
+    return Advance(
+        shared_context.report,
+        work | _evaluations(shared_context, EVALUATE) | _tasks(shared_context),
+    )
 
 
 def _recover(
-    material: SharedContext, source: Source, advance: Advance, model: PreTrainedModel
+    shared_context: SharedContext, source: Source, advance: Advance, model: PreTrainedModel
 ) -> dict[str, Any]:
     """Trains the scales of a quantized model; see `quant.recovery.recover`."""
     from quant.recovery.recover import recover
 
-    assert material.sweep.recover is not None
+    assert shared_context.sweep.recover is not None
     return recover(
         model,
-        material.sweep.recover,
-        corpus=material.corpus,
-        cache=material.cache,
-        cache_spec=material.cache_spec,
-        data=material.data,
-        distill=material.distill,
-        select=material.part("select", source),
+        shared_context.sweep.recover,
+        corpus=shared_context.corpus,
+        cache=shared_context.cache,
+        cache_spec=shared_context.cache_spec,
+        data=shared_context.data,
+        distill=shared_context.distill,
+        select=shared_context.part("select", source),
         reference_folder=source.folder(),
-        vocab=material.vocab,
-        seed=material.seed,
-        threads=material.threads,
-        device=material.device,
+        vocab=shared_context.vocab,
+        seed=shared_context.seed,
+        threads=shared_context.threads,
+        device=shared_context.device,
         progress=advance.steps,
     )
 
 
-def _check_gpu(material: SharedContext, need: MemoryEstimate) -> None:
+def _check_gpu(shared_context: SharedContext, need: MemoryEstimate) -> None:
     """Raise MemoryError unless the GPU can hold the cell: better now than in its middle."""
-    if not material.gpus:
+    if not shared_context.gpus:
         return
     import torch
 
@@ -264,11 +271,11 @@ def _check_gpu(material: SharedContext, need: MemoryEstimate) -> None:
         )
 
 
-def _reference_tasks(material: SharedContext, source: Source) -> dict[str, Any] | None:
+def _reference_tasks(shared_context: SharedContext, source: Source) -> dict[str, Any] | None:
     """What the 16-bit model answers in the benchmark tasks."""
-    if not material.sweep.tasks:
+    if not shared_context.sweep.tasks:
         return None
-    found = material.attempt.store.read_json(f"evaluations/{source.role}.json")
+    found = shared_context.attempt.store.read_json(f"evaluations/{source.role}.json")
     tasks: dict[str, Any] | None = found.get("tasks")
     return tasks
 
@@ -294,7 +301,7 @@ def _upload_in_order(attempt: Attempt, folder: Path, place: str, last: str) -> N
 
 
 def speed_task(
-    material: SharedContext,
+    shared_context: SharedContext,
     keys: Sequence[str],
     source: Source,
     gpu_type: str,
@@ -305,32 +312,32 @@ def speed_task(
     A cell that has a speed already, from a process that was lost, is not measured again. gpu_type:
     of the node, as Ray calls it, "" without a GPU. Returns the errors, by cell.
     """
-    material.report(0.0, keys[0])
+    shared_context.report(0.0, keys[0])
     import torch
 
     from quant.evaluation.cell import measure_cell
     from quant.evaluation.speed import load_baseline
 
-    store, sweep = material.attempt.store, material.sweep
+    store, sweep = shared_context.attempt.store, shared_context.sweep
     tokens = sweep.speed_prompt_tokens, sweep.speed_decode_tokens
-    torch.set_num_threads(material.speed_threads)
-    baseline = load_baseline(source.folder(), material.device, *tokens)
+    torch.set_num_threads(shared_context.speed_threads)
+    baseline = load_baseline(source.folder(), shared_context.device, *tokens)
     errors: dict[str, str] = {}
     for number, key in enumerate(keys):
-        material.report(number / len(keys), key)
+        shared_context.report(number / len(keys), key)
         path = f"cells/{key}/result.json"
         if has_speed(store.read_json(path), gpu_type):
             continue
         try:
             folder = store.fetch_folder(f"cells/{key}/model")
-            tell = partial(_share, material.report, number, len(keys), key)
-            speeds = measure_cell(str(folder), baseline, *tokens, tell=tell)
+            notify = partial(_share, shared_context.report, number, len(keys), key)
+            speeds = measure_cell(str(folder), baseline, *tokens, notify=notify)
         except Exception as error:  # of this cell alone
             traceback.print_exc()
             errors[key] = " ".join(str(error).split()) or type(error).__name__
             continue
         speeds["gpu_type"] = gpu_type
-        material.attempt.write_json(path, {**store.read_json(path), **speeds})
+        shared_context.attempt.write_json(path, {**store.read_json(path), **speeds})
     return errors
 
 
@@ -347,5 +354,5 @@ def has_speed(result: Mapping[str, Any], gpu_type: str) -> bool:
 
 def call(function: Any, arguments: tuple[Any, ...], report: Report = silent) -> Any:
     """What the fan-out runs: one of these tasks, whose first argument is the material."""
-    material, *others = arguments
-    return function(replace(material, report=report), *others)
+    shared_context, *others = arguments
+    return function(replace(shared_context, report=report), *others)

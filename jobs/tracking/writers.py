@@ -321,10 +321,10 @@ def _follow(
     data: RunData | None = None
     going = True
     while True:
-        news = tail.poll()
-        events += news
-        if news:
-            if data is None or any(event.get("event") != "step" for event in news):
+        new_events = tail.poll()
+        events += new_events
+        if new_events:
+            if data is None or any(event.get("event") != "step" for event in new_events):
                 data = load_run(store, list(events))
             else:
                 data = replace(data, events=list(events))

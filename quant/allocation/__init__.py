@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from quant.allocation.candidates import Allocation, candidates, neighbours, uniform_controls
 from quant.allocation.options import Option, Options, layer_options, uniform_bytes
-from quant.allocation.sensitivity import pieces_of, sensitivity
+from quant.allocation.sensitivity import sensitivity, shards_of
 
 __all__ = [
     "Allocation",
@@ -26,7 +26,7 @@ __all__ = [
     "candidates",
     "layer_options",
     "neighbours",
-    "pieces_of",
+    "shards_of",
     "sensitivity",
     "uniform_bytes",
     "uniform_controls",

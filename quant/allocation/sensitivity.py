@@ -27,7 +27,7 @@ Piece = tuple[str, Option]  # a layer, and how it is quantized
 Losses = dict[tuple[str, str], dict[str, Any]]  # by layer and key of the option
 
 
-def pieces_of(options: Options, tasks: int) -> list[list[Piece]]:
+def shards_of(options: Options, tasks: int) -> list[list[Piece]]:
     """The work of `sensitivity` in at most `tasks` parts of about the same length.
 
     A piece costs a pass over the data, which all weights of the model take part in, and quantizing

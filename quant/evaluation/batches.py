@@ -215,18 +215,18 @@ class BatchProgress:
 
     def layer(self, share: float) -> None:
         """A model has passed that share of its layers."""
-        self._tell(self._forward * (self._passed + share) / self._models)
+        self._notify(self._forward * (self._passed + share) / self._models)
         self._passed += share == 1
 
     def head(self, share: float) -> None:
         """Of the batch's tokens that share has been measured."""
-        self._tell(self._forward + (1 - self._forward) * share)
+        self._notify(self._forward + (1 - self._forward) * share)
 
     def end(self) -> None:
         """The last batch is done."""
         self.begin(0)
 
-    def _tell(self, share: float) -> None:
+    def _notify(self, share: float) -> None:
         self._say(self._done + self._size * min(share, 1.0))
 
 

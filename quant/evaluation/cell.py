@@ -252,7 +252,7 @@ def measure_cell(
     prompt_tokens: int,
     decode_tokens: int,
     repeats: int = 3,
-    tell: Callable[[float], None] = lambda done: None,
+    notify: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Speed of a saved cell, loaded for speed, beside the 16-bit model it was made from.
 
@@ -264,7 +264,7 @@ def measure_cell(
     device = baseline.device
     dtype = getattr(torch, fast_dtype(str(device)))
     model = load_quantized(artifact_folder, device, prefer="speed", dtype=dtype)
-    found = measure_speed(model, baseline, prompt_tokens, decode_tokens, repeats, tell)
+    found = measure_speed(model, baseline, prompt_tokens, decode_tokens, repeats, notify)
     return {**found, "kernel_kl": kernel_kl(model), "device_name": device_name(device)}
 
 

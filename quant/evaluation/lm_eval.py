@@ -335,8 +335,8 @@ def _quiet() -> Iterator[list[Callable[[int, int], None]]]:
 
         def update(self, n: float | None = 1) -> None:
             self.n += n or 0
-            for tell in answered:
-                tell(int(self.n), int(self.total or 0))
+            for notify in answered:
+                notify(int(self.n), int(self.total or 0))
 
     logger = logging.getLogger("lm_eval")
     level, drawn = logger.level, not datasets.are_progress_bars_disabled()

@@ -79,7 +79,7 @@ def measure_speed(
     prompt_tokens: int,
     decode_tokens: int,
     repeats: int = 3,
-    tell: Callable[[float], None] = lambda done: None,
+    notify: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Tokens per second of greedy generation for one sequence, each number a median of repeats.
 
@@ -112,7 +112,7 @@ def measure_speed(
     def in_turns() -> Iterator[tuple[str, PreTrainedModel]]:
         for turn in models.items():
             yield turn
-            tell(next(told) / (len(models) * (repeats + 3)))
+            notify(next(told) / (len(models) * (repeats + 3)))
 
     for _, one in in_turns():  # allocations and lazy set-up are no part of the speed
         generation_seconds(one, prompt, 2)

@@ -136,13 +136,13 @@ class Stream(Iterator[str]):
         tokenizer: PreTrainedTokenizerBase,
         prompt: Tensor,
         config: GenerationConfig,
-        room: int,
+        space: int,
         seed: int | None = None,
     ) -> None:
         """prompt: ids `[1, tokens]`; room: the most new tokens that the positions leave."""
         self.ids: list[int] = []  # the new tokens so far, special ones too
         self._model, self._tokenizer, self._prompt = model, tokenizer, prompt
-        self._config, self._room, self._seed = config, room, seed
+        self._config, self._space, self._seed = config, space, seed
         self._stop = threading.Event()
         self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._clock = _Clock(self._tokens)
@@ -173,7 +173,7 @@ class Stream(Iterator[str]):
         elif len(self.ids) < self._config.max_new_tokens:
             finish = STOPPED
         else:
-            finish = POSITIONS if len(self.ids) == self._room else LENGTH
+            finish = POSITIONS if len(self.ids) == self._space else LENGTH
         kernel = kernel_names(self._model)
         if kernel == "dense":
             kernel = f"{str(self._model.dtype).removeprefix('torch.')} matmul"
@@ -255,8 +255,8 @@ def stream(
         raise ValueError(f"{name}: {fault}")
     ids = _prompt_ids(tokenizer, prompt)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = max_new_tokens + 1 if limit is None else limit - len(ids)
-    if limit is not None and room < 1:
+    space = max_new_tokens + 1 if limit is None else limit - len(ids)
+    if limit is not None and space < 1:
         raise ValueError(
             f"prompt: has {len(ids):,} tokens, but the model has {limit:,} positions, for prompt "
             f"and new tokens together; give one of at most {limit - 1:,} tokens"
@@ -272,17 +272,17 @@ def stream(
     padding = None if own is None else own.pad_token_id
     if padding is None:
         padding = ends[0] if isinstance(ends, list) else ends
-    drawing = {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0}
     config = GenerationConfig(
-        max_new_tokens=min(max_new_tokens, room),
+        max_new_tokens=min(max_new_tokens, space),
         do_sample=drawn,
         bos_token_id=None if own is None else own.bos_token_id,
         eos_token_id=ends,
         pad_token_id=padding,
-        **(drawing if drawn else {}),
+        **(sampling if drawn else {}),
     )
     prompt_ids = torch.tensor([ids], device=model.device)
-    return Stream(model, tokenizer, prompt_ids, config, room, seed if drawn else None)
+    return Stream(model, tokenizer, prompt_ids, config, space, seed if drawn else None)
 
 
 def _with_config(model: PreTrainedModel, config: GenerationConfig) -> Any:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from quant.codes import Codes, row_chunks, scaled, unpack
 from quant.kernels.blocks import lost_offsets
-from quant.kernels.kernel import Kernel, Refused, StoredWeight, kernel_group, repeated, room_above
+from quant.kernels.kernel import Kernel, Refused, StoredWeight, kernel_group, repeated, space_above
 
 INNER_TILES = 8  # tiles of 16 columns that a thread reads at once; 8 is torch's own choice
 TILE = (8, 16 * INNER_TILES)  # rows, columns
@@ -55,7 +55,7 @@ class TinyGemm(Kernel):
                 raise Refused("this GPU's int4 layout is not understood")
         # Scales as the kernel has them, zero points near the middle, and what is rounded off their
         # offsets: see the CPU's kernel.
-        centre = self.zero.float() + room_above(self.zero, self.bits, 15, 8)
+        centre = self.zero.float() + space_above(self.zero, self.bits, 15, 8)
         s, z = repeated(self.scale, centre, weight.group_size, padded)
         s = s.bfloat16().float()
         offset = (8 - z) * s
@@ -96,7 +96,7 @@ class TinyGemm(Kernel):
 
     def _moved(self, rows: slice) -> Tensor:
         """uint8 `[rows, columns]`: how far the codes are moved up; 0 for padding."""
-        moved = room_above(self.zero[rows], self.bits, 15, 8)
+        moved = space_above(self.zero[rows], self.bits, 15, 8)
         moved = F.pad(moved, (0, 0, 0, max(0, rows.stop - self.rows)))
         return moved.repeat_interleave(self.columns // moved.shape[1], 1)
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from quant.codes import Codes, row_chunks, scaled
 from quant.kernels.blocks import Grid, lost_offsets, on_grid
-from quant.kernels.kernel import Kernel, Refused, StoredWeight, kernel_group, repeated, room_above
+from quant.kernels.kernel import Kernel, Refused, StoredWeight, kernel_group, repeated, space_above
 
 ROWS = 64  # rows are padded to a multiple of this, which every block size divides
 
@@ -205,7 +205,7 @@ class Int4(Kernel):
     def _moved(self, rows: slice) -> Tensor:
         """uint8 `[rows, groups]`: how far the codes of each group are moved up; 0 for padding."""
         top = 15 if self.planes == 1 else 255
-        moved = room_above(self.zero[rows], self.bits, top, self.middle)
+        moved = space_above(self.zero[rows], self.bits, top, self.middle)
         return F.pad(moved, (0, 0, 0, max(0, rows.stop - self.rows)))
 
     def _whole(self, dtype: torch.dtype) -> Tensor:

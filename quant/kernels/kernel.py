@@ -103,9 +103,9 @@ def repeated(scale: Tensor, zero: Tensor, group_size: int, padded: int) -> tuple
     return wide, offset
 
 
-def room_above(zero: Tensor, bits: int, top: int, middle: int) -> Tensor:
+def space_above(zero: Tensor, bits: int, top: int, middle: int) -> Tensor:
     """uint8 of zero's shape: how far each group's codes move up so that its zero point comes near
     `middle` and no code passes `top`. It follows from what is stored, so that it can be undone.
     """
-    room = top - ((1 << bits) - 1)
-    return (middle - zero.float().round()).clamp_(0, room).to(torch.uint8)
+    space = top - ((1 << bits) - 1)
+    return (middle - zero.float().round()).clamp_(0, space).to(torch.uint8)

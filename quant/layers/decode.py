@@ -34,7 +34,7 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "logits_to_keep": (0, 1),
     "cache_position": (),  # any: positions are counted by the cache
 }
-ROOM = 256  # positions that a buffer of keys and values grows by, or a half of what it has
+SPACE = 256  # positions that a buffer of keys and values grows by, or a half of what it has
 
 
 def decode_step(model: PreTrainedModel, given: dict[str, Any]) -> CausalLMOutputWithPast | None:
@@ -187,8 +187,8 @@ class Decoder:
         elif positions.shape != (1, 1):
             return None
         x = self.embed(ids)
-        rooms = self._rooms(cache, length, x.dtype)
-        if rooms is None:
+        spaces = self._spaces(cache, length, x.dtype)
+        if spaces is None:
             return None
         cos, sin = self.rotary(x, positions)
         if cos.shape[-1] != self.head_dim:
@@ -199,44 +199,44 @@ class Decoder:
             sin.contiguous(),
             self.weights,
             self.sizes,
-            rooms,
+            spaces,
             length,
             self.heads,
             self.eps,
             self.vnni,
         )
         views = []
-        for layer, room in zip(layers, rooms, strict=True):
-            both = room.narrow(2, 0, length + 1)
+        for layer, space in zip(layers, spaces, strict=True):
+            both = space.narrow(2, 0, length + 1)
             layer.keys, layer.values = both[:1], both[1:]
             views.append((layer.keys, layer.values))
-        self.caches[cache] = rooms, views
+        self.caches[cache] = spaces, views
         return logits
 
-    def _rooms(self, cache: DynamicCache, length: int, dtype: torch.dtype) -> list[Tensor] | None:
-        """Per layer a buffer `[2, key heads, room, head size]` that holds what the cache does and
+    def _spaces(self, cache: DynamicCache, length: int, dtype: torch.dtype) -> list[Tensor] | None:
+        """Per layer a buffer `[2, key heads, space, head size]` that holds what the cache does and
         has a free position; None where the cache is not of this model's shape.
 
         After a step the cache's own tensors are views of the buffers. Where it has others by now,
         somebody else has been at work, and they are copied.
         """
         layers: list[Any] = cache.layers
-        rooms, views = self.caches.get(cache, ([], []))
-        if rooms and rooms[0].shape[2] > length:
+        spaces, views = self.caches.get(cache, ([], []))
+        if spaces and spaces[0].shape[2] > length:
             held = zip(layers, views, strict=True)
             if all(layer.keys is keys and layer.values is values for layer, (keys, values) in held):
-                return rooms
+                return spaces
         shape = (1, self.pairs, length, self.head_dim)
         if length == 0 or not all(_is_plain(layer, shape, dtype) for layer in layers):
             return None
-        size = length + max(ROOM, length // 2)
-        rooms = []
+        size = length + max(SPACE, length // 2)
+        spaces = []
         for layer in layers:
-            room = torch.empty(2, self.pairs, size, self.head_dim, dtype=dtype)
-            room[0, :, :length] = layer.keys[0]
-            room[1, :, :length] = layer.values[0]
-            rooms.append(room)
-        return rooms
+            space = torch.empty(2, self.pairs, size, self.head_dim, dtype=dtype)
+            space[0, :, :length] = layer.keys[0]
+            space[1, :, :length] = layer.values[0]
+            spaces.append(space)
+        return spaces
 
 
 class _Unsupported(Exception):

@@ -41,17 +41,17 @@ class Slices:
         self.most = max((SLICE - 1) // size, 1)
         if self.most > SPARE:  # whole vectors, so that nothing is added to fill them: search.py
             self.most -= self.most % (SPARE + 1)
-        room = self.most + SPARE
+        space = self.most + SPARE
         # numpy knows no bfloat16: as integers of that width.
         self._words = groups.view(_WORDS[groups.itemsize]).numpy()
-        self._raw = torch.empty(room, size, dtype=groups.dtype)
+        self._raw = torch.empty(space, size, dtype=groups.dtype)
         self._raw_words = self._raw.view(_WORDS[groups.itemsize]).numpy()
-        self._wide = torch.empty(room, size)
-        self.space = torch.empty(room, size)
-        self.mean = torch.empty(room)
-        self.errors = np.empty(room)
-        self.large: Floats = np.empty(room, np.float32)
-        self.moved: Numbers = np.empty(room, np.int64)
+        self._wide = torch.empty(space, size)
+        self.space = torch.empty(space, size)
+        self.mean = torch.empty(space)
+        self.errors = np.empty(space)
+        self.large: Floats = np.empty(space, np.float32)
+        self.moved: Numbers = np.empty(space, np.int64)
 
     def split(self, groups: Numbers) -> Iterator[tuple[Numbers, Tensor]]:
         """Slices of these groups: their numbers, and their weights as of `rows`."""

@@ -130,7 +130,7 @@ def runs_on(folder: Path, keys: list[str], node: Any) -> bool:
 
 def test_what_only_the_lost_node_could_hold_fails_with_the_numbers(tmp_path: Path) -> None:
     with nodes(1, 2) as (_, (other,)):
-        pool = FanOut(work, need=ResourceRequest(1), patience_s=5)
+        pool = FanOut(work, need=ResourceRequest(1), timeout_s=5)
         for index in range(4):
             pool.add(f"wide{index}", tmp_path, f"wide{index}", "", 600, need=ResourceRequest(2))
         pool.add("small0", tmp_path, "small0", "", 1)
@@ -153,7 +153,7 @@ def test_what_only_the_lost_node_could_hold_fails_with_the_numbers(tmp_path: Pat
 
 def test_a_node_that_takes_the_place_of_a_lost_one_gets_its_tasks(tmp_path: Path) -> None:
     with nodes(1, 2) as (cluster, (other,)):
-        pool = FanOut(work, need=ResourceRequest(1), patience_s=120)
+        pool = FanOut(work, need=ResourceRequest(1), timeout_s=120)
         pool.add("wide", tmp_path, "wide", "", 8, need=ResourceRequest(2))
         for index in range(30):
             pool.add(f"small{index}", tmp_path, f"small{index}", "", 0.5)

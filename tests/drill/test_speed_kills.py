@@ -59,7 +59,7 @@ def measure(store: Store) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any
     """The pass over all cells of the run: their results, and the events."""
     attempt, events = Attempt.claim(store), []
     sweep = SweepSpec(speed_prompt_tokens=4, speed_decode_tokens=100)
-    material = SharedContext(sweep, store, None, attempt, 256, 1, 1, 0)
+    shared_context = SharedContext(sweep, store, None, attempt, 256, 1, 1, 0)
     source = Source("student", store.sub("student"), "main", "tiny", "tiny", "references")
     context: Any = SimpleNamespace(
         run=SimpleNamespace(store=store),
@@ -68,14 +68,14 @@ def measure(store: Store) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any
         stop=threading.Event(),
         emit=lambda event, **fields: events.append({"event": event, **fields}),
         reporter=SimpleNamespace(say=lambda text: None),
-        beacon=SimpleNamespace(tell=lambda **fields: None),
+        heartbeat=SimpleNamespace(notify=lambda **fields: None),
     )
     needs: Any = SimpleNamespace(
         exclusive=lambda speeds: (ResourceRequest(2.0, 0), 1), limit_s=60.0
     )
     results = {key: store.read_json(f"cells/{key}/result.json") for key in KEYS}
     models = dict.fromkeys(KEYS, "student")
-    measure_speeds(context, material, needs, {"student": source}, models, results)
+    measure_speeds(context, shared_context, needs, {"student": source}, models, results)
     return results, events
 
 

@@ -207,8 +207,8 @@ def test_a_cell_killed_for_memory_is_recorded(folder: Path) -> None:
     )
     run = small_job.run_store(spec)
     memory = psutil.virtual_memory()
-    room = 5 << 30
-    threshold = (memory.total - memory.available + room) / memory.total
+    space = 5 << 30
+    threshold = (memory.total - memory.available + space) / memory.total
     process = small_job.start(
         "run",
         str(small_job.write_spec(spec, folder)),
@@ -217,7 +217,7 @@ def test_a_cell_killed_for_memory_is_recorded(folder: Path) -> None:
         RAY_memory_monitor_refresh_ms="200",
     )
     small_job.wait_for(run, lambda event: event["event"] == "cell_start", process)
-    command = [sys.executable, "-c", BALLOON, str(room), "60"]
+    command = [sys.executable, "-c", BALLOON, str(space), "60"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as balloon:
         try:
             assert balloon.stdout is not None and balloon.stdout.readline() == "full\n"

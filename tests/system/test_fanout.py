@@ -136,7 +136,7 @@ def test_all_ends_are_named_and_the_others_go_on(tmp_path: Path) -> None:
 def test_the_order_is_by_priority_and_by_what_comes_after_what(tmp_path: Path) -> None:
     began: list[str] = []
     pool = FanOut(
-        work, need=ONE, in_flight=1, on_start=lambda key, where: began.append(f"{key} {where}")
+        work, need=ONE, max_running=1, on_start=lambda key, where: began.append(f"{key} {where}")
     )
     pool.add("base", tmp_path, "base", "", 0.2)
     pool.add("behind", tmp_path, "behind", after=("base",), priority=9)
@@ -239,7 +239,7 @@ def test_a_task_that_hangs_is_ended_at_its_limit(tmp_path: Path) -> None:
     """Stopped, stuck in C, and waiting for a child; the time in the queue does not count."""
     limit_s = 6.0
     began = time.time()
-    pool = FanOut(work, need=ONE, in_flight=9, limit_s=limit_s)
+    pool = FanOut(work, need=ONE, max_running=9, limit_s=limit_s)
     hang = ("stop", "stuck", "child")
     for key in hang:
         pool.add(key, tmp_path, key, key, priority=1)
@@ -294,7 +294,7 @@ def test_leaving_the_loop_cancels_what_runs(tmp_path: Path) -> None:
 def test_fan_out_maps_as_before(tmp_path: Path) -> None:
     started: list[str] = []
     items = {str(index): (tmp_path, str(index)) for index in range(20)}
-    found = dict(fan_out(work, items, cpus=0.5, retries=1, in_flight=4, on_start=started.append))
+    found = dict(fan_out(work, items, cpus=0.5, retries=1, max_running=4, on_start=started.append))
     assert {key: result[0] for key, result in found.items()} == {key: key for key in items}
     assert sorted(started) == sorted(items)
 
@@ -368,11 +368,11 @@ def reporter(folder: Path, key: str, report: Any) -> str:
 def test_the_driver_hears_how_far_running_tasks_are(tmp_path: Path) -> None:
     told: dict[str, list[tuple[float, str]]] = {"steady": [], "dies once": []}
 
-    def hear(key: str, progress: Progress) -> None:
+    def poll(key: str, progress: Progress) -> None:
         told[key].append((progress.done, progress.words))
         (tmp_path / f"{key} {round(100 * progress.done)}").touch()
 
-    pool = FanOut(reporter, need=ONE, on_progress=hear)
+    pool = FanOut(reporter, need=ONE, on_progress=poll)
     for key in told:
         pool.add(key, tmp_path, key)
     assert dict(pool) == {key: key for key in told}

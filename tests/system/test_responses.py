@@ -100,7 +100,8 @@ class World:
         """Answers into a folder of their own."""
         from cluster.storage import open_store
         from trainer.responses.job import Answers
-        from trainer.spec.sections import ResponsesSpec, TeacherSpec
+        from trainer.spec.responses import ResponsesSpec
+        from trainer.spec.sections import TeacherSpec
 
         return Answers(
             teacher=TeacherSpec(model=str(self.teacher), dtype="float32", sharding=sharding),

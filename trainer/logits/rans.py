@@ -74,11 +74,11 @@ _WORD, _LOW, _PRECISION = U(32), U(LOW), U(PRECISION)
 _SLOT = U((1 << PRECISION) - 1)
 _TWELVE, _ONE, _TWO = U(0xFFF), U(1), U(2)
 _SYMBOL_BITS, _ESCAPE, _BYTE, _WORD_MASK = U(SYMBOL_BITS), U(ESCAPE), U(0xFF), U(0xFFFFFFFF)
-_PLAIN, _ROOM, _TABLE = U(255), U(63), U(SYMBOLS)
+_PLAIN, _SPACE, _TABLE = U(255), U(63), U(SYMBOLS)
 
 
 @inline
-def _make_room(state, words, at, limit):  # type: ignore[no-untyped-def]
+def _make_space(state, words, at, limit):  # type: ignore[no-untyped-def]
     """Lets go of a word where the state has reached the limit; words are written downwards."""
     if state >= limit:
         at -= _ONE
@@ -90,7 +90,7 @@ def _make_room(state, words, at, limit):  # type: ignore[no-untyped-def]
 @inline
 def _put_plain(state, words, at, value, bits):  # type: ignore[no-untyped-def]
     """Pushes `bits` (at most 32) plain bits."""
-    state, at = _make_room(state, words, at, _ONE << (_ROOM - bits))
+    state, at = _make_space(state, words, at, _ONE << (_SPACE - bits))
     return (state << bits) | value, at
 
 
@@ -119,7 +119,7 @@ def pack(events, state_of, bases, codes, words):  # type: ignore[no-untyped-def]
                 state, at = _put_plain(state, words, at, symbol, _SYMBOL_BITS)
                 code = codes[bases[context] + _ESCAPE]
             freq = code >> _WORD
-            state, at = _make_room(state, words, at, freq << (_ROOM - _PRECISION))
+            state, at = _make_space(state, words, at, freq << (_SPACE - _PRECISION))
             over = state // freq
             state = (over << _PRECISION) + (state - over * freq) + (code & _WORD_MASK)
         if first:

@@ -44,7 +44,7 @@ PIECE_BYTES = 8 << 20
 # Shards looked at together: so many pieces, and records, are in memory at once.
 TOGETHER = 4
 # A capture writes a shard's records before its index; what is older than this was abandoned.
-LEFTOVER_SECONDS = 3600.0
+STALE_AFTER_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ def _check_shard(cache: Store, files: Files, where: str, books: _Codebooks) -> S
     try:
         index = read_index(cache, files, where)
     except CacheDamaged as error:
-        room = min(rows_in(files.idx), MAX_SEQUENCES)
-        return ShardState(files.name, kind, Damage(error.path, error.why, kind, room))
+        space = min(rows_in(files.idx), MAX_SEQUENCES)
+        return ShardState(files.name, kind, Damage(error.path, error.why, kind, space))
     if index is None:  # dropped since the listing
         return ShardState(files.name, kind)
     sequences = len(index.keys)
@@ -184,7 +184,7 @@ def _check_shard(cache: Store, files: Files, where: str, books: _Codebooks) -> S
 def _unfinished(cache: Store, kind: str, name: str) -> Damage | None:
     path = f"{SHARDS}/{name}.bin"
     try:
-        young = time.time() - cache.modified(path) < LEFTOVER_SECONDS
+        young = time.time() - cache.modified(path) < STALE_AFTER_SECONDS
     except FileNotFoundError:
         return None
     if young or cache.exists(f"{SHARDS}/{name}.idx"):

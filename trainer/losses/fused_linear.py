@@ -25,7 +25,7 @@ __all__ = ["Head", "chunk_tokens", "fused_loss", "head_of"]
 
 # Bytes of a chunk of logits, and elements of a float32 strip of it.
 CPU_CHUNK, GPU_CHUNK = 16 << 20, 512 << 20
-CPU_STRIP, GPU_STRIP = 1 << 19, 1 << 25
+CPU_TILE, GPU_TILE = 1 << 19, 1 << 25
 # Fewer tokens than this make slow matrix products, however large the vocabulary.
 _FEWEST_TOKENS = 64
 # The weight's gradient is summed in the weight's own dtype over so many chunks, in float32 over
@@ -162,7 +162,7 @@ def _measure_chunk(
     if other is not None and any(loss.needs_teacher for _, loss in losses):
         assert target.teacher_hidden is not None
         of_teacher = other.product(target.teacher_hidden)
-    step = max(1, (CPU_STRIP if product.device.type == "cpu" else GPU_STRIP) // vocab)
+    step = max(1, (CPU_TILE if product.device.type == "cpu" else GPU_TILE) // vocab)
     sums = torch.zeros(len(losses), dtype=torch.float64, device=product.device)
     for start in range(0, len(product), step):
         strip = slice(start, start + step)

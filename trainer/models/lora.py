@@ -68,8 +68,8 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _is_end(model: PreTrainedModel, target: str) -> bool:
-    ends = [model.get_output_embeddings(), model.get_input_embeddings()]
-    return any(module in ends for name, module in model.named_modules() if _matches(name, target))
+    both = [model.get_output_embeddings(), model.get_input_embeddings()]
+    return any(module in both for name, module in model.named_modules() if _matches(name, target))
 
 
 def add_adapters(

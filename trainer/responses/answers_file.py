@@ -11,7 +11,8 @@ from trainer.corpus.conversations import conversation, prompt_completion
 from trainer.corpus.size import check_size
 from trainer.corpus.sources import TOOLS, refuse_tools
 from trainer.responses.store import FILE_BYTES, AnswerStore, answers_path
-from trainer.spec.sections import AnswersFile, DataSpec, SourceSpec
+from trainer.spec.responses import AnswersFile
+from trainer.spec.sections import DataSpec, SourceSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,8 @@ from typing import Any
 from trainer.responses.client import Client, Reply, Unanswered, too_many
 from trainer.responses.prompts import Prompt, read_prompts
 from trainer.responses.store import Answer, AnswerStore
-from trainer.spec.sections import AnswersEndpoint, DataSpec, ResponsesSpec
+from trainer.spec.responses import AnswersEndpoint, ResponsesSpec
+from trainer.spec.sections import DataSpec
 from trainer.worker import Hooks, Stopped
 
 # Answers are published at least so often, and progress is told at most so often, in seconds.

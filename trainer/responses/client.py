@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 
 from trainer.responses.prompts import Prompt
-from trainer.spec.sections import AnswersEndpoint, ResponsesSpec
+from trainer.spec.responses import AnswersEndpoint, ResponsesSpec
 
 # Share of the answers that may fail for good before the run stops; one may in any case.
 FAILING = 0.02

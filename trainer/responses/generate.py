@@ -30,7 +30,7 @@ from trainer.worker import Worker
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from trainer.spec.sections import ResponsesSpec
+    from trainer.spec.responses import ResponsesSpec
 
 
 class NextToken(LogitsProcessor):
@@ -95,7 +95,7 @@ class UnderWay:
     """A batch under way. tell(tokens): after every token, with the number of new ones. stop():
     whether a stop is asked for. stopped: whether the batch was left because of that."""
 
-    tell: Callable[[int], None]
+    notify: Callable[[int], None]
     stop: Callable[[], bool]
     stopped: bool = False
 
@@ -163,7 +163,7 @@ class _AllEnded(StoppingCriteria):
             going, stops = self.group.sum([float(not over), float(stop)])
             over, stop = going == 0.0, stops > 0.0
         self.batch.stopped = stop and not over
-        self.batch.tell(input_ids.shape[1] - self.start)
+        self.batch.notify(input_ids.shape[1] - self.start)
         return torch.full_like(now, over or stop)
 
 

@@ -29,7 +29,8 @@ from trainer.responses.generate import (
 )
 from trainer.responses.prompts import Prompt, read_prompts
 from trainer.responses.store import Answer, AnswerStore
-from trainer.spec.sections import DataSpec, ResponsesSpec, TeacherSpec
+from trainer.spec.responses import ResponsesSpec
+from trainer.spec.sections import DataSpec, TeacherSpec
 from trainer.teacher.placement import groups_for, memory_of
 from trainer.teacher.sampling import stream
 from trainer.teacher.sharded import largest_layer
@@ -111,11 +112,11 @@ def items_of(
     job: Answers, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, positions: int | None
 ) -> tuple[list[Item], int]:
     """All answers to be made, and how many prompts have no room for one."""
-    room = None if positions is None else positions - job.responses.max_new_tokens
+    space = None if positions is None else positions - job.responses.max_new_tokens
     items, long = [], 0
     for prompt in prompts:
         ids = prompt_ids(tokenizer, prompt)
-        if not ids or (room is not None and len(ids) > room):
+        if not ids or (space is not None and len(ids) > space):
             long += 1
             continue
         items += [Item(prompt, sample, ids) for sample in range(job.responses.samples)]
@@ -231,10 +232,10 @@ class _Run:
             if now - published >= self.job.publish_seconds:
                 self._publish()
                 published = now
-            self._tell(last=turn + 1 == rounds)
+            self._notify(last=turn + 1 == rounds)
         self._publish()
 
-    def _tell(self, answers: float = 0.0, tokens: int = 0, last: bool = False) -> None:
+    def _notify(self, answers: float = 0.0, tokens: int = 0, last: bool = False) -> None:
         """Tells the progress now and then. answers, tokens: of a batch that is under way."""
         now = time.monotonic()
         if not last and now - self.told < PROGRESS_SECONDS:
@@ -266,13 +267,13 @@ class _Run:
         )
         most = settings.max_new_tokens
 
-        def tell(tokens: int) -> None:
+        def notify(tokens: int) -> None:
             if counts:
-                self._tell(len(items) * min(0.99, tokens / most), len(items) * tokens)
+                self._notify(len(items) * min(0.99, tokens / most), len(items) * tokens)
 
         # Of ranks that run in step one speaks for all.
         speaks = group is None or group.is_main
-        batch = UnderWay(tell, lambda: speaks and self.worker.hooks.stop_requested())
+        batch = UnderWay(notify, lambda: speaks and self.worker.hooks.stop_requested())
         with torch.inference_mode(not self.teacher.sharded), torch.no_grad():
             new = self.teacher.engine(
                 ids.to(device), mask.to(device), streams.to(device), settings, group, batch

@@ -23,7 +23,8 @@ from cluster.storage import Store
 from cluster.storage.keys import fingerprint
 from trainer.resolve_auto import BATCH_TOKENS
 from trainer.responses.store import FILES, AnswerStore
-from trainer.spec.sections import AnswersFile, DataSpec, ResponsesSpec, SourceSpec
+from trainer.spec.responses import AnswersFile, ResponsesSpec
+from trainer.spec.sections import DataSpec, SourceSpec
 
 if TYPE_CHECKING:
     from trainer.worker import Hooks

@@ -27,7 +27,8 @@ from typing import Any
 from cluster.storage import Store
 from cluster.storage.keys import flatten
 from trainer.models.load import hash_files
-from trainer.spec.sections import AnswersEndpoint, AnswersFile, DataSpec, ResponsesSpec
+from trainer.spec.responses import AnswersEndpoint, AnswersFile, ResponsesSpec
+from trainer.spec.sections import DataSpec
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -214,11 +215,11 @@ def responses_identity(
         "from": "teacher",
         **flatten(dict(teacher), "teacher"),
         **flatten(template, "tokenizer"),
-        "ends": _generation_ends(folder),
+        "ends": _generation_end_ids(folder),
     }
 
 
-def _generation_ends(folder: Path | None) -> str:
+def _generation_end_ids(folder: Path | None) -> str:
     """The ids that end an answer by generation_config.json, which is in no other identity."""
     path = None if folder is None else folder / "generation_config.json"
     if path is None or not path.is_file():

@@ -47,7 +47,7 @@ class SpecReader(Generic[Model]):
                 # Of a section that is one of several kinds, what is wrong inside says more.
                 if path == detail["loc"] or not any(_inside(other, path) for other in paths):
                     lines.setdefault(path, self._line(path, detail, _value(data, path)))
-            return None, [*self._in_order(lines), *self._rules_beside(data, list(lines))]
+            return None, [*self._in_order(lines), *self._rules_around(data, list(lines))]
         if lines:
             return None, self._in_order(lines)
         return spec, []
@@ -200,7 +200,7 @@ class SpecReader(Generic[Model]):
             words += " (put it in quotes)"
         return f"{'.'.join(map(str, path))}: got {quote(got)}; may be {words}"
 
-    def _rules_beside(self, data: dict[Any, Any], at_fault: Sequence[KeyPath]) -> list[str]:
+    def _rules_around(self, data: dict[Any, Any], at_fault: Sequence[KeyPath]) -> list[str]:
         """Faults against the rules across sections, judged on the sections that are sound.
 
         Keys at fault are dropped for it; a section that does not hold without them is at fault

@@ -15,13 +15,11 @@ from urllib.parse import urlsplit
 
 from pydantic_core import PydanticCustomError
 
+from trainer.spec.responses import AnswersEndpoint, AnswersFile, ResponsesSpec
 from trainer.spec.sections import (
-    AnswersEndpoint,
-    AnswersFile,
     CacheSpec,
     DataSpec,
     DistillSpec,
-    ResponsesSpec,
     StudentSpec,
     TeacherSpec,
     TokenizerSpec,
@@ -140,7 +138,7 @@ def _tokens_for_a_sequence(spec: Sections) -> str | None:
     )
 
 
-def _given_corpus_of_texts(spec: Sections) -> str | None:
+def _existing_corpus_of_texts(spec: Sections) -> str | None:
     if spec.data is None or spec.data.corpus is None or spec.responses is None:
         return None
     return (
@@ -343,7 +341,7 @@ RULES = (
     Rule(("data.train", "responses.from"), _some_source),
     Rule(("distill.tokens_per_step", "data.sequence_length"), _step_of_whole_sequences),
     Rule(("data.max_tokens", "data.sequence_length"), _tokens_for_a_sequence),
-    Rule(("data.corpus", "responses"), _given_corpus_of_texts),
+    Rule(("data.corpus", "responses"), _existing_corpus_of_texts),
     Rule(
         ("distill.temperature", "distill.mode", "cache.method", "cache.temperatures"),
         _temperature_captured,

@@ -135,7 +135,7 @@ class CaptureRun:
         ahead = int(worker.device.type != "cpu")
         running: deque[Callable[[], None]] = deque()
         if mine:
-            self._tell(mine[0].work.family)
+            self._notify(mine[0].work.family)
         with Writer(job.cache, codebooks, worker.hooks.fence, job.shard_seconds, ahead) as writer:
             for turn in range(rounds):
                 if self._should_stop():
@@ -205,7 +205,7 @@ class CaptureRun:
         family, count = block.work.family, len(block.numbers)
         self.tokens += count * self.length
         self._seen[family] += count
-        self._tell(family)
+        self._notify(family)
 
     def _layers(self) -> nn.Module:
         """What tells of its layers; a sharded teacher, whose ranks run in step, does not."""
@@ -214,9 +214,9 @@ class CaptureRun:
     def _within(self, block: Block | None, share: float) -> None:
         """Of a block under way that share is done."""
         if block is not None and share < 1:
-            self._tell(block.work.family, share * len(block.numbers))
+            self._notify(block.work.family, share * len(block.numbers))
 
-    def _tell(self, family: str, more: float = 0.0) -> None:
+    def _notify(self, family: str, more: float = 0.0) -> None:
         """Tells the progress now and then. more: sequences of a block that is under way."""
         now = time.perf_counter()
         total = self._totals[family]

@@ -86,7 +86,7 @@ def log_tails(
 
 # Tokens of one product with the output head, and elements of one float32 strip of its logits.
 CHUNK_TOKENS = 256
-CPU_STRIP, GPU_STRIP = 1 << 20, 1 << 26
+CPU_TILE, GPU_TILE = 1 << 20, 1 << 26
 
 
 class TeacherWithRecords(nn.Module):
@@ -146,12 +146,12 @@ def strips(
     total, rows = hidden.shape[0], head.weight.shape[0]
     width = -(-head.vocab // BLOCK) * BLOCK
     on_cpu = hidden.device.type == "cpu"
-    strip = max(8, (CPU_STRIP if on_cpu else GPU_STRIP) // width // 8 * 8)
+    strip = max(8, (CPU_TILE if on_cpu else GPU_TILE) // width // 8 * 8)
     chunk = min(total, CHUNK_TOKENS if on_cpu else max(CHUNK_TOKENS, strip))
     strip = min(strip, chunk)
     raw = torch.empty(chunk, rows, dtype=hidden.dtype, device=hidden.device)
     logits = torch.full((strip, width), -torch.inf, dtype=torch.float32, device=hidden.device)
-    room = torch.empty_like(logits)
+    space = torch.empty_like(logits)
     numbers = torch.arange(total, device=hidden.device)
     if places is not None:
         numbers, total = places, places.shape[0]
@@ -170,7 +170,7 @@ def strips(
             high = min(low + strip, start + chunk, total)
             part = logits[: high - low]
             _finish(head, raw[low - first : high - first], part[:, : head.vocab])
-            yield numbers[low:high], part, room[: high - low]
+            yield numbers[low:high], part, space[: high - low]
 
 
 def _finish(head: Head, raw: Tensor, out: Tensor) -> None:

@@ -117,11 +117,11 @@ class _Loader:
         def size(target: str) -> int:
             return shapes[target].numel() if target in shapes else 0
 
-        room = max(map(size, targets), default=0)
+        space = max(map(size, targets), default=0)
         piece: list[str] = []
         taken = 0
         for target, names in targets.items():
-            if piece and taken + size(target) > room:
+            if piece and taken + size(target) > space:
                 yield piece
                 piece, taken = [], 0
             piece += names

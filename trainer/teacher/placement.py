@@ -114,12 +114,12 @@ def groups_for(
     if not fit(everyone, 1.0):
         many = len(memory) > 1
         layer = f" and {format_bytes(largest)} for the largest layer" if many else ""
-        beside = (
+        reserved = (
             f", of which the student's training takes {format_bytes(reserve)}" if reserve else ""
         )
         raise ValueError(
             f"teacher.model: {format_bytes(weights)} of weights{layer} do not fit {len(memory)} "
-            f"worker{'s' if many else ''} of {format_bytes(min(memory))}{beside}; give {key} "
+            f"worker{'s' if many else ''} of {format_bytes(min(memory))}{reserved}; give {key} "
             "more workers"
         )
     return everyone

@@ -215,7 +215,7 @@ class Writer:
         self.wait_s, self.gave_up = 0.0, False
         self._cache, self._codebooks, self._fence = cache, codebooks, fence
         self._seconds = shard_seconds
-        self._room = threading.Semaphore(BATCHES + ahead)
+        self._space = threading.Semaphore(BATCHES + ahead)
         self._made: queue.Queue[Made | None] = queue.Queue()
         self._open: dict[str, _Shard] = {}
         self._held: list[tuple[Made, list[list[Records | Draws]]]] = []  # until there is a codebook
@@ -247,7 +247,7 @@ class Writer:
     def reserve(self) -> None:
         """Waits for room for one more batch. Raises the thread's error."""
         began = time.perf_counter()
-        while not self._room.acquire(timeout=LOOK_SECONDS):
+        while not self._space.acquire(timeout=LOOK_SECONDS):
             self._check()
         self.wait_s += time.perf_counter() - began
         self._check()
@@ -268,7 +268,7 @@ class Writer:
                     break
                 self._encode(made)
                 del made  # before there is room for another one
-                self._room.release()
+                self._space.release()
             self.gave_up = self.gave_up or bool(self._held)  # stopped before there was a codebook
             if not self._over.is_set():
                 self._publish(list(self._open))

@@ -296,7 +296,7 @@ def _redraw(
     """The draws that a capture makes of logits [positions, vocab]: int64 [positions, draws]."""
     number = train_kinds(job.cache_spec).index(kind)
     words = torch.tensor([stream(job.cache_spec.seed, key, number)]).expand(len(logits), 4)
-    room = -logits.shape[1] % BLOCK
-    padded = torch.nn.functional.pad(logits, (0, room), value=-torch.inf)
+    space = -logits.shape[1] % BLOCK
+    padded = torch.nn.functional.pad(logits, (0, space), value=-torch.inf)
     probabilities = torch.softmax(padded, dim=1)
     return draw(probabilities, uniforms(words, positions, draws)).long()

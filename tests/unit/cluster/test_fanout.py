@@ -79,23 +79,28 @@ def test_why_no_node_can_hold_a_need() -> None:
 
 def test_a_need_that_only_a_lost_node_could_hold_waits() -> None:
     found = nodes({"CPU": 1}, {"CPU": 4})
-    assert found.room(ResourceRequest(2)) == 2 and found.homeless_s(ResourceRequest(2)) == 0
-    assert found.homeless_s(ResourceRequest(5)) == math.inf
+    assert (
+        found.capacity(ResourceRequest(2)) == 2
+        and found.seconds_unschedulable(ResourceRequest(2)) == 0
+    )
+    assert found.seconds_unschedulable(ResourceRequest(5)) == math.inf
     assert found.holders(ResourceRequest(2)) == {"1"} and found.holders(ResourceRequest(1)) == {
         "0",
         "1",
     }
     before = time.monotonic()
     found.learn({"0": {"CPU": 1}})
-    assert found.room(ResourceRequest(2)) == 0 and found.holders(ResourceRequest(2)) == frozenset()
-    assert found.homeless_s(ResourceRequest(2)) <= time.monotonic() - before
+    assert (
+        found.capacity(ResourceRequest(2)) == 0 and found.holders(ResourceRequest(2)) == frozenset()
+    )
+    assert found.seconds_unschedulable(ResourceRequest(2)) <= time.monotonic() - before
     since = time.monotonic()
     time.sleep(0.02)
     least = time.monotonic() - since
-    assert least <= found.homeless_s(ResourceRequest(2)) <= time.monotonic() - before
-    assert found.homeless_s(ResourceRequest(5)) == math.inf
+    assert least <= found.seconds_unschedulable(ResourceRequest(2)) <= time.monotonic() - before
+    assert found.seconds_unschedulable(ResourceRequest(5)) == math.inf
     found.learn({"0": {"CPU": 1}, "2": {"CPU": 2}})  # another takes its place
-    assert found.homeless_s(ResourceRequest(2)) == 0 and found.changes == 3
+    assert found.seconds_unschedulable(ResourceRequest(2)) == 0 and found.changes == 3
 
 
 def test_jobs_go_by_priority_then_as_they_came_and_gpus_apart() -> None:

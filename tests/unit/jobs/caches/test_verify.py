@@ -141,8 +141,8 @@ def _records(row: np.ndarray, k: int, temperatures: list[float], ids: Any) -> Re
 def _draws(job: Any, kind: str, key: bytes, row: np.ndarray, draws: int) -> Draws:
     words = torch.tensor([stream(job.cache_spec.seed, key, int(kind[5:] or 0))])
     numbers = uniforms(words.expand(len(row), 4), torch.arange(len(row)), draws)
-    room = np.zeros((len(row), -row.shape[1] % BLOCK))
-    p = torch.from_numpy(np.concatenate([np.exp(row), room], axis=1).astype(np.float32))
+    space = np.zeros((len(row), -row.shape[1] % BLOCK))
+    p = torch.from_numpy(np.concatenate([np.exp(row), space], axis=1).astype(np.float32))
     return Draws(draw(p, numbers).numpy())
 
 

@@ -129,13 +129,13 @@ def test_sizes_are_those_of_the_code_that_works_with_them() -> None:
         fused_linear.CPU_CHUNK,
         fused_linear.GPU_CHUNK,
     )
-    assert (training_memory.CPU_STRIP, training_memory.GPU_STRIP) == (
-        fused_linear.CPU_STRIP,
-        fused_linear.GPU_STRIP,
+    assert (training_memory.CPU_TILE, training_memory.GPU_TILE) == (
+        fused_linear.CPU_TILE,
+        fused_linear.GPU_TILE,
     )
-    assert (stage_memory.CPU_STRIP, stage_memory.GPU_STRIP) == (
-        forward.CPU_STRIP,
-        forward.GPU_STRIP,
+    assert (stage_memory.CPU_TILE, stage_memory.GPU_TILE) == (
+        forward.CPU_TILE,
+        forward.GPU_TILE,
     )
     assert (training_memory.AHEAD_BYTES, training_memory.AHEAD_STEPS) == (
         loader.AHEAD_BYTES,
@@ -154,7 +154,7 @@ def test_workers_fill_one_node_after_the_other() -> None:
     spec = spec_of({"name": "a", "student": {"model": "m"}, "data": {"train": [{"source": "a/b"}]},
                     "distill": {"losses": {"ce": 1}}})  # fmt: skip
     group = place.group("distill", spec)
-    assert place.ranks(group) == [[0, 1], [2, 3, 4, 5]] and place.beside(group) == 4
+    assert place.ranks(group) == [[0, 1], [2, 3, 4, 5]] and place.workers_per_node(group) == 4
 
 
 def test_of_a_mixture_of_experts_all_weights_are_held_and_few_are_met(tmp_path) -> None:

@@ -18,19 +18,19 @@ def test_a_line_comes_at_once_however_long_nothing_happens(
 ) -> None:
     run = open_store(tmp_path / "demo")
     Attempt.claim(run)
-    beacon = Heartbeat(run, 1)
-    beacon.event({"event": "stage_start", "stage": "sweep"})
+    heartbeat = Heartbeat(run, 1)
+    heartbeat.event({"event": "stage_start", "stage": "sweep"})
     cells = {"event": "progress", "stage": "sweep", "done": 2, "total": 6, "unit": "cells"}
-    beacon.event({**cells, "failed": 1})
-    beacon._publish()
+    heartbeat.event({**cells, "failed": 1})
+    heartbeat._publish()
     out = io.StringIO()
     shown_first: list[str] = []
 
     def sleep(seconds: float) -> None:
         shown_first.append(out.getvalue())
         if len(shown_first) == 3:
-            beacon.end("done")
-            beacon._publish()
+            heartbeat.end("done")
+            heartbeat._publish()
         clock[0] += seconds
 
     clock = [1000.0]

@@ -31,11 +31,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 def publish(run: Store, *events: dict[str, Any], **fields: Any) -> None:
     """What a driver publishes after these events."""
-    beacon = Heartbeat(run, 1)
+    heartbeat = Heartbeat(run, 1)
     for event in events:
-        beacon.event(event)
-    beacon.tell(**fields)
-    beacon._publish()
+        heartbeat.event(event)
+    heartbeat.update(**fields)
+    heartbeat._publish()
 
 
 START = {"event": "stage_start", "stage": "distill"}
@@ -87,13 +87,13 @@ def test_what_a_driver_does_and_why_it_waits(
 
 
 def test_workers_that_are_at_work_are_waited_for_no_more(run: Store) -> None:
-    beacon = Heartbeat(run, 1)
-    beacon.event({**START, "stage": "capture"})
-    beacon.tell(waits="starting 2 workers of 1 CPUs and 0 GPUs")
-    beacon._publish()
+    heartbeat = Heartbeat(run, 1)
+    heartbeat.event({**START, "stage": "capture"})
+    heartbeat.update(waits="starting 2 workers of 1 CPUs and 0 GPUs")
+    heartbeat._publish()
     assert status_of(run).word == "waiting"
-    beacon.event({"event": "at_work", "stage": "capture"})
-    beacon._publish()
+    heartbeat.event({"event": "at_work", "stage": "capture"})
+    heartbeat._publish()
     assert status_of(run).word == "running"
 
 
@@ -102,12 +102,12 @@ def test_what_is_left_is_told_once_it_can_be_guessed(
 ) -> None:
     clock = [1000.0]
     monkeypatch.setattr("jobs.run.heartbeat.time.monotonic", lambda: clock[0])
-    beacon = Heartbeat(run, 1)
-    beacon.event({**START, "stage": "sweep"})
+    heartbeat = Heartbeat(run, 1)
+    heartbeat.event({**START, "stage": "sweep"})
     for share in (0.1, 0.2):
-        beacon.event({**CELLS, "share": share})
+        heartbeat.event({**CELLS, "share": share})
         clock[0] += 60
-    beacon._publish()
+    heartbeat._publish()
     assert status_of(run).why == "cell 3 of 12, 0 failed, about 8 min left"
 
 

@@ -111,7 +111,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    made = Run(tmp_path_factory.mktemp("todo"))
+    made = Run(tmp_path_factory.mktemp("to_run"))
     made.fill()
     return made
 
@@ -119,7 +119,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_whole_cache_is_not_captured_again(run: Run) -> None:
     plan = run.plan()
     assert plan.skipped == ["prepare", "capture"]
-    assert plan.todo == ["distill", "sweep", "summarize"]
+    assert plan.to_run == ["distill", "sweep", "summarize"]
     assert set(plan.outputs) == {"prepare", "capture"}
 
 
@@ -131,14 +131,14 @@ def test_a_changed_training_that_is_unfinished_is_refused(tmp_path: Path) -> Non
     store = run.dir.store.sub("checkpoints", training_folders(run.spec, found)["distill"])
     store.write_json("00000002-0001-abc.json", {})
     store.write_json("inputs.json", found)
-    assert "distill" in run.plan().todo
+    assert "distill" in run.plan().to_run
     other = run.load(distill={**run.values["distill"], "learning_rate": 0.5})
     with pytest.raises(SpecErrors, match="unfinished at step 2; put it back") as error:
         run.plan(spec=other)
     assert str(error.value).count("learning_rate") == 1 and "--redo distill" in str(error.value)
     for stage in ("prepare", "distill"):
-        assert "distill" in run.plan(spec=other, redo=stage).todo
-    assert run.plan(spec=other, until="capture").todo == []
+        assert "distill" in run.plan(spec=other, redo=stage).to_run
+    assert run.plan(spec=other, until="capture").to_run == []
 
 
 def test_more_sets_of_draws_are_captured(run: Run) -> None:
@@ -146,7 +146,7 @@ def test_more_sets_of_draws_are_captured(run: Run) -> None:
     more = run.load(cache={**run.values["cache"], "redraws": 2})
     assert ResolvedJob.of(more).names.cache == run.job.names.cache
     plan = run.plan(spec=more)
-    assert plan.todo == ["capture", "distill", "sweep", "summarize"]
+    assert plan.to_run == ["capture", "distill", "sweep", "summarize"]
     assert "capture" not in plan.forced  # its inputs have grown
 
 
@@ -164,7 +164,7 @@ def test_a_cache_that_lost_records_is_captured_again(tmp_path: Path) -> None:
         run.lose(kind)
         plan = run.plan()
         assert plan.skipped == ["prepare"]
-        assert plan.todo == ["capture", "distill", "sweep", "summarize"]
+        assert plan.to_run == ["capture", "distill", "sweep", "summarize"]
         assert "capture" in plan.forced and set(plan.outputs) == {"prepare"}
     with pytest.raises(
         SpecErrors, match=r"lacks \d+ records that it had; run with --until distill"
@@ -174,11 +174,11 @@ def test_a_cache_that_lost_records_is_captured_again(tmp_path: Path) -> None:
     run.finish("distill", student="abc")
     plan = run.plan()
     assert plan.skipped == ["prepare", "distill"]
-    assert plan.todo == ["capture", "sweep", "summarize"]
+    assert plan.to_run == ["capture", "sweep", "summarize"]
     assert plan.forced == {None, "capture"} and set(plan.outputs) == {"prepare", "distill"}
     run.finish("sweep")
     run.finish("summarize")
-    assert run.plan().todo == []
+    assert run.plan().to_run == []
 
 
 def test_after_training_only_records_for_evaluation_are_missed(tmp_path: Path) -> None:
@@ -190,15 +190,15 @@ def test_after_training_only_records_for_evaluation_are_missed(tmp_path: Path) -
     assert run.plan().skipped == ["prepare", "capture", "distill"]
     assert run.spec.distill is not None
     other = run.load(distill={**run.values["distill"], "control": not run.spec.distill.control})
-    assert run.plan(spec=other).todo == ["capture", "distill", "sweep", "summarize"]
+    assert run.plan(spec=other).to_run == ["capture", "distill", "sweep", "summarize"]
     run.finish("sweep")
     run.finish("summarize")
     run.cache.delete("", recursive=True)
-    assert run.plan().todo == []
+    assert run.plan().to_run == []
     more = run.load(sweep={**run.values["sweep"], "bits": [2]})
     plan = run.plan(spec=more)
     assert plan.skipped == ["prepare", "distill"]
-    assert plan.todo == ["capture", "sweep", "summarize"]
+    assert plan.to_run == ["capture", "sweep", "summarize"]
     with pytest.raises(SpecErrors, match=f"lacks {run.count('eval')} records that it had"):
         run.plan(spec=more, only="sweep")
     assert count_lacking(run.job, {**run.done, **plan.outputs}) == run.count("eval")
@@ -207,7 +207,7 @@ def test_after_training_only_records_for_evaluation_are_missed(tmp_path: Path) -
     # A run that was stopped while it added them goes on with them, not with all.
     run.dir.forget("capture")
     again = run.plan(spec=more)
-    assert (again.skipped, again.todo) == (plan.skipped, plan.todo)
+    assert (again.skipped, again.to_run) == (plan.skipped, plan.to_run)
     assert again.outputs == plan.outputs
     # Whoever asks for a capture alone gets all of it, for trainings to come.
     assert run.plan(until="capture").outputs.keys() == {"prepare"}
@@ -230,8 +230,8 @@ def test_a_corpus_is_prepared_again_where_it_lacks_what_is_read(
 ) -> None:
     spec = run.load(distill={**run.values["distill"], "steps": steps})
     plan = run.plan(spec=spec, until="capture")
-    assert ("prepare" in plan.todo) is prepared
-    assert ("capture" in plan.todo) is (steps != 30)
+    assert ("prepare" in plan.to_run) is prepared
+    assert ("capture" in plan.to_run) is (steps != 30)
 
 
 def test_a_corpus_of_a_version_that_prepared_everything_has_what_is_read(run: Run) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.storage import open_store
-from jobs.run.log import LogPieces, read_log
+from jobs.run.log import LogSegments, read_log
 
 
 def test_on_remote_storage_a_log_is_published_in_pieces(tmp_path: Path) -> None:
     store = open_store("memory://logs-of-a-run")
     log = tmp_path / "0001.log"
     log.write_bytes(b"first\n")
-    with LogPieces(store, 1, log) as pieces:
+    with LogSegments(store, 1, log) as pieces:
         pieces._publish()
         with log.open("ab") as file:
             file.write(b"second\n")
@@ -26,7 +26,7 @@ def test_on_local_storage_it_is_a_file_and_followed_as_it_grows(tmp_path: Path) 
     log = tmp_path / "logs" / "0001.log"
     log.parent.mkdir()
     log.write_bytes(b"one\n")
-    with LogPieces(store, 1, log):
+    with LogSegments(store, 1, log):
         pass
     assert store.list("logs") == ["0001.log"]
     answers = iter([True, True, False])

@@ -28,7 +28,7 @@ class World:
         resources = SimpleNamespace(placement_minutes=minutes)
         self.context: Any = SimpleNamespace(
             spec=SimpleNamespace(resources=resources),
-            beacon=SimpleNamespace(tell=lambda waits: self.waits.append(waits)),
+            heartbeat=SimpleNamespace(update=lambda waits: self.waits.append(waits)),
             reporter=SimpleNamespace(waits=lambda stage, why: self.said.append(f"{stage}: {why}")),
         )
 

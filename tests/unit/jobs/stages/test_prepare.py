@@ -115,6 +115,6 @@ def test_other_answers_are_another_corpus_and_the_stages_after_it_follow(
     asked = find_corpus(names, run.root)
     assert asked is not None and asked.items() > names.corpus.items()
     plan = run.plan()  # not refused, though an input of a stage that was done has changed
-    assert plan.skipped == ["prepare"] and plan.todo[0] == "distill"
+    assert plan.skipped == ["prepare"] and plan.to_run[0] == "distill"
     run.distilled()
     assert run.plan().skipped == ["prepare", "distill"]

@@ -89,14 +89,17 @@ def test_a_corpus_that_is_made_already_needs_no_sources(tmp_path: Path) -> None:
     record = {"inputs": values, "outputs": {"corpus": corpus}}
     store.sub("teacher").write_json("state/prepare-0001.json", record)
     given = job(tmp_path, storage=storage)
-    assert given.plan.skipped == ["prepare"]
+    assert given.selection.skipped == ["prepare"]
     spec = portable(given, [])
     assert spec.data is not None and spec.data.corpus == corpus
 
     for path in (tmp_path / "texts").glob("*"):
         path.unlink()
     there = prepare_job(spec)
-    assert there.plan.skipped == ["prepare"] and there.plan.todo == ["distill", "summarize"]
+    assert there.selection.skipped == ["prepare"] and there.selection.to_run == [
+        "distill",
+        "summarize",
+    ]
     assert fingerprint(identities(there.spec).corpus) == corpus
 
     other = spec.model_copy(update={"data": spec.data.model_copy(update={"sequence_length": 32})})

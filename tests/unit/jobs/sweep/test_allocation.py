@@ -40,11 +40,11 @@ def attempt(tmp_path: Path) -> Attempt:
 
 def allocations(attempt: Attempt, budgets: list[float], **changes: Any) -> Allocations:
     sweep = SweepSpec(bits=[4, 2], group_size=[32], budgets_mb=budgets, **changes)
-    material = SharedContext(sweep, attempt.store, None, attempt, 256, 1, 1, 0.0)
+    shared_context = SharedContext(sweep, attempt.store, None, attempt, 256, 1, 1, 0.0)
     source = Source("student", "model", "main", "model", {"weights": "x"}, "references/student")
     cluster = Cluster("local", ((2, 0),), True)
     needs = CellRequests(sweep, CellResources(), cluster, 32, 1, 0.0, {"student": MODEL})
-    return Allocations(sweep, material, source, needs, OUTPUTS)
+    return Allocations(sweep, shared_context, source, needs, OUTPUTS)
 
 
 def worth(layer: str, bits: int) -> float:
@@ -66,15 +66,15 @@ def answer(name: str, arguments: tuple[Any, ...]) -> Any:
 
 def work_through(found: Allocations, fail: str = "") -> list[Any]:
     """Does all tasks that are asked for; returns the cells."""
-    todo, cells = list(found.first()), []
-    while todo:
-        key, _, arguments = todo.pop(0)
+    to_run, cells = list(found.first()), []
+    while to_run:
+        key, _, arguments = to_run.pop(0)
         name = key.removeprefix("allocate/")
         result: Any = answer(name, arguments)
         if fail and name.startswith(fail):
             result = Failure("why", "why", "memory")
         more, decided = found.ended(name, result)
-        todo += more
+        to_run += more
         cells += decided
     return cells
 

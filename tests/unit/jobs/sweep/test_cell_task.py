@@ -30,17 +30,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[SharedContext, Sour
     attempt = Attempt.claim(store.sub("run"))
     sweep = SweepSpec(bits=[4], group_size=[16], batch_sequences=4, dtype="float32")
     vocab = int(corpus.manifest["vocab_size"])
-    material = SharedContext(sweep, store.sub("corpus"), None, attempt, vocab, 1, 1, 0.0)
+    shared_context = SharedContext(sweep, store.sub("corpus"), None, attempt, vocab, 1, 1, 0.0)
     source = Source("student", str(student), "main", "tiny", "identity", "references/student")
     told: list[float] = []
-    call(model_task, (material, source, "print", True), lambda done, words: told.append(done))
+    call(model_task, (shared_context, source, "print", True), lambda done, words: told.append(done))
     assert told == sorted(told) and told[-1] == pytest.approx(1)
-    return material, source
+    return shared_context, source
 
 
-def run(world: tuple[SharedContext, Source], print_: str, *reports: Any) -> dict[str, Any]:
-    material, source = world
-    result: dict[str, Any] = call(cell_task, (material, CELL, print_, source, NEED), *reports)
+def run(world: tuple[SharedContext, Source], fingerprint_: str, *reports: Any) -> dict[str, Any]:
+    shared_context, source = world
+    result: dict[str, Any] = call(
+        cell_task, (shared_context, CELL, fingerprint_, source, NEED), *reports
+    )
     return result
 
 

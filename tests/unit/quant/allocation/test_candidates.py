@@ -13,8 +13,8 @@ from quant.allocation import (
     candidates,
     layer_options,
     neighbours,
-    pieces_of,
     sensitivity,
+    shards_of,
     uniform_bytes,
     uniform_controls,
 )
@@ -155,7 +155,7 @@ def test_the_best_measured_is_among_the_best_there_are():
     mask[:, -1] = 0
     batches = [Batch(ids, np.tile(np.arange(24), (6, 1)), mask)]
     options = layer_options(model(), BASE, [(4, 64), (2, 64)])
-    [work] = pieces_of(options, 1)
+    [work] = shards_of(options, 1)
     losses = sensitivity(model(), model(), batches, work)
     kl = {key: found["kl"] for key, found in losses.items()}
 

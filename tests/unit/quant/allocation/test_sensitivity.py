@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from quant.allocation import layer_options, pieces_of, sensitivity
+from quant.allocation import layer_options, sensitivity, shards_of
 from quant.evaluation.evaluate import evaluate
 from quant.layers.linear import dense_weights
 from quant.methods import quantize_weight
@@ -18,7 +18,7 @@ CHOICES = [(4, 64), (2, 32)]
 
 
 def pieces(options) -> list:
-    return [piece for part in pieces_of(options, 1) for piece in part]
+    return [piece for part in shards_of(options, 1) for piece in part]
 
 
 def scaled(family: str, **changes):
@@ -164,7 +164,7 @@ def test_faults_are_one_line(make_llama, batches):
 def test_parts_hold_every_piece_once_and_take_about_as_long(make_llama, tasks):
     model = make_llama(vocab_size=4096)
     options = layer_options(model, QuantSpec(4, 64, "rtn", True, True), [(4, 64), (3, 64), (2, 64)])
-    parts = pieces_of(options, tasks)
+    parts = shards_of(options, tasks)
     made = [(name, option.key) for part in parts for name, option in part]
     wanted = [(name, o.key) for name, each in options.layers.items() for o in each if o.spec]
     assert sorted(made) == sorted(wanted) and len(set(made)) == len(made) == 48
@@ -180,4 +180,4 @@ def test_parts_hold_every_piece_once_and_take_about_as_long(make_llama, tasks):
 def test_no_task_is_refused(make_llama):
     options = layer_options(make_llama(), QuantSpec(4, 64), [(4, 64)])
     with pytest.raises(ValueError, match="tasks is 0; may be 1 or more"):
-        pieces_of(options, 0)
+        shards_of(options, 0)

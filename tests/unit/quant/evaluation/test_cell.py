@@ -124,7 +124,7 @@ def test_speed_is_measured_beside_the_16_bit_model(student, tmp_path, batches):
     told: list[float] = []
     baseline = load_baseline(student, "cpu", 8, 4, repeats=1)
     found = measure_cell(
-        out, baseline, prompt_tokens=8, decode_tokens=4, repeats=2, tell=told.append
+        out, baseline, prompt_tokens=8, decode_tokens=4, repeats=2, notify=told.append
     )
     assert told == [pytest.approx(part / 10) for part in range(1, 11)]
     fast = load_quantized(out, prefer="speed", dtype=getattr(torch, cpu_dtype()))

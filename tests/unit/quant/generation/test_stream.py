@@ -49,7 +49,7 @@ def whole(model, tokenizer, prompt: str, tokens: int, **changes) -> str:
 # -- pieces ------------------------------------------------------------------------------------
 
 
-def pieces_of(tokenizer, ids: list[int]) -> list[str]:
+def shards_of(tokenizer, ids: list[int]) -> list[str]:
     pieces = Detokenizer(tokenizer)
     return [*(piece for token in ids if (piece := pieces.add(token))), pieces.rest()]
 
@@ -57,15 +57,15 @@ def pieces_of(tokenizer, ids: list[int]) -> list[str]:
 def test_a_character_of_several_tokens_is_one_piece(bytes_tokenizer) -> None:
     ids = bytes_tokenizer(TEXT)["input_ids"]
     assert len(ids) == len(TEXT.encode())
-    assert pieces_of(bytes_tokenizer, ids) == [*TEXT, ""]
+    assert shards_of(bytes_tokenizer, ids) == [*TEXT, ""]
 
 
 def test_a_character_that_never_ends_is_told_at_the_end(bytes_tokenizer) -> None:
     ids = bytes_tokenizer("ab🙂")["input_ids"][:-1]
-    assert pieces_of(bytes_tokenizer, ids) == ["a", "b", "\ufffd"]
+    assert shards_of(bytes_tokenizer, ids) == ["a", "b", "\ufffd"]
     # and where another follows, with that one
     broken = [*ids, *bytes_tokenizer("cd")["input_ids"]]
-    assert pieces_of(bytes_tokenizer, broken) == ["a", "b", "\ufffdc", "d", ""]
+    assert shards_of(bytes_tokenizer, broken) == ["a", "b", "\ufffdc", "d", ""]
 
 
 def test_random_bytes_join_to_the_decoded_whole(bytes_tokenizer) -> None:
@@ -73,7 +73,7 @@ def test_random_bytes_join_to_the_decoded_whole(bytes_tokenizer) -> None:
     for _ in range(20):
         ids = torch.randint(2, 258, (40,), generator=draw).tolist()
         expected = bytes_tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        assert "".join(pieces_of(bytes_tokenizer, ids)) == expected
+        assert "".join(shards_of(bytes_tokenizer, ids)) == expected
 
 
 def test_spaces_of_a_sentencepiece_vocabulary_stay() -> None:
@@ -91,12 +91,12 @@ def test_spaces_of_a_sentencepiece_vocabulary_stay() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
     ids = [1, 2, 3, 5, 6, 1, 4, 2, 7]
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == "the catsï the  cat."
-    assert pieces_of(tokenizer, ids) == ["the", " cat", "s", "ï", " the", " ", " cat", ".", ""]
+    assert shards_of(tokenizer, ids) == ["the", " cat", "s", "ï", " the", " ", " cat", ".", ""]
 
 
 def test_special_tokens_are_no_text(bytes_tokenizer) -> None:
     a, b = bytes_tokenizer("ab")["input_ids"]
-    assert pieces_of(bytes_tokenizer, [1, a, 0, 1, b, 0]) == ["a", "b", ""]
+    assert shards_of(bytes_tokenizer, [1, a, 0, 1, b, 0]) == ["a", "b", ""]
 
 
 # -- stream ------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from trainer.responses import client
 from trainer.responses.ask import ask_all
 from trainer.responses.client import RateLimit, Stop
 from trainer.responses.store import AnswerStore
-from trainer.spec.sections import DataSpec, ResponsesSpec, SourceSpec
+from trainer.spec.responses import ResponsesSpec
+from trainer.spec.sections import DataSpec, SourceSpec
 from trainer.worker import Hooks, Stopped
 
 pytestmark = pytest.mark.timeout(120)

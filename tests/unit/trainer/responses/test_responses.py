@@ -28,8 +28,9 @@ from trainer.responses.store import (
     corpus_of_content,
     responses_identity,
 )
+from trainer.spec.responses import ResponsesSpec
 from trainer.spec.rules import responses_fault
-from trainer.spec.sections import DataSpec, ResponsesSpec, SourceSpec, TeacherSpec, TokenizerSpec
+from trainer.spec.sections import DataSpec, SourceSpec, TeacherSpec, TokenizerSpec
 from trainer.teacher.sampling import stream
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}

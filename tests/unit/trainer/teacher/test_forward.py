@@ -175,7 +175,7 @@ def test_a_sequence_gets_the_same_whatever_is_beside_it(coding, dtype, monkeypat
     length at which the model's own activations are whole vectors.)
     """
     monkeypatch.setattr(forward, "CHUNK_TOKENS", 32)
-    monkeypatch.setattr(forward, "CPU_STRIP", 12 * VOCAB)
+    monkeypatch.setattr(forward, "CPU_TILE", 12 * VOCAB)
     model, batch, words = make_model(dtype=dtype), inputs(8, 22), streams(8)
     seen: dict[int, list[torch.Tensor]] = {}
     for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 2, 2, 2, 2], [1, 5, 6, 7, 0]):
@@ -227,7 +227,7 @@ def test_ids_at_minus_infinity_are_not_drawn_and_have_no_mass() -> None:
 
 def test_no_tensor_of_all_tokens_and_the_vocabulary_is_made(monkeypatch) -> None:
     monkeypatch.setattr(forward, "CHUNK_TOKENS", 16)
-    monkeypatch.setattr(forward, "CPU_STRIP", 8 * VOCAB)
+    monkeypatch.setattr(forward, "CPU_TILE", 8 * VOCAB)
     model, batch = make_model(), inputs(4, 64)
     sizes: list[int] = []
 
@@ -250,7 +250,7 @@ def test_no_tensor_of_all_tokens_and_the_vocabulary_is_made(monkeypatch) -> None
 @pytest.mark.parametrize("bias", [False, True])
 def test_strips_are_the_heads_logits(bias, monkeypatch) -> None:
     monkeypatch.setattr(forward, "CHUNK_TOKENS", 10)
-    monkeypatch.setattr(forward, "CPU_STRIP", 1)  # strips of 8
+    monkeypatch.setattr(forward, "CPU_TILE", 1)  # strips of 8
     torch.manual_seed(0)
     head = Head(torch.randn(90, 6), torch.randn(90) if bias else None, 70, scale=0.3, softcap=1.5)
     hidden = torch.randn(37, 6)
@@ -267,8 +267,8 @@ def test_strips_are_the_heads_logits(bias, monkeypatch) -> None:
     with Products():
         made = [tuple(value.clone() for value in strip) for strip in strips(head, hidden)]
     assert products == [10] * 4  # also the last one
-    for tokens, logits, room in made:
-        assert logits.shape == room.shape == (len(tokens), 96)
+    for tokens, logits, space in made:
+        assert logits.shape == space.shape == (len(tokens), 96)
         assert logits[:, 70:].isneginf().all() and found[tokens].isnan().all()
         found[tokens] = logits[:, :70]
     torch.testing.assert_close(found, truth, atol=1e-6, rtol=1e-6)
