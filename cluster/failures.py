@@ -1,7 +1,4 @@
-"""How a task of the fan-out can end: what failed in one line, of which kind, and when it ran.
-
-What a worker group lost, as Ray Train's controller hears of it.
-"""
+"""How tasks and worker groups fail: one line each, of which kind, and when the work ran."""
 
 from __future__ import annotations
 

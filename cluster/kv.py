@@ -1,14 +1,9 @@
-"""How far tasks are: told by their processes, read by the driver, in Ray's own key-value store.
+"""Messages through Ray's own key-value store: progress of tasks, and more work for a running group.
 
-The store is there wherever a task runs and costs no process. Reports may be lost, with the
-task's process or while the store is unreachable. Nothing depends on them.
-
-More work for a group of workers that is running, through Ray's own key-value store.
-
-The group's function asks for it when it has done what it was started with: processes that have
-imported everything go on, where new ones would take a quarter of a minute to start.
-
-Ray's own key-value store: wherever a process of the cluster runs, at no process of its own.
+The store is there wherever a process of the cluster runs, at no process of its own. Reports of
+progress may be lost, with the task's process or while the store is unreachable: nothing depends on
+them. A group's function asks for more work when it has done what it was started with: processes
+that have imported everything go on, where new ones would take a quarter of a minute to start.
 """
 
 from __future__ import annotations

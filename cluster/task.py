@@ -1,9 +1,4 @@
-"""What runs on the workers of the fan-out: a task's function, and the end of one that hangs.
-
-One attempt at a task of the fan-out, from its submission to Ray to its last word.
-
-Tasks that are not with Ray yet: which may start, which wait for others, and in what order.
-"""
+"""A task of the fan-out: the queue of those that wait, an attempt at one, what its worker runs."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
 """A weight matrix in integer codes with one scale and zero point per group: the seam between the
 methods that make codes and the layers, files and exports that use them.
 
-Tight bit packing of integer codes: 8 codes of b bits fill exactly b bytes, for every b in 1..8.
-
-Code i of a block of 8 takes the bits [i*b, (i+1)*b) of the block's b bytes, least significant
-first (a little-endian bit stream). A block is held in one 64-bit word while its codes are spread
-to one per byte, or drawn together, in three steps of halves.
+Codes are packed tightly: 8 codes of b bits fill exactly b bytes, for every b in 1..8. Code i of a
+block of 8 takes the bits [i*b, (i+1)*b) of the block's b bytes, least significant first (a
+little-endian bit stream). A block is held in one 64-bit word while its codes are spread to one per
+byte, or drawn together, in three steps of halves.
 """
 
 from __future__ import annotations

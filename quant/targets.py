@@ -1,7 +1,5 @@
 """Which weights of a model are quantized, each how. What does not fit is refused here, before a
 weight is touched.
-
-The two ends of a language model: its input embeddings and its output head, tied or not.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 Such weights stay in 16 bits. Where they are many, a model that is called 4-bit would not be one:
 they are refused by name, unless the caller lists them.
-
-How a fault names what the caller's user wrote: arguments of Python, or options, or keys.
 """
 
 from __future__ import annotations

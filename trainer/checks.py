@@ -1,10 +1,7 @@
-"""Faults of a spec that only the world can tell: files and models. The same for all launchers.
+"""Faults of a spec that only the world can tell: models, files, prompts, keys. The same for all
+launchers.
 
 Looked for before anything is started that takes memory or other machines.
-
-What is wrong with `responses`, as far as the spec and this machine tell; before work starts.
-
-Rules across other sections (mode, teacher, formats of sources) are in `trainer.spec.rules`.
 """
 
 from __future__ import annotations

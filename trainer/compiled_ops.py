@@ -1,19 +1,14 @@
-"""Locks that a killed process has left on a compiled op, and that all others would wait for.
-
-torch takes such a lock whenever it loads an op, as a file that exists, and waits for it without
-limit. A worker that is killed in that moment leaves it behind: then no training starts on that
-machine any more.
-
-Builds DeepSpeed's CPU communication op once, so that no job waits for a compiler.
+"""DeepSpeed's compiled op: where it lies, building it, and dropping stale locks on it.
 
     python -m trainer.compiled_ops
 
-Takes 20 to 40 seconds the first time and needs g++ and ninja; later calls find it built.
+builds it once, so that no job waits for a compiler: 20 to 40 seconds, with g++ and ninja; later
+calls find it built.
 
-Where compiled ops lie: a folder for each Python environment.
-
-torch has one for all environments of a user. What is built there names the paths of its own, so two
-environments in turns would compile DeepSpeed's op each time, half a minute before training begins.
+Each Python environment has a folder of its own: torch has one for all environments of a user, and
+as what is built there names the paths of its own, two environments in turns would compile it each
+time. torch locks an op whenever it loads it, by a file that exists, and waits for that without
+limit: a worker that is killed in that moment would leave no training able to start on the machine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The rules behind the spec's `auto` values of training.
-
-`dtype: auto` in a spec: where it stands, what replaces it, what a run has computed in so far.
-"""
+"""Resolves the spec's `auto`: batch sizes, learning rate, recomputation, and dtypes."""
 
 from __future__ import annotations
 

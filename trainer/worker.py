@@ -1,8 +1,7 @@
-"""One rank of a distributed job: who it is, how ranks agree, and where its news go.
+"""One rank of a distributed job: who it is, how ranks agree, where its events go, what memory it
+held.
 
 The same rank code runs under Ray Train and under torchrun; what differs is handed in as hooks.
-
-The most memory that a rank held while it worked.
 """
 
 from __future__ import annotations

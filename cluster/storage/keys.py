@@ -1,7 +1,4 @@
-"""Names of objects: which are allowed, which stay hidden, and which match a pattern.
-
-Names of things by what they are: hashes of plain values.
-"""
+"""Names of objects: paths below a store, and fingerprints of what an object is made from."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The one door to shared files: a folder on any fsspec URL, whose objects are published whole.
 
-A local cache of downloaded objects, so that remote ones can be memory-mapped.
+Remote objects that are read again, or memory-mapped, are kept in a local cache.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""JSON that every parser reads: no NaN, no Infinity, numpy values and paths as plain ones.
+"""Strict JSON: written so that every parser reads it, and read from files that anyone may have
+written.
 
-JSON from files that anyone may have written: bounded, strict, and every error on one line.
+Written without NaN and Infinity, with numpy values and paths as plain ones; read with a bound, and
+every error on one line.
 """
 
 from __future__ import annotations

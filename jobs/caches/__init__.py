@@ -1,1 +1,1 @@
-"""What `stillhouse cache` does: find logit caches, describe, verify, mend and remove them."""
+"""`stillhouse cache`: finds logit caches, describes, verifies, repairs and removes them."""

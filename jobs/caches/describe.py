@@ -1,9 +1,4 @@
-"""What a logit cache holds: sequences, tokens, bytes, and how much of the distributions.
-
-How much of what a spec's runs will read is in the logit cache.
-
-Which runs use which logit cache, as their own files tell it.
-"""
+"""What a logit cache holds, how much of it a spec will read, and which runs use it."""
 
 from __future__ import annotations
 

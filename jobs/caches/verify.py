@@ -1,7 +1,4 @@
-"""Whether a logit cache's records are faithful to their teacher, and how that is told.
-
-Mending and removing logit caches: what would be lost, and doing it.
-"""
+"""Verifies logit caches, repairs them and removes them, and says first what would be lost."""
 
 from __future__ import annotations
 

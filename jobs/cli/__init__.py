@@ -1,0 +1,1 @@
+"""The commands of `stillhouse`: options and exit codes, nothing else."""

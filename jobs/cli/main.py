@@ -3,8 +3,6 @@
 Only typer is imported here: each command imports what it needs, so that help answers at once.
 Exit codes: 0 done; 2 the spec or the arguments are wrong; 3 the run failed; 4 a newer attempt of
 the run has taken over; 130 interrupted.
-
-`stillhouse plan`. Only typer is imported here: what a plan needs is imported by the call.
 """
 
 from __future__ import annotations

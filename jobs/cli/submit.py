@@ -1,8 +1,7 @@
-"""`stillhouse submit`.
+"""`stillhouse submit` and `stillhouse manifest`: a job sent to a Ray cluster, or described for
+KubeRay.
 
-Only typer is imported here: the command imports what it needs, so that help answers at once.
-
-`stillhouse manifest`: a job as a KubeRay RayJob.
+Only typer is imported here: the commands import what they need, so that help answers at once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The whole plan of a job as plain JSON data.
-
-The plan of a run on the cluster that it has joined, to be kept with it.
-"""
+"""The forecast of a job as plain JSON data: for a place that is named, or the cluster of a run."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""What of a model a plan needs to know: its sizes, and how many weights are where.
-
-The weights of common families, counted from a config.json by plain arithmetic.
+"""Sizes and weights of a model, counted from its config.json by plain arithmetic.
 
 What a family has is in a table: biases, norms, experts, and what transformers takes for keys that a
-config leaves out. Families that are not in it are counted from a model without memory, which costs
-the seconds of importing transformers (`jobs.forecast.parameters`).
+config leaves out. Families that are not in it are counted from a model on the meta device, which
+costs the seconds of importing transformers.
 """
 
 from __future__ import annotations

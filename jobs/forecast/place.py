@@ -1,9 +1,4 @@
-"""Where a job is planned to run: nodes, devices, and the workers of each stage.
-
-GPU types: memory, and the peak of their matrix units.
-
-How fast a CPU core multiplies matrices: by its instruction set, measured where it can be.
-"""
+"""Where a job is to run: nodes, workers of each stage, GPU types, and the speed of a CPU core."""
 
 from __future__ import annotations
 

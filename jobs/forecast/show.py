@@ -1,7 +1,4 @@
-"""A plan as tables for a terminal of 80 columns and more.
-
-How a plan's figures are written.
-"""
+"""A forecast as tables for a terminal of 80 columns and more."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Memory of one worker of each stage: capture, distill, a cell of the sweep.
-
-Memory of one worker, part by part, and whether it fits.
-"""
+"""Memory of one worker of each stage, part by part, and whether it fits."""
 
 from __future__ import annotations
 

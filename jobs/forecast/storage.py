@@ -1,7 +1,4 @@
-"""Bytes on storage: corpus, logit cache, student, checkpoints, cells.
-
-How many tokens a corpus has: as it was prepared before, or guessed from its bytes.
-"""
+"""Bytes on storage (corpus, logit cache, student, checkpoints, cells), and tokens of a corpus."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What would make a stage fit: overrides of the spec, each tried before it is named.
-
-What a user should know of a plan beside its figures.
-"""
+"""Overrides that would make a stage fit, each tried before it is named, and notes on a forecast."""
 
 from __future__ import annotations
 

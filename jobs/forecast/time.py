@@ -1,8 +1,6 @@
-"""Seconds of each stage: of its work, a utilisation that is named, and what starts take.
+"""Seconds of each stage: the work of its passes over a utilisation that is named, and its starts.
 
-From how many students on a cache is cheaper than a teacher beside each of them.
-
-The work of a model's passes, and the seconds that a worker takes for it.
+And from how many students on, a logit cache is cheaper than a teacher that runs with each of them.
 """
 
 from __future__ import annotations

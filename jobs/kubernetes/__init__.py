@@ -1,1 +1,1 @@
-"""What `stillhouse manifest` derives a KubeRay RayJob from: the spec, and its options."""
+"""A KubeRay RayJob for a spec: `stillhouse manifest`."""

@@ -1,7 +1,4 @@
-"""A spec and the options of `stillhouse manifest` as the text of its manifest.
-
-Objects of Kubernetes as one YAML text, with comments that say why.
-"""
+"""A spec and the options of `stillhouse manifest` as YAML for KubeRay, with comments."""
 
 from __future__ import annotations
 

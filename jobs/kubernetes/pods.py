@@ -1,6 +1,6 @@
-"""How many worker pods, and how big: from `resources` of the spec, and what the options say.
+"""Worker pods: how many and how large, and whether they can reach what the spec names.
 
-What a spec names must be in reach of every pod: by URL, on the hub, or below a --pvc mount.
+Reachable is what has a URL, lies on the hub, or below a --pvc mount.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The folder that a user means by MODEL: a cell of a run, a quantized or a plain model.
-
-Models and tokenizers from their folders, with one line for what does not load.
-"""
+"""Finds the model that a user means (a cell, a quantized or a plain model) and loads it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`stillhouse quantize --out`: one model, quantized and written, without a cluster.
-
-`stillhouse quantize` without --out: the sweep of a model that exists, as a run.
-"""
+"""`stillhouse quantize`: one model with --out, without a cluster; else a sweep of it, as a run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a command does for who waits for it: a bar, and an end when it is asked for.
-
-How models' figures read on a terminal.
-"""
+"""Progress bars, clean interruption and figures for the commands on models."""
 
 from __future__ import annotations
 

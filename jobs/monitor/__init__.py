@@ -1,1 +1,1 @@
-"""A run as it is now: what its driver publishes of it, what it is asked for, what a reader says."""
+"""A run seen from outside: its status, its progress, stopping it, and its Ray jobs."""

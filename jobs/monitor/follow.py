@@ -1,7 +1,4 @@
-"""A run as it goes, from any machine: its events as bars and lines, until it has ended.
-
-Runs in a table, and one run in detail.
-"""
+"""Runs as tables, one run in detail, and a run followed until it ends, from any machine."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Which stages of a run are left, and running them in order."""

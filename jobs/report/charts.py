@@ -1,9 +1,4 @@
-"""The report's pictures of all models: accuracy against size, and KL against size.
-
-Loss curves of the report: each step thin, the mean of its neighbours bold.
-
-A picture of points over the size of models, with the front of those that no other beats.
-"""
+"""Charts of the report: accuracy and KL against size, and loss curves."""
 
 from __future__ import annotations
 

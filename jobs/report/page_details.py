@@ -1,7 +1,4 @@
-"""The page's tables of everything else that was measured: quality with intervals, then cost.
-
-The plan of a run beside what happened: a section of the page, and of table.md.
-"""
+"""The page's details: quality with intervals, cost, and the forecast against what happened."""
 
 from __future__ import annotations
 

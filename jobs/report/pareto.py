@@ -1,8 +1,7 @@
 """Which cells are worth having: the Pareto front in true bytes and KL, ties called ties.
 
-Every number here is of the part `select`: nothing is ever chosen on `report`.
-
-What cells are held against besides KL: the accuracy they keep, and the 16-bit model's speed.
+Every number here is of the part `select`: nothing is ever chosen on `report`. What a cell keeps of
+its 16-bit baseline is computed here too.
 """
 
 from __future__ import annotations

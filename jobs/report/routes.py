@@ -1,9 +1,8 @@
 """Distil, quantize, or both: the four models that a teacher can become, what each keeps and costs.
 
 The quantized ones are those that `recommend` names without limits, of each model: they are chosen
-on `select`; what they keep is of `report`.
-
-Where the loss comes from: what distillation and what quantization added to the teacher's.
+on `select`; what they keep is of `report`. `attributions` splits the loss into what distillation
+and what quantization added.
 """
 
 from __future__ import annotations

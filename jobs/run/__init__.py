@@ -1,0 +1,1 @@
+"""A run while it works: directory, context of its stages, heartbeat, requests, log."""

@@ -1,7 +1,4 @@
-"""What every stage gets to work with, and how it waits for work on the cluster.
-
-Workers and tasks that are not at work yet: what they wait for, and for how long they may.
-"""
+"""What every stage gets to work with, and how long it waits for workers and tasks to be placed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The run directory: which stages are done with which inputs, attempts, stop requests, events.
-
-Runs by name: the directory that a user means, and the cells in it.
-"""
+"""The run directory: finished stages and their inputs, attempts, cells; and runs found by name."""
 
 from __future__ import annotations
 

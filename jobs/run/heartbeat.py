@@ -1,11 +1,8 @@
-"""What a driver publishes of its run while it works, and a reader's view of that.
+"""The driver's heartbeat: what it publishes of its run while it works, and a reader's view of it.
 
 `state/live/<attempt>.json` is replaced whenever something changes, and at least every
-`SIGN_SECONDS`: a driver that gave no sign for `LOST_SECONDS` is lost.
-
-How long something will take yet, from how far it has come since it was first looked at.
-
-What the driver of a submitted job is told about that job, by its environment.
+`SIGN_SECONDS`: a driver that gave no sign for `LOST_SECONDS` is lost. It holds estimates of the
+time left, and the Ray job that the driver belongs to.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""Progress of a run: bars on a terminal, plain lines elsewhere; fed by the run's events.
-
-What the user sees, and where everything else goes.
+"""Progress of a run: bars on a terminal, plain lines elsewhere, and a log file for everything else.
 
 The chatter of Ray, DeepSpeed and their children is written to file descriptors 1 and 2, not through
-Python, so these descriptors are pointed at a log file; the user's terminal keeps a copy of its own.
+Python, so these descriptors are pointed at the log; the user's terminal keeps a copy of its own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""What a run is asked for from outside: a clean stop, or a checkpoint now.
+"""Requests to a run: a clean stop (also by Ctrl-C and SIGTERM), or a checkpoint now.
 
 A request is an object below `state/requests/<attempt>/`; the driver and the workers of that attempt
-look for it, wherever they run. One listing tells all.
-
-A clean stop, whoever asks for it: Ctrl-C, SIGTERM, or `stillhouse stop` from anywhere.
+look for it, wherever they run, with one listing.
 """
 
 from __future__ import annotations

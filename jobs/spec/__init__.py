@@ -1,0 +1,1 @@
+"""The spec: what it holds, and how it is read."""

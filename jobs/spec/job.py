@@ -1,9 +1,8 @@
-"""`JobSpec`: the YAML file a user writes, one job. Each floor owns its sections; this joins them.
+"""`JobSpec`: the YAML file a user writes, one job. Each package owns its sections; this joins them.
 
 Paths in a spec (data sources, model folders, `student.config`, `storage`) are relative to the
-directory in which the command is run, not to the file.
-
-Everything that a spec names by a model's name or a path, with the key that names it.
+directory in which the command is run, not to the file. `named_models`, `named_sources` and
+`named_files` list what a spec names, with its keys.
 """
 
 from __future__ import annotations

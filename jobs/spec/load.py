@@ -1,10 +1,6 @@
-"""Read a spec: YAML, dotted overrides, and one line for each thing that is wrong with it.
+"""Reads a spec: YAML, dotted overrides, one line for each fault; its JSON Schema; and `--each`.
 
 Relative paths inside a spec are relative to the current directory, not to the spec's file.
-
-`run --each KEY=A,B,C`: one run per value, on one corpus and one logit cache.
-
-What a spec may hold: its JSON Schema, and one line for each thing that does not fit it.
 """
 
 from __future__ import annotations

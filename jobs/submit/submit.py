@@ -1,7 +1,4 @@
-"""`stillhouse submit`: the checkout and the spec go to a Ray cluster, once, as a Ray job.
-
-What Ray installs on the nodes for a job that is sent with `--environment lock`.
-"""
+"""Sends the checkout and a spec to a Ray cluster, once, as a Ray job."""
 
 from __future__ import annotations
 

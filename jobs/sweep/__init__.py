@@ -1,1 +1,1 @@
-"""The cells of a sweep: what they are measured on, the work on their machines, what is kept."""
+"""The sweep: which cells are left, the tasks that make and measure them, what is kept."""

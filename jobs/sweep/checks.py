@@ -1,4 +1,4 @@
-"""Faults that only the world can tell: files, models, storage. Looked for before Ray starts."""
+"""Faults of a sweep that only models and files can tell; looked for before Ray starts."""
 
 from __future__ import annotations
 

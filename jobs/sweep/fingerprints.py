@@ -1,7 +1,4 @@
-"""Fingerprints: what the result of a cell, or of a model beside the cells, depends on.
-
-Which cells keep their models: all, those on the Pareto front, or none.
-"""
+"""Fingerprints of a sweep's results, and which cells keep their models."""
 
 from __future__ import annotations
 

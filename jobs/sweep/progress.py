@@ -1,7 +1,4 @@
-"""The tasks of a sweep that run now, and what share of all its work is done.
-
-Progress of one task of the sweep: the share of its work that is done, and what it does now.
-"""
+"""Progress of a sweep: the tasks that run now, the share of each, and of all its work."""
 
 from __future__ import annotations
 

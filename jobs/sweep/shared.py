@@ -1,10 +1,4 @@
-"""What all tasks of one sweep share: corpus, teacher's records, stored references. Picklable.
-
-This is where the wings meet: the corpus and the teacher's records are `trainer`'s, the models'
-quality is `quant`'s.
-
-The 16-bit models of a run: what cells are made of, and what is measured beside them.
-"""
+"""What all tasks of one sweep share: corpus, records, references, the 16-bit models. Picklable."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The job's side of W&B: starts the projection as a process of its own and never fails with it.
-
-Which mode W&B runs in, from the spec, the WANDB_* variables, and whether there is a login.
-"""
+"""The job's side of W&B: picks the mode, starts the projection, never fails with it."""
 
 from __future__ import annotations
 

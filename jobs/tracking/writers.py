@@ -1,7 +1,4 @@
-"""Writes planned W&B runs: offline as one folder each, online by resuming under a fixed id.
-
-One projection of a run directory into W&B, once or for as long as the job runs.
-"""
+"""Writes runs to W&B, offline or online, and follows a run directory while the job runs."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     options = layer_options(model, QuantSpec(4, 64), [(4, 64), (3, 64), (2, 32)])
     losses = {}
-    for piece in pieces_of(options, tasks):                  # anywhere, each with its own model
-        losses |= sensitivity(model, reference, batches, piece)
+    for shard in shards_of(options, tasks):                  # anywhere, each with its own model
+        losses |= sensitivity(model, reference, batches, shard)
     kl = {key: found["kl"] for key, found in losses.items()}
     for allocation in candidates(options, kl, budget_bytes):
         quantize(model, base, layers=allocation.layers)      # measured whole; the best is taken

@@ -1,12 +1,9 @@
 """Allocations worth measuring whole: losses of layers do not add up exactly, so the allocation of
 the least predicted sum need not be the best one.
 
-Uniform models to hold an allocated one against.
-
-Allocations near a good one, for a hill climb that measures them whole.
-
-A neighbour moves bytes to some layers from the others, or away from them. On the sum of losses no
-move from the best allocation gains; measured whole one may, since losses do not add up.
+`neighbours` are a hill climb's next ones: they move bytes to some layers from the others, or away
+from them. On the sum of losses no move from the best allocation gains; measured whole one may.
+`uniform_controls` are uniform models to compare an allocated one with.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ quantized.safetensors   packed codes, scales, zeros and unquantized tensors; tie
 quant.json              what the tensors are: see `quant.artifact.description`
 config.json  generation_config.json, and tokenizer files if the caller puts them there
 
-A quantized model on disk: how it is written, and read by one who trusts nothing it says.
+Reading trusts nothing that the folder says.
 """
 
 from __future__ import annotations

@@ -1,13 +1,8 @@
-"""Token sequences and a teacher's records of them, as an evaluation takes them.
+"""Batches of sequences with the teacher's records of them, and a model's logits at their positions.
 
-Position t is about the prediction of token t + 1; `loss_mask[t] = 1` says that it counts.
-
-A model's logits at chosen positions, the head applied to a chunk of tokens at a time.
-
-A head over all positions of a batch would need `[tokens, vocab]` at once, which for large
-vocabularies is most of the memory of an evaluation.
-
-How far a pass over batches of sequences is, also within a batch.
+Position t is about the prediction of token t + 1; `loss_mask[t] = 1` says that it counts. The head
+is applied to a chunk of tokens at a time: over all positions of a batch its logits would be
+`[tokens, vocab]`, for large vocabularies most of the memory of an evaluation.
 """
 
 from __future__ import annotations

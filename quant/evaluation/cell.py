@@ -1,7 +1,7 @@
 """The work of one cell of the sweep: plain functions over model folders, which a scheduler may run
 anywhere. Errors are the caller's to record.
 
-Does the kernel that a quantized model decodes with answer as its weights say?
+`kernel_kl` tells whether the kernel that a quantized model decodes with answers as its weights say.
 """
 
 from __future__ import annotations

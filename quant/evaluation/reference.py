@@ -1,12 +1,10 @@
-"""A 16-bit model's answers on a part, computed once and read by every cell beside it.
+"""A 16-bit model's answers on a part, computed once and read by every cell.
 
 Stored are the last hidden states at the counted positions, not logits, which would be `vocab /
 hidden` times as large. A reader holds the head alone and applies it to a chunk of tokens at a time.
 
-The head of a model by itself: a model of which nothing else is in memory.
-
-The head is every stored tensor that lies outside of the model's base: `lm_head.weight`, a bias.
-Where it is tied to the embeddings it is their table.
+The head alone is loaded by `model_with_head`. It is every stored tensor that lies outside of the
+model's base: `lm_head.weight`, a bias. Where it is tied to the embeddings it is their table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an export wrote."""
+"""Exports of quantized models, and what an export reports."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Text from a model piece by piece, as it is generated, and how fast that went.
-
-How the next token may be drawn: the settings and their ranges, without anything heavy.
-
-Token ids to text, one by one, in whole characters.
-"""
+"""Text from a model as it is generated: sampling settings, whole characters, speed."""
 
 from __future__ import annotations
 

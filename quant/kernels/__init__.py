@@ -1,7 +1,4 @@
-"""Which kernel each quantized layer runs: the fastest exact way for its layout and device.
-
-Which kernel a weight gets: the fastest that holds it exactly, or the reason why none does.
-"""
+"""Which kernel each quantized layer runs: the fastest exact one for its layout and device."""
 
 from __future__ import annotations
 

@@ -5,11 +5,10 @@ does; all else is exact but for float32 sums, fractional zero points too. The er
 rounding, at most half a step of max|x| / 127 in each block: about 0.5 % of a product with normal
 inputs, up to 2 % where one input of a row is 30 times as large as the others.
 
-What bfloat16 rounds off the offsets of an int4 kernel, and whether that would be seen.
-
-The kernels add one bfloat16 offset `(8 - z) s` to all weights of a group. What is rounded off is
-the same for the whole group: over inputs without a mean it averages out, over others it adds up,
-most where one large weight has stretched its group's range and the others are small.
+`lost_offsets` estimates what bfloat16 rounds off the offsets of int4 kernels. Those add one
+bfloat16 offset `(8 - z) s` to all weights of a group. What is rounded off is the same for the whole
+group: over inputs without a mean it averages out, over others it adds up, most where one large
+weight has stretched its group's range and the others are small.
 """
 
 from __future__ import annotations

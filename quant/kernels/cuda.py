@@ -1,11 +1,10 @@
-"""torch's int4 kernel on CUDA ("tinygemm"): 4-bit codes, bfloat16 input.
+"""Kernels on CUDA: torch's int4 ("tinygemm": 4-bit codes, bfloat16 input), and gemlite's.
 
 `torch.ops.aten._convert_weight_to_int4pack` takes two codes per byte, the even column in the high
 nibble, and orders them by tiles of 8 rows x 128 columns for the tensor cores (ATen's int4mm.cu);
 `_weight_int4pack_mm` computes `x ((q - 8) s + zp)^T`, as the CPU kernel does.
 
-gemlite's Triton kernels on CUDA, if the package is installed: codes of 1, 2, 4 and 8 bits.
-
+gemlite's Triton kernels, if the package is installed, take codes of 1, 2, 4 and 8 bits:
 github.com/dropbox/gemlite (0.5): `A16Wn.from_weights` takes unpacked codes, scales and zero points
 of any fraction. It keeps the codes as a little-endian bit stream along the columns, in words of 32
 bits, transposed: the bytes that `quant.codes` makes.

@@ -9,8 +9,6 @@ near the middle of 0..15 or 0..255. zp is then near 0, and what bfloat16 rounds 
 small beside the weights (else it is not: most weights of 1-bit groups are 0.02 s). 4-bit codes
 leave none: where what is rounded off their zp would be seen, more columns hold it (`offsets`).
 
-The order in which a CPU's int4 kernel wants its codes, and back.
-
 `torch.ops.aten._convert_weight_to_int4pack_for_cpu` keeps rows in blocks (of 64 with AVX-512, 32
 with AVX2): `[rows / block, columns, block / 2]` bytes, each with the codes of two rows. Which two
 depends on the processor, so it is found out by packing the rows' own numbers, never assumed, and

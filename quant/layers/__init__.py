@@ -1,0 +1,1 @@
+"""Quantized layers: packed codes, products and lookups, and the decoding step."""

@@ -14,13 +14,11 @@ done:
 Equal to hqq with as many torch threads. hqq itself, with another count, may differ in the last bit:
 by the order of its mean, and by pow where a thread's share ends amid a vector.
 
-Fused loops over groups of weights: what torch would do in a dozen passes over memory, in one.
-
-Each rounds as the torch operations it names do, element by element: float32 throughout, one
-operation at a time, a true division. They let go of the GIL.
-Arrays: weight, space, out `[n, size]`; picked int64 `[n]`, the groups that these rows are; scale
-and zero float32 `[groups]`, hqq's (the scale is the inverse one); large and new float32 `[n]`,
-errors float64 `[n]`.
+The loops are fused: what torch would do in a dozen passes over memory, in one. Each rounds as the
+torch operations it names do, element by element: float32 throughout, one operation at a time, a
+true division. They let go of the GIL. Arrays: weight, space, out `[n, size]`; picked int64 `[n]`,
+the groups that these rows are; scale and zero float32 `[groups]`, hqq's (the scale is the inverse
+one); large and new float32 `[n]`, errors float64 `[n]`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Round to nearest: codes spread evenly between each group's least and greatest weight.
 
-Symmetric int8 weights, one scale per row: the weight side of dynamic quantization.
-
-The activations are quantized to int8 per token while the model runs; nothing of them is here.
+`quantize_int8` is symmetric with one scale per row: the weight side of dynamic quantization. The
+activations are quantized to int8 per token while the model runs.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Training the scales of a quantized model whose codes stay."""

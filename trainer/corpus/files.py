@@ -1,12 +1,10 @@
 """Local files as documents: globs of txt, json, jsonl or parquet.
 
-JSON lines are read by `trainer.corpus.files`, everything else by Hugging Face `datasets`.
-
-Rows of JSON files as they stand there: an object a line, or a list of objects.
-
-Not read by `datasets`, which types a column by its first rows: where types are mixed (a list as one
-content among texts, keys that only some messages have) it keeps values as JSON, in which the text
-x is "x" with its quotes, and from the second block of a file on it cannot be told any more.
+Everything but JSON is read by Hugging Face `datasets`. Rows of JSON (an object a line, or a list
+of objects) are read as they stand there: `datasets` types a column by its first rows: where types
+are mixed (a list as one content among texts, keys that only some messages have) it keeps values as
+JSON, in which the text x is "x" with its quotes, and from the second block of a file on it cannot
+be told any more.
 """
 
 from __future__ import annotations

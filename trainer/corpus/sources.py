@@ -8,8 +8,6 @@ by Hugging Face `datasets`.
 A .txt file is one document (`sample_by="document"`); in the other formats a row is a document:
 a text, token ids, or a row of which the assistant's words are learnt
 (`trainer.corpus.conversations`).
-
-Hub data sets as documents.
 """
 
 from __future__ import annotations

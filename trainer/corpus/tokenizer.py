@@ -1,8 +1,7 @@
-"""Tokenizers: load one, train one, compare two, and turn documents into token ids.
+"""Tokenizers: load one, train one, compare two, copy their files, and turn documents into token
+ids.
 
 Always the transformers fast tokenizers; its files are what a student folder carries.
-
-The files of a tokenizer in a model's folder: which they are, and copying them to another.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """What all records of one kind in a cache share: the coding, the numbering of ids, code tables.
 
-Fitted once, on the first records of a cache, and kept beside them. Later records that look
-otherwise are coded as exactly, only in more bytes.
-
-A codebook as a file of the cache: bound to its cache and family, and checked whole.
+Fitted once, on the first records of a cache, and kept with them. Later records that look
+otherwise are coded as exactly, only in more bytes. As a file it is bound to its
+cache and family, and checked whole.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
 What is kept in memory is arrays of 40 bytes per sequence. Of a shard's records exactly the wanted
 bytes are read, and each record's checksum is looked at before it is decoded.
 
-Records of some positions of sequences, laid out along all of them.
-
-A cache of positions: loss has a row for each position that counts in the loss, in their order.
+`read_along` lays records of some positions out along all of them: a cache of positions: loss has a
+row for each position that counts in the loss, in their order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What is kept of the teacher's distributions: as arrays, and in which way.
-
-Which records a logit cache holds, by the spec: kinds, and what is kept for each.
-"""
+"""Records of the teacher's distributions: arrays, their coding, and the kinds a spec asks for."""
 
 from __future__ import annotations
 

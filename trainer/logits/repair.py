@@ -1,9 +1,7 @@
-"""What is wrong with a logit cache, found by reading every byte of it; see `mend` for the cure.
+"""Checks a logit cache by reading every byte of it, and repairs it.
 
-Mending a logit cache: bad shards are dropped, so the next capture finds their sequences missing.
-
-No records are ever invented. Only a codebook is restored, from its spare copy, since all shards
-of a family hang on it.
+Bad shards are dropped, so that the next capture finds their sequences missing. No records are ever
+invented. Only a codebook is restored, from its spare copy, since all shards of a family hang on it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Losses against a teacher's distributions, fused with the output head."""

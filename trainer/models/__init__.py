@@ -1,1 +1,1 @@
-"""The student: how it is built, what of it is trained, and how it is saved."""
+"""Models: finding, loading and building them, heads, hidden states, LoRA, slices."""

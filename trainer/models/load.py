@@ -1,13 +1,10 @@
 """Models by name: find the folder, build from a config, load weights, tell what they are.
 
-The architectures that can be trained and taught from: those that tests have verified.
-
-Verified of a family (`tests/unit/trainer/models/test_families.py`): our head gives the model's own
-logits; documents packed into one sequence are as good as apart; what is saved loads again as it
-was. Of others any of these may fail in silence: bloom and opt attend across documents, for they
-take no notice of positions that restart.
-
-How far a forward pass is, by its layers.
+Only families that tests have verified can be trained and taught from. Verified
+(`tests/unit/trainer/models/test_families.py`): our head gives the model's own logits; documents
+packed into one sequence are as good as apart; what is saved loads again as it was. Of others any of
+these may fail in silence: bloom and opt attend across documents, for they take no notice of
+positions that restart.
 """
 
 from __future__ import annotations

@@ -2,10 +2,8 @@
 texts (https://platform.openai.com/docs/api-reference).
 
 What may pass by itself is tried again, with pauses that double, or as long as `Retry-After` says.
-The key stands in the header of the request and nowhere else.
-
-How fast a server may be asked: requests a minute, and pauses that it demands itself; and how
-many answers may fail.
+The key stands in the header of the request and nowhere else. `RateLimit` holds to requests a
+minute, and to pauses that the server demands.
 """
 
 from __future__ import annotations

@@ -3,11 +3,10 @@
 Everything that decides an answer is given here: of the model's generation_config.json only the ids
 that end an answer are heeded, not its temperature, top_k or penalties.
 
-The next token, drawn with random numbers of its own: the same in every batch and on every rank.
-
-transformers draws from torch's global generator, so an answer there depends on what else is in the
-batch and was drawn before. Here the number is Philox4x32-10 of (seed, prompt, sample, position) and
-the id is found by inverting the distribution function (`trainer.teacher.sampling`).
+The next token is drawn with random numbers of its own: transformers draws from torch's global
+generator, so an answer there depends on what else is in the batch and was drawn before. Here the
+number is Philox4x32-10 of (seed, prompt, sample, position) and the id is found by inverting the
+distribution function (`trainer.teacher.sampling`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ A row has prompt and completion (texts, or messages), key, source, sample, token
 who made which answer when. Empty answers are left out of them, and so are assistant's turns that
 were cut: they would teach to stop in the middle. A text that was cut stays; texts may go on.
 
-What exactly the answers of a job are: a flat mapping, and the corpus that is made of them.
+`responses_identity` is what exactly the answers of a job are; it names the folder.
 """
 
 from __future__ import annotations

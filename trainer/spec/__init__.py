@@ -1,0 +1,1 @@
+"""The sections of the spec that training reads, their rules, and reading them."""

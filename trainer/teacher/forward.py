@@ -3,8 +3,6 @@
 No [tokens, vocabulary] tensor is kept. Logits are made for a chunk of tokens that is large enough
 for the matrix product, and worked on in strips that stay in the processor's cache, in buffers that
 are used again: on a CPU fresh memory costs more than the arithmetic.
-
-The most likely ids of each row and the mass of all others, in few passes over the vocabulary.
 """
 
 from __future__ import annotations

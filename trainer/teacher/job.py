@@ -1,12 +1,11 @@
 """What a capture is asked to do, and what of it the cache lacks.
 
-The sequences that lack records cut into blocks, one per forward pass.
-
-What a forward pass makes of a sequence depends, in the last bits, on its shape, on its mask (there
-is none if every sequence is one document), on some hardware on the place in the batch, and with a
-mixture of experts on all that is beside it. So all blocks have equally many sequences, of one kind,
-in the order of the keys. And as captures store whole blocks, what a capture leaves behind, however
-it ended and with however many workers, are the same blocks for the next one.
+Sequences that lack records are cut into blocks, one per forward pass. What a forward pass makes of
+a sequence depends, in the last bits, on its shape, on its mask (there is none if every sequence is
+one document), on some hardware on the place in the batch, and with a mixture of experts on the rest
+of the batch. So all blocks have equally many sequences, of one kind, in the order of the keys. And
+as captures store whole blocks, what a capture leaves behind, however it ended and with however many
+workers, are the same blocks for the next one.
 """
 
 from __future__ import annotations

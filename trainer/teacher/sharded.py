@@ -4,13 +4,11 @@ DeepSpeed gathers a module's weights before the module runs and drops them after
 process group that the weights were partitioned over. Groups are independent: nothing here waits
 for a rank of another group once the engine is there.
 
-Which teachers can be sharded by ZeRO-3, mixtures of experts above all.
-
-ZeRO-3 gathers a module's weights when the module is called, and all ranks of a group must gather
-the same ones in the same order. An expert that is a module of its own is called only on the ranks
-whose tokens chose it, and the others would wait for ever. So the module around such experts is made
-a leaf: all that is in it is gathered before it runs, whoever is called. Experts held as one tensor
-need nothing.
+Mixtures of experts need care. ZeRO-3 gathers a module's weights when the module is called, and all
+ranks of a group must gather the same ones in the same order. An expert that is a module of its own
+is called only on the ranks whose tokens chose it, and the others would wait for ever. So the module
+around such experts is made a leaf: all that is in it is gathered before it runs, whoever is called.
+Experts held as one tensor need nothing.
 """
 
 from __future__ import annotations

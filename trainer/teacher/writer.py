@@ -1,9 +1,9 @@
-"""Encoding and publishing beside the forward passes, in a thread, within bounded memory.
+"""Encodes and publishes records during the forward passes, in a thread, within bounded memory.
 
 writer.reserve()          # before a forward pass: waits for room
 writer.put(made)          # what it made; encoded and published by the thread
 
-The codebooks of a capture: one rank fits a family's on its first blocks, others wait for it.
+One rank fits a family's codebook on its first blocks; the others wait for it.
 """
 
 from __future__ import annotations

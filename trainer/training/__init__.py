@@ -1,1 +1,1 @@
-"""What a training leaves on storage to go on from: checkpoints, and the best weights."""
+"""Training: the loop, its data and signals, the student, checkpoints, the best weights."""

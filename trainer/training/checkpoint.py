@@ -9,11 +9,7 @@ lost, must not write where ranks of that node still do. Every rank saves into a 
 its own and uploads what it wrote (`saver`); a checkpoint exists once its JSON does. DeepSpeed reads
 its files with pickle, so only files whose hashes the JSON holds are loaded, from the run's own
 folder. Another number of ranks loads them through a universal checkpoint
-(trainer/training/checkpoint.py).
-
-Folders on this machine's disk for the time being, which outlive no process for long.
-
-Loading a DeepSpeed checkpoint on another number of ranks: its universal format.
+(`load_universal`).
 
 DeepSpeed's own converter takes the shards of all ranks apart into one folder per parameter, from
 which every rank of another group reads its part (https://www.deepspeed.ai/tutorials/

@@ -1,9 +1,4 @@
-"""The DeepSpeed configuration of a training, and what a spec may lay over it.
-
-The losses that a spec asks for.
-
-Optimizer and learning rate of a training.
-"""
+"""The DeepSpeed configuration of a training with the spec's overlay, losses and optimizer."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@ The global batch of a step is a fixed list of sequences (`trainer.corpus.schedul
 takes every w-th, from r on. Ragged ends are filled with sequences of weight 0, so that all ranks
 make equally many forward passes. Weights are divided by the whole batch's loss tokens, so the loss
 is the mean over tokens, whatever the number of ranks and micro-batches.
-
-What a training reads: its steps, and `select` for its evaluations.
 """
 
 from __future__ import annotations

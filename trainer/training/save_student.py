@@ -1,7 +1,4 @@
-"""A trained student as a Hugging Face folder on storage, and whether it is there already.
-
-A student's weights gathered from its engine, and written as a folder that anyone can load.
-"""
+"""Gathers a student's weights from its engine and writes them as a Hugging Face folder."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The teacher as a training knows it: what its logit cache holds of a sequence.
-
-A teacher that runs beside the student, in the same workers: its signal is dense.
+"""The teacher's signals: records from the logit cache, or a teacher that runs in the same workers.
 
     with teacher.signal(inputs) as more:
         loss, sums = engine(**inputs, losses=losses, **more)

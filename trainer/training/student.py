@@ -1,9 +1,7 @@
-"""The student of a training, built and wrapped in a DeepSpeed engine.
+"""The student of a training, built and wrapped with its loss in a DeepSpeed engine.
 
-The student inside the module that the DeepSpeed engine wraps, with its loss.
-
-The loss is computed in this module's forward, so ZeRO-3 gathers the head for it and nothing calls
-`model.module` behind the engine's back.
+The loss is computed in the wrapped module's forward, so ZeRO-3 gathers the head for it and nothing
+calls `model.module` behind the engine's back.
 """
 
 from __future__ import annotations

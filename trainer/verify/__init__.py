@@ -1,0 +1,1 @@
+"""Whether a logit cache says what its teacher says."""

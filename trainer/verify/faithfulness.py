@@ -1,7 +1,4 @@
-"""Whether a cache's records are what its teacher says: the teacher again, over some sequences.
-
-The teacher once more over a few sequences, in one process: what records are compared with.
-"""
+"""Whether a cache's records are what its teacher says: it runs again over some sequences."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 What has to be in a file is read off llama.cpp's loader (src/llama-model.cpp, src/models/*.cpp) and
 its own converter (conversion/*.py, github.com/ggml-org/llama.cpp).
 
-What goes into a GGUF file: every tensor with its name, type and order of rows.
+`planned_tensors` gives every tensor of a file with its name, type and order of rows.
 """
 
 from __future__ import annotations

@@ -4,11 +4,9 @@ llama.cpp has its own tokenizers (src/llama-vocab.cpp, github.com/ggml-org/llama
 chooses by name. So what the tokenizer at hand really does is compared with what those do, and
 anything else is refused: a wrong split would be a model that silently answers worse.
 
-The two kinds of BPE that llama.cpp has, recognized in what a tokenizer.json does.
-
-"gpt2" is byte-level BPE by ranked merges behind a pre-tokenizer known by name; "llama" is
-SentencePiece's BPE, which has no merges: it joins any two neighbours whose union is a piece, the
-best score first.
+llama.cpp has two kinds of BPE, recognized here in what a tokenizer.json does: "gpt2" is byte-level
+BPE by ranked merges behind a pre-tokenizer known by name; "llama" is SentencePiece's BPE, which has
+no merges: it joins any two neighbours whose union is a piece, the best score first.
 """
 
 from __future__ import annotations

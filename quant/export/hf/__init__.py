@@ -1,0 +1,1 @@
+"""Export to folders that stock transformers and vLLM load."""

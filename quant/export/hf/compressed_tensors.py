@@ -7,10 +7,9 @@ The layout on disk is that of compressed-tensors 0.20 (github.com/vllm-project/c
 stream of `codes + 2**(bits - 1)` in int32 words along the row. Its loader's arithmetic is done in
 the dtype of the scale, and `Packed.weight` does the same, so that what is measured is what loads.
 
-Layers that vLLM joins into one (q/k/v, gate/up): all of a joined layer must share one scheme.
-
-By reading vLLM (`compressed_tensors/utils.py`): `should_ignore_layer` raises when only some parts
-of a joined layer are ignored, and `find_matched_target` takes the scheme of the first part for all.
+Layers that vLLM joins into one (q/k/v, gate/up) must share one scheme. By reading vLLM
+(`compressed_tensors/utils.py`): `should_ignore_layer` raises when only some parts of a joined layer
+are ignored, and `find_matched_target` takes the scheme of the first part for all.
 """
 
 from __future__ import annotations
