@@ -142,12 +142,12 @@ def _killed_for_memory(text: str, pid: int | None, claim: int) -> tuple[str, boo
     return line, used[pid] < _LITTLE * limit
 
 
-def where(start: Any) -> str:
+def where(start: Any) -> str:  # noqa: ANN401
     """A process of the cluster, for people."""
     return f"{start.host} (node {start.node[:8]}, pid {start.pid})"
 
 
-def failure_callback(on_loss: Callable[[str, str], None]) -> Any:
+def failure_callback(on_loss: Callable[[str, str], None]) -> Any:  # noqa: ANN401
     """A callback for Ray Train that calls on_loss(what, why); see `cluster.workers.Launch`."""
     from ray.train import UserCallback
 
@@ -155,7 +155,9 @@ def failure_callback(on_loss: Callable[[str, str], None]) -> Any:
         """Runs in the controller's process."""
 
         def after_exception(
-            self, run_context: Any, worker_exceptions: Mapping[int, BaseException]
+            self,
+            run_context: Any,  # noqa: ANN401
+            worker_exceptions: Mapping[int, BaseException],  # noqa: ANN401
         ) -> None:
             on_loss(*in_words(worker_exceptions))
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
-def store() -> Any:
+def store() -> Any:  # noqa: ANN401
     """Ray's module of it, imported when it is used first."""
     from ray.experimental import internal_kv
 

@@ -112,7 +112,7 @@ def run_on_every_node(
     return sorted(told, key=lambda answer: answer.node)
 
 
-def _answer(node: str, reference: Any) -> Answer:
+def _answer(node: str, reference: Any) -> Answer:  # noqa: ANN401
     import ray
 
     try:

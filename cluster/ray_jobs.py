@@ -109,13 +109,13 @@ class RayJobs:
             raise Unreachable(_why(self.address, error)) from error
 
 
-def _client(address: str) -> Any:
+def _client(address: str) -> Any:  # noqa: ANN401
     """Ray's client, with a time limit; with this user's token where the cluster asks for one."""
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
-        def _do_request(self, *arguments: Any, **more: Any) -> Any:  # Ray's has no limit
+        def _do_request(self, *arguments: Any, **more: Any) -> Any:  # Ray's has no limit  # noqa: ANN401
             return super()._do_request(*arguments, **{"timeout": ANSWER_SECONDS, **more})
 
     try:
@@ -129,7 +129,7 @@ def _client(address: str) -> Any:
         return Client(address)
 
 
-def _job(details: Any) -> RayJob:
+def _job(details: Any) -> RayJob:  # noqa: ANN401
     return RayJob(
         details.submission_id,
         str(getattr(details.status, "value", details.status)),

@@ -154,7 +154,7 @@ def _environment() -> dict[str, Any] | None:
     return {"working_dir": str(root), "excludes": ray_excludes()}
 
 
-def _children(process: Any = None) -> list[Any]:
+def _children(process: Any = None) -> list[Any]:  # noqa: ANN401
     """Processes that this one, or `process`, has started; of the latter also theirs."""
     import psutil
 

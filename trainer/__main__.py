@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -33,6 +33,7 @@ from trainer import stage_inputs
 from trainer.messages import failure_reason, format_event, is_out_of_memory
 from trainer.processor import DtypeName, fast_dtype
 from trainer.resolve_auto import DTYPE_SECTIONS, recorded_dtypes, resolve
+from trainer.responses.store import AnswerStore
 from trainer.spec.errors import SpecReader
 from trainer.spec.responses import ResponsesSpec
 from trainer.spec.rules import NAME, RULES, faults_of, plain_name, raise_faults
@@ -46,6 +47,7 @@ from trainer.spec.sections import (
 )
 from trainer.spec.yaml import apply_override, parse
 
+T = TypeVar("T")
 IGNORED = ("resources", "sweep", "tracking")
 DONE, WRONG, FAILED, INTERRUPTED = 0, 2, 3, 130
 # Of one teacher forward pass on one rank; and how often records are published at least.
@@ -111,7 +113,10 @@ def load(path: str, overrides: Sequence[str]) -> TrainerSpec:
 
 
 def make_corpus(
-    spec: Any, names: stage_inputs.Identities, answers: Any, stop: Callable[[], bool]
+    spec: TrainerSpec,
+    names: stage_inputs.Identities,
+    answers: AnswerStore | None,
+    stop: Callable[[], bool],
 ) -> Store:
     """Makes the corpus, call after call, unless it is there; `answers`: of `_answers`, None where
     sources hold texts.
@@ -188,7 +193,7 @@ class Rank:
         # torchrun passes on what the terminal has sent already: a second signal means no more.
         self.stopping = True
 
-    def after(self, work: Callable[[], Any]) -> Any:
+    def after(self, work: Callable[[], T]) -> T:
         """Rank 0's result of `work`, on every rank; raises on all what it raises there."""
         import torch.distributed as dist
 
@@ -310,7 +315,9 @@ class Rank:
             print(f"prepare: corpus {corpus.url}", flush=True)
         return corpus
 
-    def _answers(self, spec: Any, names: stage_inputs.Identities, root: Store) -> Any:
+    def _answers(
+        self, spec: TrainerSpec, names: stage_inputs.Identities, root: Store
+    ) -> AnswerStore:
         """The answers that the corpus is made of; those that are missing are made first."""
         from trainer.responses.make import collect, finish, make_job, open_answers
         from trainer.run_task import run_task
@@ -320,6 +327,7 @@ class Rank:
         if self.after(lambda: answers.manifest() is not None):
             return answers
         began = time.time()
+        assert spec.responses is not None
         if spec.responses.origin == "teacher":
             task = make_job(spec, answers, batch_tokens="auto", publish_seconds=SHARD_SECONDS)
             facts = run_task(task, self.worker)
@@ -335,7 +343,7 @@ class Rank:
             self.events.close()
 
 
-def _minutes(count: float) -> Any:
+def _minutes(count: float) -> Any:  # noqa: ANN401
     import datetime
 
     return datetime.timedelta(minutes=count)

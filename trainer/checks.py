@@ -160,7 +160,10 @@ def _of_training(spec: Sections, found: Identities) -> list[str]:
 
 
 def responses_faults(
-    spec: Any, environ: Mapping[str, str] | None = None, *, tokenizer: Any = None
+    spec: Sections,
+    environ: Mapping[str, str] | None = None,
+    *,
+    tokenizer: Any = None,  # noqa: ANN401
 ) -> list[str]:
     """One line per fault that only this machine can tell: keys, files, prompts.
 

@@ -62,7 +62,7 @@ def _at_first_call(
     compiled: Callable[..., Any] | None = None
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         nonlocal compiled
         if compiled is None:
             compiled = compiler(function, **options)

@@ -22,7 +22,7 @@ NAMES: tuple[DtypeName, ...] = ("bfloat16", "float32")
 
 
 class _Spec(Protocol):
-    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Any: ...
+    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Any: ...  # noqa: ANN401
 
 
 AnySpec = TypeVar("AnySpec", bound=_Spec)

@@ -109,7 +109,7 @@ class Worker:
         if self.world > 1:
             self.sum([0.0], group=patient)
 
-    def share(self, value: object) -> Any:
+    def share(self, value: object) -> Any:  # noqa: ANN401
         """Rank 0's `value`, on every rank."""
         if self.world == 1:
             return value

@@ -175,7 +175,7 @@ class Store:
         """The whole object as UTF-8."""
         return self.read_bytes(p).decode("utf-8")
 
-    def read_json(self, p: str) -> Any:
+    def read_json(self, p: str) -> Any:  # noqa: ANN401
         """The object parsed as JSON. Raises ValueError, with the URL, if it is not."""
         try:
             return json.loads(self.read_bytes(p))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 
-def plain(value: object, *, lenient: bool = False) -> Any:
+def plain(value: object, *, lenient: bool = False) -> Any:  # noqa: ANN401
     """Turn a value into what strict JSON can hold.
 
     NaN becomes null, an infinity the string "Infinity" or "-Infinity" (`float()` reads it back);

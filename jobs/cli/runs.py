@@ -235,7 +235,7 @@ def _is_there(place: Store) -> bool:
         return False
 
 
-def _console() -> Any:
+def _console() -> Any:  # noqa: ANN401
     from rich.console import Console
 
     console = Console()

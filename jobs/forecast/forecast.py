@@ -228,7 +228,7 @@ def _resolved(asked: JobSpec, spec: JobSpec) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value != "auto"}
 
 
-def _at(values: Any, key: str) -> Any:
+def _at(values: Any, key: str) -> Any:  # noqa: ANN401
     """The value of a dotted key in nested mappings and lists."""
     for part in key.split("."):
         values = values[int(part) if isinstance(values, (list, tuple)) else part]

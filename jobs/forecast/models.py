@@ -128,7 +128,7 @@ def _read(file: Path) -> dict[str, Any]:
     return raw
 
 
-def _config(raw: dict[str, Any]) -> Any:
+def _config(raw: dict[str, Any]) -> Any:  # noqa: ANN401
     """A raw config as far as `check_family` looks at it."""
     text = SimpleNamespace(model_type=(raw.get("text_config") or raw).get("model_type"))
     return SimpleNamespace(model_type=raw.get("model_type"), get_text_config=lambda: text)

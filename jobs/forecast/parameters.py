@@ -150,7 +150,7 @@ class Shape:
         """
         return 2.0 * self.active + 4.0 * self.layers * self.heads_width * length / 2
 
-    def adapters(self, rank: int, targets: Any) -> int:
+    def adapters(self, rank: int, targets: Any) -> int:  # noqa: ANN401
         """Parameters of LoRA adapters of this rank on `targets` ("auto": all linear layers)."""
         return sum(
             rank * (matrix.rows + matrix.columns) * matrix.count
@@ -327,7 +327,7 @@ def _from_model(text: dict[str, Any], kind: str) -> Shape:
     )
 
 
-def _matrices(model: PreTrainedModel, head: Any) -> tuple[Matrix, ...]:
+def _matrices(model: PreTrainedModel, head: Any) -> tuple[Matrix, ...]:  # noqa: ANN401
     from collections import Counter
 
     from torch import nn

@@ -20,6 +20,7 @@ from jobs.forecast.dtypes import decide_dtypes, local_dtypes, training_device
 from jobs.forecast.place import Core, slowest
 from jobs.pipeline import preflight
 from jobs.pipeline.skip import StageSelection, is_current
+from jobs.run.context import Context
 from jobs.run.directory import RunDir
 from jobs.run.heartbeat import Heartbeat, job_of_driver, tries_left
 from jobs.run.inputs import ResolvedJob, absolute_paths
@@ -223,8 +224,6 @@ class _Attempt:
             if job.spec.resources.growth_minutes:
                 connected.callback(ask_to_grow, [])  # what was asked for would be held for ever
             signals.install()  # Ray has put its own handler of SIGTERM in place
-            from jobs.run.context import Context
-
             cluster = self._look(cluster, heartbeat, reporter, signals)
             job = self.job  # with the dtypes that the nodes are fast at
             tail = EventTail(job.run.store)
@@ -309,7 +308,7 @@ class _Attempt:
         return int(found.get("storage", {}).get("checkpoint", 0)) // cluster.machines
 
 
-def _run_stage(stage: str, context: Any, log: Path, forced: bool) -> None:
+def _run_stage(stage: str, context: Context, log: Path, forced: bool) -> None:
     """One stage, from its start to its record; errors become the user's."""
     from jobs.stages.worker_group import release
 

@@ -135,7 +135,7 @@ def where_the_loss_comes_from(data: RunData, rows: list[Row]) -> str:
     )
 
 
-def _part(part: Any) -> str:
+def _part(part: Any) -> str:  # noqa: ANN401
     if part is None:
         return f.NOTHING
     return "+" * (part.value >= 0) + f.with_interval(part.value, part, 4)

@@ -180,7 +180,7 @@ def _row(data: RunData, role: str, found: dict[str, Any]) -> Row:
     return row
 
 
-def _tasks(tasks: Any) -> Any:
+def _tasks(tasks: Any) -> Any:  # noqa: ANN401
     """Results of benchmark tasks without what they say of every document."""
     if not isinstance(tasks, dict):
         return None

@@ -116,7 +116,7 @@ def _read_spec(store: Store, events: list[dict[str, Any]]) -> dict[str, Any]:
     return {}
 
 
-def clean(value: object) -> Any:
+def clean(value: object) -> Any:  # noqa: ANN401
     """The value with everything that strict JSON cannot hold (nan, infinities) as None."""
     if isinstance(value, dict):
         return {str(key): clean(item) for key, item in value.items()}

@@ -140,7 +140,7 @@ class Allocations:
             items.append((f"allocate/{name}", sensitivity_task, (self.source, piece)))
         return items
 
-    def ended(self, name: str, result: Any) -> tuple[list[Item], list[Cell]]:
+    def ended(self, name: str, result: Any) -> tuple[list[Item], list[Cell]]:  # noqa: ANN401
         """Takes the result of a task; returns further tasks, and cells that are decided now."""
         kind, _, rest = name.partition("/")
         if kind == "sensitivity":
@@ -157,7 +157,7 @@ class Allocations:
             return [], []
         return self._next_round(budget)
 
-    def _sensitivity(self, name: str, result: Any) -> list[Item]:
+    def _sensitivity(self, name: str, result: Any) -> list[Item]:  # noqa: ANN401
         if isinstance(result, Failure):
             for key in [key for key in self.budgets if key not in self.decided]:
                 self._fail(key, f"measuring its layers: {result.error}")
@@ -273,7 +273,7 @@ class Allocations:
             cells.append(Cell(control.key, control.model, control.spec, control_of=(key,)))
         return cells
 
-    def _like_base(self, bits: int, group_size: Any) -> QuantSpec:
+    def _like_base(self, bits: int, group_size: Any) -> QuantSpec:  # noqa: ANN401
         return QuantSpec(bits, group_size, self.base.method, self.base.embeddings, self.base.head)
 
     def _cell(self, key: str, layers: dict[str, QuantSpec | None]) -> Cell:

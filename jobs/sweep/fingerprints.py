@@ -13,7 +13,7 @@ from quant.spec import ExtraModel, SweepSpec
 from trainer.stage_inputs import capture_inputs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 
 def common(sweep: SweepSpec, outputs: Outputs) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def _held_out(outputs: Outputs) -> str:
     return str(prepared.get("held_out", prepared["corpus"]))
 
 
-def cell_fingerprint(cell: Cell, spec: JobSpec, model: PreTrainedModel, outputs: Outputs) -> str:
+def cell_fingerprint(cell: Cell, spec: JobSpec, model: object, outputs: Outputs) -> str:
     """What a cell's result depends on; `model`: the identity of the 16-bit model it is made of."""
     sweep = spec.sweep
     assert sweep is not None
@@ -55,13 +55,13 @@ def cell_fingerprint(cell: Cell, spec: JobSpec, model: PreTrainedModel, outputs:
     return fingerprint(found)
 
 
-def model_fingerprint(role: str, spec: JobSpec, model: PreTrainedModel, outputs: Outputs) -> str:
+def model_fingerprint(role: str, spec: JobSpec, model: object, outputs: Outputs) -> str:
     """What the evaluation of a 16-bit model depends on."""
     assert spec.sweep is not None
     return fingerprint({**common(spec.sweep, outputs), "role": role, "model": model})
 
 
-def reference_folder(role: str, spec: JobSpec, model: PreTrainedModel, outputs: Outputs) -> str:
+def reference_folder(role: str, spec: JobSpec, model: object, outputs: Outputs) -> str:
     """Where in the run a model's final hidden states are: named by what they depend on."""
     assert spec.sweep is not None
     found = {
@@ -74,7 +74,7 @@ def reference_folder(role: str, spec: JobSpec, model: PreTrainedModel, outputs: 
     return f"references/{role}-{fingerprint(found)[:16]}"
 
 
-def extra_fingerprint(extra: ExtraModel, spec: JobSpec, student: Any, outputs: Outputs) -> str:
+def extra_fingerprint(extra: ExtraModel, spec: JobSpec, student: object, outputs: Outputs) -> str:
     """What the evaluation of a model quantized elsewhere depends on; it is beside the student."""
     fingerprint_ = model_fingerprint("extra", spec, student, outputs)
     return fingerprint({"extra": extra_identity(extra), "beside": fingerprint_})

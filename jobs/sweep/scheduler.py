@@ -225,7 +225,7 @@ class Sweep:
         main = main_model(self.sweep)
         self._add_task(key, task, arguments, self.sources[main], self._reference(main))
 
-    def _ended(self, key: str, result: Any) -> None:
+    def _ended(self, key: str, result: Any) -> None:  # noqa: ANN401
         self.running.ended(key)
         kind, _, name = key.partition("/")
         failed = isinstance(result, Failure)
@@ -248,7 +248,7 @@ class Sweep:
             self._take_failures()
         self._count()
 
-    def _cell_ended(self, key: str, result: Any) -> None:
+    def _cell_ended(self, key: str, result: Any) -> None:  # noqa: ANN401
         if isinstance(result, Failure):
             result = self._failed(self.cells[key], result)
         self.results[key] = result

@@ -8,11 +8,11 @@ from __future__ import annotations
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.kv import Report, silent
 from cluster.storage import Attempt, Store
@@ -35,6 +35,8 @@ from trainer.spec.sections import TeacherSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 
 def model_task(
@@ -352,7 +354,7 @@ def has_speed(result: Mapping[str, Any], gpu_type: str) -> bool:
     return measured and (result.get("gpu_type") or "") == gpu_type
 
 
-def call(function: Any, arguments: tuple[Any, ...], report: Report = silent) -> Any:
+def call(function: Callable[..., T], arguments: tuple[Any, ...], report: Report = silent) -> T:
     """What the fan-out runs: one of these tasks, whose first argument is the material."""
     shared_context, *others = arguments
     return function(replace(shared_context, report=report), *others)

@@ -123,8 +123,12 @@ class EmptyOnMeta(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None
-    ) -> Any:
+        self,
+        func: Any,  # noqa: ANN401
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict | None = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
@@ -140,8 +144,12 @@ class _Bounded(TorchFunctionMode):
         self.path = path
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None
-    ) -> Any:
+        self,
+        func: Any,  # noqa: ANN401
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict | None = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
         self.calls -= 1
         if self.calls < 0:
             raise _TooLarge(

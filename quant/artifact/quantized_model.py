@@ -97,7 +97,7 @@ def mark_quantized(model: Model, spec: QuantSpec) -> Model:
 
 
 @functools.cache
-def quantized_class(original: Any) -> Any:
+def quantized_class(original: Any) -> Any:  # noqa: ANN401
     """`original` with the methods of `QuantizedModel`, under the same name; one for each class.
 
     Calling it (and so its `from_pretrained`) makes an `original`, which is not quantized.
@@ -118,14 +118,14 @@ def _with_decode_step(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward`, but a single token of what the C++ op can run goes through that."""
 
     @functools.wraps(forward)  # transformers looks at its arguments
-    def either(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def either(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         made = None if args else decode_step(self, kwargs)
         return forward(self, *args, **kwargs) if made is None else made
 
     return either
 
 
-def _bare(original: Any) -> Any:
+def _bare(original: Any) -> Any:  # noqa: ANN401
     """An empty quantized `original`: what pickle and copy fill with state."""
     return object.__new__(quantized_class(original))
 

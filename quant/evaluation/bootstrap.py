@@ -11,7 +11,7 @@ error of a ratio is the linearized one (Cochran, Sampling Techniques, 1977, sect
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class Interval:
             max(min(self.high, high), self.value),
         )
 
-    def map(self, function: Any, falling: bool = False) -> Interval:
+    def map(self, function: Callable[[float], float], falling: bool = False) -> Interval:
         """The interval of a monotone function of the statistic (falling: ends change places)."""
         low, high = (None if end is None else function(end) for end in (self.low, self.high))
         return Interval(function(self.value), *((high, low) if falling else (low, high)))

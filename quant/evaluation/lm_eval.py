@@ -264,14 +264,14 @@ def _harness(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     max_length: int | None,
-) -> Any:
+) -> Any:  # noqa: ANN401
     """The model as lm-eval calls it."""
     from lm_eval.models.huggingface import HFLM
 
     class Harness(HFLM):
         truncated = 0
 
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **named: Any) -> Any:
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **named: Any) -> Any:  # noqa: ANN401
             for _, context, answer in requests:
                 if len(answer) > self.max_length:  # else an assertion without a word
                     raise ValueError(
@@ -321,7 +321,7 @@ def _quiet() -> Iterator[list[Callable[[int, int], None]]]:
 
     answered: list[Callable[[int, int], None]] = []
 
-    def no_bar(*args: Any, **named: Any) -> Any:
+    def no_bar(*args: Any, **named: Any) -> Any:  # noqa: ANN401
         return tqdm(*args, **{**named, "disable": True})
 
     class Counted(tqdm):  # type: ignore[type-arg]

@@ -67,7 +67,7 @@ def look_at_name(task: Task) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 
 @functools.cache
-def _built_in() -> Any:
+def _built_in() -> Any:  # noqa: ANN401
     """lm-eval's own tasks: many thousand files are read, once per process."""
     from lm_eval.tasks import TaskManager
 
@@ -109,13 +109,13 @@ def load_tasks(task: Task, cache: Path) -> tuple[dict[str, Any], dict[str, list[
     return tasks, groups
 
 
-def _local_manager(root: Path, cache: Path) -> Any:
+def _local_manager(root: Path, cache: Path) -> Any:  # noqa: ANN401
     """A TaskManager of one folder, whose files are found wherever the process stands."""
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._factory import TaskFactory
 
     class AtHome(TaskFactory):
-        def _load_full_config(self, entry: Any, overrides: Any = None) -> dict[str, Any]:
+        def _load_full_config(self, entry: Any, overrides: Any = None) -> dict[str, Any]:  # noqa: ANN401
             config = super()._load_full_config(entry, overrides)
             bases = [entry.yaml_path.parent, root] if entry.yaml_path else [root]
             for one in _with_inline(config):
@@ -177,7 +177,7 @@ def _files(kwargs: Mapping[str, Any] | None) -> list[str]:
     return [str(name) for part in parts for name in _listed(part)]
 
 
-def _map_files(value: Any, bases: Sequence[Path]) -> Any:
+def _map_files(value: Any, bases: Sequence[Path]) -> Any:  # noqa: ANN401
     if isinstance(value, dict):
         return {key: _map_files(part, bases) for key, part in value.items()}
     if isinstance(value, list):
@@ -194,7 +194,7 @@ def _found(name: str, bases: Sequence[Path]) -> str | None:
     return None
 
 
-def set_fewshot(task: Any, wanted: int | None) -> None:
+def set_fewshot(task: Any, wanted: int | None) -> None:  # noqa: ANN401
     """lm-eval's own rule: a task that fixes 0 examples keeps them."""
     own = task.get_config("num_fewshot")
     if own is None or (wanted is not None and own != 0):
@@ -203,7 +203,7 @@ def set_fewshot(task: Any, wanted: int | None) -> None:
 
 
 @contextmanager
-def swapped(owner: Any, name: str, value: object) -> Iterator[None]:
+def swapped(owner: Any, name: str, value: object) -> Iterator[None]:  # noqa: ANN401
     """Within the block an attribute has another value."""
     before = getattr(owner, name)
     setattr(owner, name, value)

@@ -280,7 +280,7 @@ def stream(
     return Stream(model, tokenizer, prompt_ids, config, space, seed if drawn else None)
 
 
-def _with_config(model: PreTrainedModel, config: GenerationConfig) -> Any:
+def _with_config(model: PreTrainedModel, config: GenerationConfig) -> Any:  # noqa: ANN401
     """The same model, all of it shared, with another generation_config.
 
     `generate` fills what it is not given from the model's own one, which is not to change.

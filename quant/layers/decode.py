@@ -150,7 +150,7 @@ class Decoder:
         self._norm(base.norm)
         self._matrix(model.get_output_embeddings(), head=True)
 
-    def _norm(self, module: Any) -> None:
+    def _norm(self, module: Any) -> None:  # noqa: ANN401
         if module is None:
             self.weights.append(torch.empty(0))
             return
@@ -158,7 +158,7 @@ class Decoder:
             raise _Unsupported("another norm")
         self.weights.append(_plain(module.weight))
 
-    def _matrix(self, module: Any, head: bool = False) -> None:
+    def _matrix(self, module: Any, head: bool = False) -> None:  # noqa: ANN401
         bias = module.bias
         if type(module) is nn.Linear:
             weight = _plain(module.weight)
@@ -243,7 +243,7 @@ class _Unsupported(Exception):
     """Why the ordinary way is taken."""
 
 
-def _is_plain(layer: Any, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+def _is_plain(layer: Any, shape: tuple[int, ...], dtype: torch.dtype) -> bool:  # noqa: ANN401
     """Whether a layer of a cache has keys and values of this shape, and does nothing to them."""
     both: tuple[Tensor, Tensor] = (layer.keys, layer.values)
     return type(layer) is DynamicLayer and all(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 from torch import Tensor
 
@@ -19,10 +19,13 @@ METHODS = {
 }
 
 
-def load_method(method: str) -> Any:
+def load_method(method: str) -> Callable[[Tensor, int, int], Codes]:
     """The function of a method, imported at its first use: hqq alone takes seconds."""
     module, function = METHODS[method]
-    return getattr(import_module(f"quant.methods.{module}"), function)
+    found: Callable[[Tensor, int, int], Codes] = getattr(
+        import_module(f"quant.methods.{module}"), function
+    )
+    return found
 
 
 def quantize_weight(weight: Tensor, bits: int, group_size: GroupSize, method: str = "hqq") -> Codes:

@@ -46,7 +46,7 @@ _1 = np.float32(1)
 def _jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compiles at the first call; kept on disk for later processes where that can be written."""
 
-    def wrap(function: Callable[..., Any]) -> Any:
+    def wrap(function: Callable[..., Any]) -> Any:  # noqa: ANN401
         try:
             return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
         except RuntimeError as error:

@@ -81,7 +81,7 @@ def _row(label: str, number: int, line: bytes) -> Row:
     return _object(label, f"line {number}", _parsed(label, f" in line {number}", line))
 
 
-def _parsed(label: str, where: str, data: bytes) -> Any:
+def _parsed(label: str, where: str, data: bytes) -> Any:  # noqa: ANN401
     try:
         found = json.loads(data.decode("utf-8"))
         if b"\\ud" in data or b"\\uD" in data:  # half a surrogate pair is no character
@@ -228,7 +228,7 @@ def rows(
         yield from column_values(label, data, wanted, optional)
 
 
-def column_values(label: str, data: Any, wanted: Columns, optional: Columns = ()) -> Iterator[Any]:
+def column_values(label: str, data: Any, wanted: Columns, optional: Columns = ()) -> Iterator[Any]:  # noqa: ANN401
     """The values of a column of a (streaming) `datasets` data set, or tuples of those of several;
     other columns stay Arrow. optional: columns whose values are None where there is none."""
     features = library().Features
@@ -262,7 +262,7 @@ def _json_values(
         check_columns(label, found, wanted)
 
 
-def _decoded(feature: Any, value: Any) -> Any:
+def _decoded(feature: Any, value: Any) -> Any:  # noqa: ANN401
     """A value of a column in which `datasets` has found mixed types and keeps some as JSON."""
     if value is None:
         return None
@@ -304,7 +304,7 @@ def reading(label: str) -> Iterator[None]:
         raise ValueError(f"{label} cannot be read: {message}") from error
 
 
-def library() -> Any:
+def library() -> Any:  # noqa: ANN401
     """The `datasets` module, without progress bars, log lines and calls home."""
     import logging
 
@@ -327,7 +327,7 @@ def _count(label: str, path: str) -> int:
     return len(_open(label, path, streaming=False))
 
 
-def _open(label: str, path: str, streaming: bool) -> Any:
+def _open(label: str, path: str, streaming: bool) -> Any:  # noqa: ANN401
     loader = LOADERS[Path(path).suffix.lower()]
     settings = {"sample_by": "document"} if loader == "text" else {}
     with reading(label):

@@ -79,7 +79,7 @@ def corpus_identity(
 
 def prepare(
     data: DataSpec,
-    tokenizer: Any,
+    tokenizer: Any,  # noqa: ANN401
     store: Store,
     each: Each = serial,
     *,

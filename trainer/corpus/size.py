@@ -25,7 +25,7 @@ PADDED = 2.0  # conversations stay whole: two sequences that follow each other h
 UNTRAINED = 0.75  # tokens per byte of a byte-level BPE of 1,024 entries or more, at most
 
 
-def check_size(data: DataSpec, tokenizer: Any) -> None:
+def check_size(data: DataSpec, tokenizer: Any) -> None:  # noqa: ANN401
     """Refuse a corpus that cannot fill select, report and one sequence of train.
 
     Checks every source on the way, as `sources.resolve`. `tokenizer`: one that is loaded, or the

@@ -75,7 +75,7 @@ def hub_fingerprint(
     }
 
 
-def _load(key: str, repository: str, name: str | None, split: str) -> Any:
+def _load(key: str, repository: str, name: str | None, split: str) -> Any:  # noqa: ANN401
     try:
         return _cached(repository, name, split)
     except Exception as error:
@@ -88,7 +88,7 @@ def _load(key: str, repository: str, name: str | None, split: str) -> Any:
 
 
 @lru_cache(maxsize=4)  # a worker process reads several shards of one data set
-def _cached(repository: str, name: str | None, split: str) -> Any:
+def _cached(repository: str, name: str | None, split: str) -> Any:  # noqa: ANN401
     datasets = files.library()
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
@@ -279,7 +279,7 @@ def _conversation(shard: Shard, row: int, value: object) -> Row:
     return conversation(f"{shard.label}: row {row}", value)
 
 
-def _prompt_completion(shard: Shard, row: int, value: Any) -> Row:
+def _prompt_completion(shard: Shard, row: int, value: Any) -> Row:  # noqa: ANN401
     return prompt_completion(f"{shard.label}: row {row}", *value)
 
 

@@ -26,7 +26,7 @@ _SOURCES = hashlib.blake2b(
 ).hexdigest()
 
 
-def jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any]) -> Any:  # noqa: ANN401
     """Compiles a function that lets go of the GIL; kept on disk for later processes.
 
     numba looks at a function's own file to see whether its kept code is stale, not at the files of
@@ -80,7 +80,7 @@ _BUCKET_BITS = np.uint32(21)  # the exponent and two leading bits of a float32: 
 _FIRST_BUCKET = (127 + 1) << 2  # means below 2 units are one bucket
 
 
-def inline(function: Callable[..., Any]) -> Any:
+def inline(function: Callable[..., Any]) -> Any:  # noqa: ANN401
     """Makes a function a part of each kernel that calls it."""
     return njit(inline="always", error_model="numpy")(function)
 
@@ -115,19 +115,19 @@ def value_class(value: int) -> int:
 
 
 @jit
-def gap_context(octave_before: int, left: int) -> Any:
+def gap_context(octave_before: int, left: int) -> Any:  # noqa: ANN401
     """The context of a gap after an id whose number + 1 has `octave_before` bits."""
     return GAP + octave_before * 9 + OCTAVES[left]
 
 
 @jit
-def value_context(rest: Any, left: Any) -> Any:
+def value_context(rest: Any, left: Any) -> Any:  # noqa: ANN401
     """The context of a value when `rest` units are to be shared by `left` ids."""
     return VALUE + np.int64(value_bucket(rest, np.uint64(left))) * 3 + min(left, 3) - 1
 
 
 @inline
-def value_bucket(rest: Any, left: Any) -> Any:
+def value_bucket(rest: Any, left: Any) -> Any:  # noqa: ANN401
     """The bucket of the mean of `rest` units over `left` values: quarter octaves from 2 units."""
     mean = np.float32(np.float32(max(rest, 2)) * SHARES[left])
     bucket = np.int64(mean.view(np.uint32) >> _BUCKET_BITS) - _FIRST_BUCKET
@@ -135,7 +135,7 @@ def value_bucket(rest: Any, left: Any) -> Any:
 
 
 @jit
-def tail_level(mass: float) -> Any:
+def tail_level(mass: float) -> Any:  # noqa: ANN401
     """The symbol of a tail of this mass in [0, 1]; 0 is left for no tail at all."""
     return 1 + int(np.rint(np.sqrt(min(max(mass, 0.0), 1.0)) * (TAIL_LEVELS - 1)))
 
@@ -154,7 +154,7 @@ def tail_bucket(level: int) -> int:
 
 
 @jit
-def tail_buckets(masses: NDArray[np.float64]) -> Any:
+def tail_buckets(masses: NDArray[np.float64]) -> Any:  # noqa: ANN401
     """The buckets of tails of these masses: int64, as long."""
     buckets = np.empty(len(masses), np.int64)
     for row in range(len(masses)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ def last_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor)
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-def check_head(model: Any, vocab: int) -> None:
+def check_head(model: PreTrainedModel, vocab: int) -> None:
     """Raises ValueError if our head does not give the model's own logits.
 
     Guards against architectures that do more after the last hidden state than `head_of` knows.

@@ -218,9 +218,11 @@ def cut_answer(ids: Sequence[int], ends: Sequence[int]) -> tuple[list[int], str]
     return list(ids), "length"
 
 
-def answer_text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], is_chat: bool) -> str:
+def answer_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Sequence[int], is_chat: bool
+) -> str:
     """The text of an answer, with the space that a text's continuation may begin with."""
-    decode: Callable[..., str] = tokenizer.decode
+    decode: Any = tokenizer.decode
     if not is_chat:
         before = decode(prompt, skip_special_tokens=True)
         whole = decode([*prompt, *ids], skip_special_tokens=True)

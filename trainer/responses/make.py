@@ -23,10 +23,12 @@ from cluster.storage import Store
 from cluster.storage.keys import fingerprint
 from trainer.resolve_auto import BATCH_TOKENS
 from trainer.responses.store import FILES, AnswerStore
-from trainer.spec.responses import AnswersFile, ResponsesSpec
+from trainer.spec.responses import AnswersFile
 from trainer.spec.sections import DataSpec, SourceSpec
 
 if TYPE_CHECKING:
+    from trainer.responses.job import Answers
+    from trainer.spec.rules import Sections
     from trainer.worker import Hooks
 
 
@@ -40,18 +42,19 @@ def open_answers(root: Store, identity: Mapping[str, Any]) -> AnswerStore:
 
 
 def make_job(
-    spec: Any,
+    spec: Sections,
     answers: AnswerStore,
     *,
     batch_tokens: int | Literal["auto"],
     publish_seconds: float,
-) -> Any:
+) -> Answers:
     """The `Answers` of a spec with responses.from: teacher, to be run on a group of ranks.
 
     batch_tokens: as in `resources.capture`. Decoding needs many rows at once on a CPU too.
     """
     from trainer.responses.job import Answers
 
+    assert spec.teacher is not None and spec.responses is not None and spec.data is not None
     return Answers(
         teacher=spec.teacher,
         responses=spec.responses,
@@ -62,12 +65,13 @@ def make_job(
     )
 
 
-def collect(spec: Any, answers: AnswerStore, hooks: Hooks) -> dict[str, Any]:
+def collect(spec: Sections, answers: AnswerStore, hooks: Hooks) -> dict[str, Any]:
     """Answers from a file or a server, on the driver; facts for `finish`.
 
     Raises ValueError, one line, and `trainer.worker.Stopped`.
     """
-    responses: ResponsesSpec = spec.responses
+    responses = spec.responses
+    assert responses is not None and spec.data is not None
     if isinstance(responses.origin, AnswersFile):
         from trainer.responses.answers_file import copy_file
 
@@ -78,7 +82,7 @@ def collect(spec: Any, answers: AnswerStore, hooks: Hooks) -> dict[str, Any]:
 
 
 def finish(
-    spec: Any,
+    spec: Sections,
     answers: AnswerStore,
     identity: Mapping[str, Any],
     facts: Mapping[str, Any],
@@ -91,6 +95,7 @@ def finish(
     import torch
     import transformers
 
+    assert spec.data is not None
     about = {
         "identity": dict(identity),
         "seconds": time.time() - began,
@@ -130,7 +135,7 @@ def on_answers(each: Each, answers: AnswerStore) -> Each:
     return brought
 
 
-def _bring(store: Store, function: Callable[..., Any], shard: Any, *rest: Any) -> Any:
+def _bring(store: Store, function: Callable[..., Any], shard: Any, *rest: Any) -> Any:  # noqa: ANN401
     """`function(shard, ...)` with the shard's file on this machine; a task."""
     path = store.fetch_folder(FILES) / Path(shard.path).name
     return function(replace(shard, path=str(path)), *rest)

@@ -94,7 +94,7 @@ def _values(source: SourceSpec, index: int) -> Iterator[str | list[Message]]:
                 yield prompt
 
 
-def _of_messages(where: str, value: Any) -> list[Message]:
+def _of_messages(where: str, value: Any) -> list[Message]:  # noqa: ANN401
     """The messages up to the last one of the user; [] for a null. Raises ValueError.
 
     What is refused in a conversation that is learnt is refused here, before it is answered.

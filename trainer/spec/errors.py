@@ -175,7 +175,7 @@ class SpecReader(Generic[Model]):
             for step, item in value.items() if isinstance(value, dict) else enumerate(value):
                 yield from self._truths(item, (*path, step))
 
-    def _line(self, path: KeyPath, detail: Any, got: object) -> str:
+    def _line(self, path: KeyPath, detail: Any, got: object) -> str:  # noqa: ANN401
         """The one line for an error of pydantic."""
         kind, location = detail["type"], detail["loc"]
         key = ".".join(map(str, path))
@@ -259,7 +259,7 @@ def _bounds(node: Node) -> str:
     return text
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any) -> str:  # noqa: ANN401
     return value if isinstance(value, str) else quote(value)
 
 
@@ -269,7 +269,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def _path(data: Any, location: Sequence[str | int], kind: str) -> KeyPath:
+def _path(data: Any, location: Sequence[str | int], kind: str) -> KeyPath:  # noqa: ANN401
     """pydantic's location without what is no key (the tags of unions)."""
     path: list[str | int] = []
     for index, step in enumerate(location):
@@ -288,7 +288,7 @@ def _inside(path: KeyPath, of: KeyPath) -> bool:
     return len(path) > len(of) and path[: len(of)] == of
 
 
-def _value(data: Any, path: KeyPath) -> Any:
+def _value(data: Any, path: KeyPath) -> Any:  # noqa: ANN401
     for step in path:
         data = data.get(step) if isinstance(data, dict) else data[int(step)]
     return data

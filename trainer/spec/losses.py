@@ -48,7 +48,7 @@ class LossSpec(Section):
         return {"weight": value} if is_number else value
 
     @model_serializer(mode="wrap")
-    def _short(self, handler: Any) -> Any:
+    def _short(self, handler: Any) -> Any:  # noqa: ANN401
         """The weight alone where that says everything."""
         full = handler(self)
         plain = set(full) == {"weight"} and not isinstance(self.weight, WeightSchedule)
@@ -61,7 +61,7 @@ class LossSpec(Section):
         return self.weight
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: Any) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: Any) -> dict[str, Any]:  # noqa: ANN401
         """A number, or the section: what `_number` takes."""
         reference = handler(core)
         schema = handler.resolve_ref_schema(reference)
@@ -120,7 +120,7 @@ class LossesSpec(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _named(self, handler: Any) -> Any:
+    def _named(self, handler: Any) -> Any:  # noqa: ANN401
         """The losses that are named; which others there are is no part of a spec."""
         return {name: value for name, value in handler(self).items() if value is not None}
 

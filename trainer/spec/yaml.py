@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(stream)
         self.duplicates: list[tuple[int, str, int]] = []
 
-    def compose_mapping_node(self, anchor: Any) -> MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> MappingNode:  # noqa: ANN401
         node = super().compose_mapping_node(anchor)
         first: dict[str, int] = {}
         for key, _ in node.value:
@@ -57,7 +57,7 @@ class _Dumper(yaml.SafeDumper):
     # Text that a reader of either version would take for something else is quoted.
     yaml_implicit_resolvers = copy.deepcopy(yaml.SafeDumper.yaml_implicit_resolvers)
 
-    def represent_sequence(self, tag: str, sequence: Iterable[Any], flow_style: Any = None) -> Any:
+    def represent_sequence(self, tag: str, sequence: Iterable[Any], flow_style: Any = None) -> Any:  # noqa: ANN401
         node = super().represent_sequence(tag, sequence, flow_style)
         node.flow_style = all(isinstance(item, ScalarNode) for item in node.value)
         return node

@@ -215,7 +215,7 @@ class _Loader:
         model._initialize_missing_keys(is_quantized=False)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: Any, b: Any) -> bool:  # noqa: ANN401
     """Whether two tensors of a checkpoint are equal, compared by rows."""
     if a.get_shape() != b.get_shape() or a.get_dtype() != b.get_dtype():
         return False

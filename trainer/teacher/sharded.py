@@ -60,7 +60,7 @@ def has_experts(config: PreTrainedConfig) -> bool:
     return any(_count(getattr(text, name, None)) > 1 for name in COUNTS)
 
 
-def _count(value: Any) -> int:
+def _count(value: Any) -> int:  # noqa: ANN401
     """A number of experts; some configs give one for each layer."""
     return max(value, default=0) if isinstance(value, (list, tuple)) else int(value or 0)
 
@@ -104,7 +104,7 @@ class ShardedEngine:
     def __init__(self, engine: DeepSpeedEngine, group: Worker) -> None:
         self._engine, self._group = engine, group
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """The module's outputs; collective within the group."""
         with torch.no_grad(), _same_within(self._group):
             outputs = self._engine(*args, **kwargs)
@@ -157,11 +157,12 @@ class _Root(nn.Module):
         super().__init__()
         self.module, self.vocab = module, vocab
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """The module's outputs; without arguments the check of the head."""
         if args:
             return self.module(*args, **kwargs)
-        check_head(self.module.model, self.vocab)
+        model: Any = self.module.model
+        check_head(model, self.vocab)
         return None
 
     def head(self) -> nn.Module:
@@ -224,7 +225,7 @@ def forget(module: nn.Module) -> None:
     stack[:] = [entry for entry in stack if entry is not module]
 
 
-def largest_layer(model: Any) -> int:
+def largest_layer(model: Any) -> int:  # noqa: ANN401
     """Elements of the largest block of a model, or of its head, or of all that is outside those."""
     blocks = _blocks(model)
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
@@ -244,7 +245,7 @@ def _size(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _limits(model: Any) -> dict[str, Any]:
+def _limits(model: Any) -> dict[str, Any]:  # noqa: ANN401
     """DeepSpeed's settings that keep no more gathered than the largest layer of `model`."""
     blocks = _blocks(model)
     piece = max((_size(p) for block in blocks for p in block.parameters()), default=0)

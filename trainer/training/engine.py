@@ -217,7 +217,7 @@ def _zero_faults(spec: DistillSpec) -> list[str]:
     return []
 
 
-def _zero_line(fault: Any) -> str:
+def _zero_line(fault: Any) -> str:  # noqa: ANN401
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     path = ".".join(["zero_optimization", *map(str, fault["loc"])])

@@ -313,7 +313,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     return vocabulary
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path) -> Any:  # noqa: ANN401
     if not (folder / "tokenizer.json").is_file():
         held = [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]
         raise ValueError(
@@ -327,7 +327,7 @@ def _load(folder: Path) -> Any:
         raise ValueError(f"{folder}: the tokenizer cannot be read: {reason}") from error
 
 
-def _unused(number: int, backend: Any) -> str:
+def _unused(number: int, backend: Any) -> str:  # noqa: ANN401
     """A name for a row without a token, one that no token has: llama.cpp needs them different."""
     text = f"[PAD{number}]"
     while backend.token_to_id(text) is not None:
