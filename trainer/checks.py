@@ -80,7 +80,8 @@ def _corpus(spec: Sections, found: Identities) -> None:
     from trainer.corpus.size import check_size
 
     assert spec.data is not None
-    tokenizer = found.loaded_tokenizer or spec.tokenizer
+    loaded = found.loaded_tokenizer
+    tokenizer = spec.tokenizer if loaded is None else loaded
     if found.responses_spec is None:
         check_size(spec.data, tokenizer)
         return

@@ -104,7 +104,7 @@ class Advance:
             self._report(done / self._total, words)
 
     def part(self, name: str, sequences: int) -> Callable[[str, float], None]:
-        """What a `quant.evaluation.measure.Part` calls; phases are e.g. "evaluation/report"."""
+        """What an evaluation calls; phases are e.g. "evaluation/report"."""
 
         def notify(what: str, done: float) -> None:
             words = f"{_WORDS[what]} {name}: {int(done)} of {sequences} sequences"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class NextToken(LogitsProcessor):
     """Leaves one id of each row finite, so that greedy decoding takes it.
 
-    streams: int64 [batch, 4], `draws.stream` of each row. prompt: columns of the input that are
+    streams: int64 [batch, 4], `sampling.stream` of each row. prompt: columns of the input that are
     the (padded) prompt. vocab: ids from there on are rows of no token. temperature 0: the most
     likely id. top_p: of the most likely ids as many as have this probability together (Holtzman et
     al., "The curious case of neural text degeneration", ICLR 2020).

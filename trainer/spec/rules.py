@@ -1,7 +1,7 @@
 """Rules across the sections of a spec that the trainer reads, the same for all launchers.
 
 Each gives one line (the key, what it got, what it may be), or None. Rules about the world (files,
-models) are `jobs.spec.checks` and the launchers'; these read the spec alone, and import nothing
+models) are `trainer.checks` and the launchers'; these read the spec alone, and import nothing
 heavy.
 """
 

@@ -186,7 +186,7 @@ class CaptureRun:
         return Made(block, keys, captured, coding, kinds, on_host, ready)
 
     def _streams(self, batch: Batch, kinds: list[str]) -> Tensor:
-        """int64 [batch, kinds, 4]: see `draws.stream`."""
+        """int64 [batch, kinds, 4]: see `sampling.stream`."""
         spec = self.job.cache_spec
         redraws = [train_kinds(spec).index(kind) for kind in kinds]
         return torch.tensor(

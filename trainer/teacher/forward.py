@@ -106,13 +106,13 @@ class TeacherWithRecords(nn.Module):
     ) -> tuple[Tensor, ...]:
         """input_ids, position_ids, labels (the next tokens): int64 [batch, seq].
 
-        streams: int64 [batch, redraws, 4] of `draws.stream`, for the coding "sample". places: int64
-        [T], the positions whose records are asked for, ascending, counted through all sequences;
-        None: all T = batch * seq of them. Returns on the device: whether all logits are finite or
-        minus infinity, bool [T]; then of "sample": ids int32 [T, redraws, draws]; of the others:
-        ids int32 [T, k] with the most likely first, log-probabilities float32 [T, k], log tails
-        float32 [T, temperatures]; and of "exact" entropy and the label's log-probability, float32
-        [T] both.
+        streams: int64 [batch, redraws, 4] of `sampling.stream`, for the coding "sample". places:
+        int64 [T], the positions whose records are asked for, ascending, counted through all
+        sequences; None: all T = batch * seq of them. Returns on the device: whether all logits are
+        finite or minus infinity, bool [T]; then of "sample": ids int32 [T, redraws, draws]; of the
+        others: ids int32 [T, k] with the most likely first, log-probabilities float32 [T, k], log
+        tails float32 [T, temperatures]; and of "exact" entropy and the label's log-probability,
+        float32 [T] both.
         """
         hidden = last_hidden(self.model, input_ids, position_ids)
         head = head_of(self.model, self.vocab)
