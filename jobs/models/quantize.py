@@ -15,8 +15,8 @@ from jobs.errors import SpecErrors
 from jobs.models.find import Found, find, load_unquantized, quiet, short_of_memory
 from jobs.models.options import Grid
 from jobs.models.terminal import bits, progress_bar, seconds, terminable
-from jobs.spec.group_sizes import SINGLE
 from jobs.spec.job import JobSpec
+from jobs.spec.resolve import SINGLE
 from quant.quant_spec import QuantSpec
 from trainer.corpus.tokenizer import copy_tokenizer, has_tokenizer
 
@@ -106,7 +106,7 @@ def fitted(
     folder: Path, spec: QuantSpec, layers: Mapping[str, QuantSpec | None] | None = None
 ) -> QuantSpec:
     """`spec` with the default group size for the model; as it is where `check_fits` refuses it."""
-    from jobs.spec.group_sizes import single_group_size
+    from jobs.spec.resolve import single_group_size
 
     quiet()
     try:

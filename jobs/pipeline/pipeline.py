@@ -23,13 +23,13 @@ from jobs.pipeline.skip import StageSelection, is_current
 from jobs.run.context import Context
 from jobs.run.directory import RunDir
 from jobs.run.heartbeat import Heartbeat, job_of_driver, tries_left
-from jobs.run.inputs import ResolvedJob, absolute_paths
+from jobs.run.inputs import ResolvedJob
 from jobs.run.log import LogSegments
 from jobs.run.progress import Reporter, chatter_to, log_file
 from jobs.run.requests import Interruptible, StopWatch
-from jobs.spec.group_sizes import resolve_group_sizes
 from jobs.spec.job import JobSpec
 from jobs.spec.load import dump_spec
+from jobs.spec.resolve import absolute_paths, resolve_group_sizes
 from jobs.stages import STAGES
 from trainer.checks import faults_in
 from trainer.processor import DtypeName, this_device

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Attempt, Store
 from cluster.storage.keys import fingerprint, flatten
-from jobs.run.inputs import EVALUATION, Outputs, ResolvedJob, extra_identity, task_identity
+from jobs.run.inputs import Outputs, ResolvedJob
 from jobs.spec.job import JobSpec
 from quant.grid import Cell
-from quant.spec import ExtraModel, SweepSpec
+from quant.spec import ExtraModel, SweepSpec, Task
+from trainer.models.load import find_model, identity
 from trainer.stage_inputs import capture_inputs
 
 if TYPE_CHECKING:
     pass
+
+# Part of every cell's fingerprint: raise it when the same inputs would give another result.
+EVALUATION = 3
 
 
 def common(sweep: SweepSpec, outputs: Outputs) -> dict[str, Any]:
@@ -148,3 +154,25 @@ def of_sweep(job: ResolvedJob, outputs: Outputs) -> dict[str, Any]:
         **flatten(models or job.names.student, "models"),
         **flatten({name: value for name, value in found.items() if value}, "of"),
     }
+
+
+def extra_identity(extra: ExtraModel) -> dict[str, Any]:
+    """What an extra model is: its name, and hashes of its config and weights.
+
+    Raises ValueError, one line, if it is not there.
+    """
+    return {**identity(find_model("sweep.extra", extra.path), extra.path), "label": extra.label}
+
+
+def task_identity(task: Task) -> dict[str, Any]:
+    """A benchmark task: its settings, and the contents of its folder in the place of its name."""
+    found = task.model_dump(exclude={"folder"})
+    if task.folder is not None:
+        digest = hashlib.blake2b(digest_size=16)
+        root = Path(task.folder)
+        for path in sorted(root.rglob("*")):
+            if path.is_file():
+                digest.update(str(path.relative_to(root)).encode() + b"\0")
+                digest.update(path.read_bytes())
+        found["content"] = digest.hexdigest()
+    return found

@@ -10,11 +10,12 @@ import pytest
 from cluster.storage import open_store
 from jobs.pipeline.skip import is_current
 from jobs.run.directory import RunDir, StageRecord
-from jobs.run.inputs import EVALUATION, ResolvedJob, StageInputs, absolute_paths, task_identity
+from jobs.run.inputs import ResolvedJob, StageInputs
 from jobs.spec.load import spec_of
+from jobs.spec.resolve import absolute_paths
 from jobs.stages import sweep
 from jobs.sweep import fingerprints
-from jobs.sweep.fingerprints import cell_fingerprint
+from jobs.sweep.fingerprints import EVALUATION, cell_fingerprint, task_identity
 from quant.grid import Cell, uniform
 from quant.quant_spec import QuantSpec
 from quant.spec import Task

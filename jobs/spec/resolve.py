@@ -1,4 +1,4 @@
-"""Group sizes that divide the layers, where none are given: in a spec, and for `quantize`."""
+"""What a spec's sweep leaves open: group sizes that divide the layers, and absolute paths."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from jobs.spec.job import JobSpec
 from quant.quant_spec import CHANNEL, DYNAMIC, GroupSize, QuantSpec
 from trainer.identity import Identities
+from trainer.models.load import absolute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -78,3 +79,23 @@ def _widths(
 
     targets = find_targets(meta_model(config), spec, layers or None)
     return {target.columns for target in targets.layers.values()}
+
+
+def absolute_paths(spec: JobSpec) -> JobSpec:
+    """The spec with its extra models and task folders named absolutely: workers run elsewhere."""
+    sweep = spec.sweep
+    if sweep is None or not (sweep.extra or sweep.tasks):
+        return spec
+    extra = [item.model_copy(update={"path": absolute(item.path)}) for item in sweep.extra]
+    # The label is made of the path as it was written.
+    extra = [
+        item.model_copy(update={"name": before.label})
+        for item, before in zip(extra, sweep.extra, strict=True)
+    ]
+    tasks = [
+        task.model_copy(update={"folder": absolute(task.folder)}) if task.folder else task
+        for task in sweep.tasks
+    ]
+    return spec.model_copy(
+        update={"sweep": sweep.model_copy(update={"extra": extra, "tasks": tasks})}
+    )

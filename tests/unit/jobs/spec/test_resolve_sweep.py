@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from jobs.spec.group_sizes import resolve_group_sizes, single_group_size
 from jobs.spec.job import JobSpec
 from jobs.spec.load import spec_of
+from jobs.spec.resolve import resolve_group_sizes, single_group_size
 from quant.quant_spec import CHANNEL, GroupSize, QuantSpec
 from tests.fixtures.corpora import save_model
 from trainer.corpus.tokenizer import train_tokenizer
