@@ -165,10 +165,10 @@ def find_targets(
     """
     listed: Layers = layers or {}
     _check_layers(listed)
-    embeddings_ = Embeddings.of(model)
-    embeddings_.check(model, spec)
-    kept = kept_modules(model) | embeddings_.kept(spec)
-    candidates = _linears(model, embeddings_, kept, spec) + _asked_embeddings(embeddings_, spec)
+    io_embeddings = Embeddings.of(model)
+    io_embeddings.check(model, spec)
+    kept = kept_modules(model) | io_embeddings.kept(spec)
+    candidates = _linears(model, io_embeddings, kept, spec) + _asked_embeddings(io_embeddings, spec)
     left = unsupported_weights(model, kept)
     _check_names(
         listed,
@@ -216,13 +216,13 @@ def check_group_size(
 
 
 def _linears(
-    model: PreTrainedModel, embeddings_: Embeddings, kept: Mapping[str, str], spec: QuantSpec
+    model: PreTrainedModel, io_embeddings: Embeddings, kept: Mapping[str, str], spec: QuantSpec
 ) -> list[Target]:
     """The linear layers besides the head. Those that hold the same weight and bias are one."""
     names: dict[tuple[int, int], list[str]] = {}
     modules: dict[tuple[int, int], nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if is_matrix(module) and module is not embeddings_.head and not inside(name, kept):
+        if is_matrix(module) and module is not io_embeddings.head and not inside(name, kept):
             key = (id(module.weight), id(module.bias))
             names.setdefault(key, []).append(name)
             modules[key] = module
@@ -238,19 +238,19 @@ def _linears(
     return targets
 
 
-def _asked_embeddings(embeddings_: Embeddings, spec: QuantSpec) -> list[Target]:
+def _asked_embeddings(io_embeddings: Embeddings, spec: QuantSpec) -> list[Target]:
     """Embeddings and head as far as `spec` asks for them; tied, they are one weight."""
     targets = []
     if spec.embeddings:
-        assert isinstance(embeddings_.table, nn.Embedding)
-        rows, columns = embeddings_.table.weight.shape
-        kind: Kind = "tied" if embeddings_.tied else "embedding"
-        heads = embeddings_.head_names if embeddings_.tied else ()
-        targets.append(Target(kind, embeddings_.table_names, rows, columns, spec, heads))
-    if spec.head and not embeddings_.tied:
-        assert isinstance(embeddings_.head, nn.Linear)
-        rows, columns = embeddings_.head.weight.shape
-        targets.append(Target("linear", embeddings_.head_names, rows, columns, spec))
+        assert isinstance(io_embeddings.table, nn.Embedding)
+        rows, columns = io_embeddings.table.weight.shape
+        kind: Kind = "tied" if io_embeddings.tied else "embedding"
+        heads = io_embeddings.head_names if io_embeddings.tied else ()
+        targets.append(Target(kind, io_embeddings.table_names, rows, columns, spec, heads))
+    if spec.head and not io_embeddings.tied:
+        assert isinstance(io_embeddings.head, nn.Linear)
+        rows, columns = io_embeddings.head.weight.shape
+        targets.append(Target("linear", io_embeddings.head_names, rows, columns, spec))
     return targets
 
 

@@ -109,21 +109,21 @@ def submit(job: Job, jobs: RayJobs, how: How, say: Callable[[str], None]) -> Sen
     # Where work runs, and how it is tracked, may differ between two that are the same job.
     same = {k: v for k, v in values.items() if k not in ("resources", "tracking")}
     asked = {"until": how.until, "only": how.only, "redo": how.redo}
-    fingerprint_ = fingerprint({**flatten(same), **asked})
+    own_fingerprint = fingerprint({**flatten(same), **asked})
     while True:
         last = last_submission(run)
         job_of_last = _job_of(last, jobs, run)
         if last is not None and job_of_last is not None and job_of_last.live:
-            return _join(last, job_of_last, fingerprint_, values)
+            return _join(last, job_of_last, own_fingerprint, values)
         number = 1 if last is None else last.number + 1
-        while jobs.find(job_id(run.name, fingerprint_, number)) is not None:
+        while jobs.find(job_id(run.name, own_fingerprint, number)) is not None:
             number += 1  # of a run of this name whose folder is gone
         new = Submission(
             number=number,
             attempt=Attempt.latest(run),
-            id=job_id(run.name, fingerprint_, number),
+            id=job_id(run.name, own_fingerprint, number),
             address=jobs.address,
-            fingerprint=fingerprint_,
+            fingerprint=own_fingerprint,
             sent_at=time.time(),
             spec=values,
         )
@@ -181,9 +181,9 @@ def _refuse_running(run: Store) -> None:
         )
 
 
-def _join(last: Submission, live: RayJob, fingerprint_: str, values: dict[str, Any]) -> Sent:
+def _join(last: Submission, live: RayJob, own_fingerprint: str, values: dict[str, Any]) -> Sent:
     """The live job of this run, if it is the same. Raises SpecErrors with the difference if not."""
-    if last.fingerprint == fingerprint_:
+    if last.fingerprint == own_fingerprint:
         return Sent(last, joined=True)
     changed = differences(flatten(last.spec), flatten(values))
     told = "; ".join(changed[:5]) or "other stages were asked for"

@@ -103,12 +103,12 @@ class Allocations:
     def _fingerprint(self, key: str) -> str:
         return fingerprint({**self.inputs, "budget_mb": self.keys[key]})
 
-    def _read(self, path: str, fingerprint_: str) -> dict[str, Any] | None:
+    def _read(self, path: str, own_fingerprint: str) -> dict[str, Any] | None:
         store = self.shared_context.attempt.store
         if not store.exists(path):
             return None
         found: dict[str, Any] = store.read_json(path)
-        return found if found.get("fingerprint") == fingerprint_ else None
+        return found if found.get("fingerprint") == own_fingerprint else None
 
     # Which tasks come next.
 

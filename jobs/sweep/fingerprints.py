@@ -82,8 +82,8 @@ def reference_folder(role: str, spec: JobSpec, model: object, outputs: Outputs) 
 
 def extra_fingerprint(extra: ExtraModel, spec: JobSpec, student: object, outputs: Outputs) -> str:
     """What the evaluation of a model quantized elsewhere depends on; it is beside the student."""
-    fingerprint_ = model_fingerprint("extra", spec, student, outputs)
-    return fingerprint({"extra": extra_identity(extra), "beside": fingerprint_})
+    own_fingerprint = model_fingerprint("extra", spec, student, outputs)
+    return fingerprint({"extra": extra_identity(extra), "beside": own_fingerprint})
 
 
 def complete(sweep: SweepSpec, result: dict[str, Any], store: Store, key: str) -> bool:

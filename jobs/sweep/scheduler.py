@@ -64,14 +64,14 @@ class Sweep:
         identity = self.sources[cell.model].identity
         return cell_fingerprint(cell, self.spec, identity, self.context.outputs)
 
-    def finished(self, path: str, fingerprint_: str) -> dict[str, Any] | None:
+    def finished(self, path: str, own_fingerprint: str) -> dict[str, Any] | None:
         """A published result, if it is done and of this fingerprint."""
         store = self.context.run.store
         if self.context.forced or not store.exists(path):
             return None
         result = store.read_json(path)
         done = result.get("status", "done") == "done"
-        fits = done and result.get("fingerprint") == fingerprint_
+        fits = done and result.get("fingerprint") == own_fingerprint
         return result if fits else None
 
     def _stands(self, cell: Cell) -> bool:
@@ -138,8 +138,8 @@ class Sweep:
         """The unquantized models that are not evaluated yet, and references that cells need."""
         outputs, store = self.context.outputs, self.context.run.store
         for role, source in self.sources.items():
-            fingerprint_ = model_fingerprint(role, self.spec, source.identity, outputs)
-            done = self.finished(f"evaluations/{role}.json", fingerprint_) is not None
+            own_fingerprint = model_fingerprint(role, self.spec, source.identity, outputs)
+            done = self.finished(f"evaluations/{role}.json", own_fingerprint) is not None
             stored = all(
                 store.exists(f"{source.references}/{part}/meta.json")
                 for part in ("select", "report")
@@ -147,30 +147,30 @@ class Sweep:
             loads = role in references or (role == "teacher" and self.sweep.tasks)
             if role in references and not (done and stored):
                 need = self.needs.reference(source)
-                arguments = (source, fingerprint_, True)
+                arguments = (source, own_fingerprint, True)
                 self._add_task(f"model/{role}", model_task, arguments, source, need=need)
             elif done:
                 continue
             elif role == "teacher" and not loads:
                 assert self.spec.teacher is not None
-                named = (source.name, self.spec.teacher, fingerprint_)
+                named = (source.name, self.spec.teacher, own_fingerprint)
                 self._add_task(f"model/{role}", teacher_task, named)
             else:
-                self._add_task(f"model/{role}", model_task, (source, fingerprint_), source)
-        for extra, fingerprint_ in self._extra_to_run():
+                self._add_task(f"model/{role}", model_task, (source, own_fingerprint), source)
+        for extra, own_fingerprint in self._extra_to_run():
             student = self.sources["student"]
             after = self._reference("student")
             key = f"extra/{extra.label}"
-            self._add_task(key, extra_task, (extra, student, fingerprint_), student, after)
+            self._add_task(key, extra_task, (extra, student, own_fingerprint), student, after)
 
     def _extra_to_run(self) -> list[tuple[Any, str]]:
         """Models quantized elsewhere that are not evaluated yet, with their fingerprints."""
         student = self.sources["student"].identity
         found = []
         for extra in self.sweep.extra:
-            fingerprint_ = extra_fingerprint(extra, self.spec, student, self.context.outputs)
-            if self.finished(f"evaluations/extra-{extra.label}.json", fingerprint_) is None:
-                found.append((extra, fingerprint_))
+            own_fingerprint = extra_fingerprint(extra, self.spec, student, self.context.outputs)
+            if self.finished(f"evaluations/extra-{extra.label}.json", own_fingerprint) is None:
+                found.append((extra, own_fingerprint))
         return found
 
     def _reference(self, role: str) -> tuple[str, ...]:

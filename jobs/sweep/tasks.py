@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 def model_task(
-    shared_context: SharedContext, source: Source, fingerprint_: str, references: bool = False
+    shared_context: SharedContext, source: Source, own_fingerprint: str, references: bool = False
 ) -> dict[str, Any]:
     """Evaluates a 16-bit model and publishes evaluations/<role>.json.
 
@@ -67,13 +67,13 @@ def model_task(
         )
         for part, folder in to_run.items():
             upload(shared_context.attempt, Path(folder), f"{source.references}/{part}", "meta.json")
-    result["fingerprint"] = fingerprint_
+    result["fingerprint"] = own_fingerprint
     shared_context.attempt.write_json(f"evaluations/{source.role}.json", result)
     return result
 
 
 def teacher_task(
-    shared_context: SharedContext, name: str, teacher: TeacherSpec, fingerprint_: str
+    shared_context: SharedContext, name: str, teacher: TeacherSpec, own_fingerprint: str
 ) -> dict[str, Any]:
     """Evaluates the teacher from its records alone and publishes evaluations/teacher.json."""
     from quant.evaluation.baselines import evaluate_model
@@ -87,13 +87,13 @@ def teacher_task(
         name,
         setting=shared_context.setting(advance),
     )
-    result["fingerprint"] = fingerprint_
+    result["fingerprint"] = own_fingerprint
     shared_context.attempt.write_json("evaluations/teacher.json", result)
     return result
 
 
 def extra_task(
-    shared_context: SharedContext, extra: ExtraModel, source: Source, fingerprint_: str
+    shared_context: SharedContext, extra: ExtraModel, source: Source, own_fingerprint: str
 ) -> dict[str, Any]:
     """Evaluates a model quantized elsewhere and publishes evaluations/extra-<name>.json."""
     from quant.evaluation.baselines import evaluate_extra
@@ -109,7 +109,7 @@ def extra_task(
         setting=shared_context.setting(advance),
         reference_tasks=_reference_tasks(shared_context, source),
     )
-    result["fingerprint"] = fingerprint_
+    result["fingerprint"] = own_fingerprint
     shared_context.attempt.write_json(f"evaluations/extra-{extra.label}.json", result)
     return result
 
@@ -117,7 +117,7 @@ def extra_task(
 def cell_task(
     shared_context: SharedContext,
     cell: Cell,
-    fingerprint_: str,
+    own_fingerprint: str,
     source: Source,
     need: MemoryEstimate,
 ) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def cell_task(
     _check_gpu(shared_context, need)
     folder = Path(source.folder())
     store = shared_context.attempt.store
-    before = made_before(store, cell.key, fingerprint_)
+    before = made_before(store, cell.key, own_fingerprint)
     advance = _cell_advance(shared_context, cell, quantized=before is not None)
     recover = None
     if cell.recovered:
@@ -143,7 +143,7 @@ def cell_task(
         def publish(made: dict[str, Any]) -> None:
             copy_tokenizer(folder, Path(temporary))
             found = {**made, "seconds": time.perf_counter() - began}
-            publish_made(shared_context.attempt, Path(temporary), cell.key, fingerprint_, found)
+            publish_made(shared_context.attempt, Path(temporary), cell.key, own_fingerprint, found)
 
         out = temporary
         if before is not None:
@@ -164,7 +164,7 @@ def cell_task(
         )
     seconds = time.perf_counter() - began + (0.0 if before is None else before["seconds"])
     result |= {
-        "fingerprint": fingerprint_,
+        "fingerprint": own_fingerprint,
         "model_kept": True,
         "predicted_memory_bytes": need.device or need.host,
         "cell_s": seconds,
@@ -181,23 +181,23 @@ def made_path(key: str) -> str:
     return f"cells/{key}/made.json"
 
 
-def made_before(store: Store, key: str, fingerprint_: str) -> dict[str, Any] | None:
+def made_before(store: Store, key: str, own_fingerprint: str) -> dict[str, Any] | None:
     """What an earlier start of the cell of this fingerprint has made and published, if it has."""
     path = made_path(key)
     if not store.exists(path) or not store.exists(f"cells/{key}/model/config.json"):
         return None
     found: dict[str, Any] = store.read_json(path)
-    return found if found.get("fingerprint") == fingerprint_ else None
+    return found if found.get("fingerprint") == own_fingerprint else None
 
 
 def publish_made(
-    attempt: Attempt, folder: Path, key: str, fingerprint_: str, made: dict[str, Any]
+    attempt: Attempt, folder: Path, key: str, own_fingerprint: str, made: dict[str, Any]
 ) -> None:
     """Publishes a cell's model, in the place of one that was there, and then says so."""
     attempt.fence()
     _forget_made(attempt.store, key)  # the model is replaced now
     upload(attempt, folder, f"cells/{key}/model")
-    attempt.write_json(made_path(key), {**made, "fingerprint": fingerprint_})
+    attempt.write_json(made_path(key), {**made, "fingerprint": own_fingerprint})
 
 
 def _forget_made(store: Store, key: str) -> None:

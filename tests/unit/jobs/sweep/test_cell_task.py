@@ -38,10 +38,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[SharedContext, Sour
     return shared_context, source
 
 
-def run(world: tuple[SharedContext, Source], fingerprint_: str, *reports: Any) -> dict[str, Any]:
+def run(world: tuple[SharedContext, Source], own_fingerprint: str, *reports: Any) -> dict[str, Any]:
     shared_context, source = world
     result: dict[str, Any] = call(
-        cell_task, (shared_context, CELL, fingerprint_, source, NEED), *reports
+        cell_task, (shared_context, CELL, own_fingerprint, source, NEED), *reports
     )
     return result
 
