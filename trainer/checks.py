@@ -92,9 +92,9 @@ def _corpus(spec: Sections, found: Identities) -> None:
 
 def _shardable(spec: Sections, found: Identities) -> None:
     """ZeRO-3 must be able to shard the teacher where it is asked for."""
-    from trainer.teacher.sharded import check_shardable
-
     if spec.teacher is not None and spec.teacher.sharding == "zero3":
+        from trainer.teacher.sharded import check_shardable
+
         assert found.teacher_config is not None
         check_shardable(found.teacher_config)
 
@@ -144,13 +144,14 @@ def _length(spec: Sections, role: str, config: PreTrainedConfig) -> None:
 
 def _of_training(spec: Sections, found: Identities) -> list[str]:
     """What a training asks of models and of DeepSpeed that they cannot give."""
-    from trainer.models.lora import lora_faults
     from trainer.training.engine import overlay_faults
 
     distill = spec.distill
     assert distill is not None
     faults = overlay_faults(distill)
     if spec.student.lora is not None:
+        from trainer.models.lora import lora_faults
+
         faults += lora_faults(spec.student, found.student_config)
     if "hidden" in distill.losses.used():
         from trainer.models.hidden_states import hidden_faults

@@ -12,13 +12,14 @@ import torch
 from pydantic import Field
 
 from cluster.storage.section import Section
-from trainer.losses.divergences import JSD, CrossEntropy, ForwardKL, Loss, ReverseKL, SkewKL
 from trainer.spec.errors import SpecReader
 from trainer.spec.losses import JsdSpec, SkewSpec
 from trainer.spec.sections import DistillSpec
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from trainer.losses.divergences import Loss
 
 
 class CommsLogger(Section):
@@ -237,6 +238,9 @@ def _zero_line(fault: Any) -> str:  # noqa: ANN401
 
 def make_losses(spec: DistillSpec) -> dict[str, Loss]:
     """The losses over distributions that ever count, by name; `hidden` is none of them."""
+    # Here: who only checks the DeepSpeed overlay needs none of them.
+    from trainer.losses.divergences import JSD, CrossEntropy, ForwardKL, ReverseKL, SkewKL
+
     made: dict[str, Loss] = {}
     for name, asked in spec.losses.used().items():
         if name == "ce":
