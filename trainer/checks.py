@@ -144,11 +144,13 @@ def _length(spec: Sections, role: str, config: PreTrainedConfig) -> None:
 
 def _of_training(spec: Sections, found: Identities) -> list[str]:
     """What a training asks of models and of DeepSpeed that they cannot give."""
-    from trainer.training.engine import overlay_faults
-
     distill = spec.distill
     assert distill is not None
-    faults = overlay_faults(distill)
+    faults: list[str] = []
+    if distill.deepspeed:
+        from trainer.training.overlay import overlay_faults
+
+        faults += overlay_faults(distill)
     if spec.student.lora is not None:
         from trainer.models.lora import lora_faults
 
