@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.failures import Failure, Kind, one_line
+from cluster.session import GPU_TYPE
 from cluster.storage.store import format_bytes
 
-# How Ray names the resource that says which GPUs a node has: "accelerator_type:H100".
-GPU_TYPE = "accelerator_type:"
 # Shares of CPUs and GPUs are floats: ten of 0.1 fit on 1.
 _FUZZ = 1e-9
 

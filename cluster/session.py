@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.resources import GPU_TYPE
-from cluster.working_dir import check_size, checkout, ray_excludes, travelling
-
+# How Ray names the resource that says which GPUs a node has: "accelerator_type:H100".
+GPU_TYPE = "accelerator_type:"
 # After Ray's end its processes have so long to go by themselves.
 END_SECONDS = 10.0
 
@@ -149,6 +148,8 @@ def _environment() -> dict[str, Any] | None:
     """The runtime environment of this driver's workers: the checkout, unless a job brought it."""
     if inside_job():
         return None
+    from cluster.working_dir import check_size, checkout, ray_excludes, travelling
+
     root = checkout()
     check_size(travelling(root), root)
     return {"working_dir": str(root), "excludes": ray_excludes()}

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.failures import Failure, of_exception, where
 from cluster.kv import reporting
-from cluster.resources import GPU_TYPE, ResourceRequest
+from cluster.resources import ResourceRequest
+from cluster.session import GPU_TYPE
 
 if TYPE_CHECKING:
     from ray.remote_function import RemoteFunction

@@ -6,70 +6,11 @@ import math
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from cluster.capacity import Group
 from cluster.failures import failure_callback
 from cluster.kv import Handover
-from cluster.session import Cluster
-from cluster.spec import WorkerResources
-
-
-@dataclass(frozen=True)
-class Group:
-    """How many workers, and what each one has.
-
-    fewest: an elastic group runs with so many to `workers`, as the cluster has room; None: with
-    `workers` always.
-    """
-
-    workers: int
-    cpus: int
-    gpus: int
-    fewest: int | None = None
-
-    def __str__(self) -> str:
-        count = f"{self.workers}" if self.fewest is None else f"{self.fewest} to {self.workers}"
-        return f"{count} workers of {self.cpus} CPUs and {self.gpus} GPUs"
-
-
-class NotEnough(ValueError):
-    """The cluster can never hold what was asked for."""
-
-
-def fit_group(key: str, asked: WorkerResources, cluster: Cluster) -> Group:
-    """The worker group for `asked` on this cluster, `auto` resolved.
-
-    Raises NotEnough, with the numbers, when the cluster is too small, for an elastic group for its
-    fewest workers: Ray would wait for ever.
-    """
-    fewest = None
-    gpus = (1 if cluster.gpus else 0) if asked.gpus_per_worker == "auto" else asked.gpus_per_worker
-    if isinstance(asked.workers, tuple):
-        fewest, workers = asked.workers
-    elif asked.workers != "auto":
-        workers = asked.workers
-    elif gpus:
-        workers = max(1, cluster.gpus)
-    else:
-        workers = min(2, max(1, cluster.cpus))
-    if asked.cpus_per_worker != "auto":
-        cpus = asked.cpus_per_worker
-    elif gpus:
-        cpus = 1
-    else:
-        # The largest share with which all fit, as each worker must fit on one node.
-        most = max((node_cpus for node_cpus, _ in cluster.nodes), default=1)
-        shares = range(max(1, most), 0, -1)
-        cpus = next((share for share in shares if cluster.capacity(share, 0) >= workers), 1)
-    capacity, needed = cluster.capacity(cpus, gpus), workers if fewest is None else fewest
-    if capacity < needed:
-        there = ", ".join(f"{c} CPUs and {g} GPUs" for c, g in cluster.nodes)
-        raise NotEnough(
-            f"resources.{key}: {needed} workers of {cpus} CPUs and {gpus} GPUs do not fit, only "
-            f"{capacity} do (nodes: {there}); set resources.{key}.workers or what each has lower"
-        )
-    return Group(workers, cpus, gpus, fewest)
 
 
 def is_pending(group: Group) -> bool:

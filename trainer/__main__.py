@@ -273,13 +273,12 @@ class Rank:
     ) -> dict[str, Any]:
         """Of the trainings. Raises ValueError if an unfinished one would be passed over."""
         from cluster.storage.keys import fingerprint
+        from trainer.training.unfinished import unfinished_faults
 
         def find() -> tuple[dict[str, Any], list[str]]:
             cache = None if spec.teacher is None else fingerprint(names.cache)
             found = stage_inputs.training_inputs(spec, names, corpus.name, cache)
-            return found, stage_inputs.unfinished_faults(
-                spec, found, self.store, "delete {path} to drop it"
-            )
+            return found, unfinished_faults(spec, found, self.store, "delete {path} to drop it")
 
         inputs, faults = self.after(find)
         if faults:

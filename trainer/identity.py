@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Store
 from cluster.storage.keys import flatten
+from trainer.corpus.identity import corpus_identity
 from trainer.logits.records import VERSION as CACHE_FORMAT
 from trainer.models.load import (
     UntrainedTokenizer,
@@ -150,13 +151,13 @@ class Identities:
     def corpus(self) -> dict[str, Any]:
         """Everything that decides the sequences; not how often they are read. With responses: as
         far as it is known before there are answers (see `trainer.stage_inputs.corpus_of`)."""
-        from trainer.corpus.corpus import existing_identity
-        from trainer.corpus.prepare import corpus_identity
-        from trainer.responses.store import corpus_of_answers
-
         if self.existing is not None:
+            from trainer.corpus.corpus import existing_identity
+
             return existing_identity(self.data, self.existing, self.tokenizer, self.train_sequences)
         if self.responses_spec is not None:
+            from trainer.responses.store import corpus_of_answers
+
             return corpus_of_answers(
                 self.data, self.tokenizer, self.responses, self.train_sequences
             )

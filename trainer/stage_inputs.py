@@ -5,21 +5,20 @@ Shared by all launchers, so a job that one of them began is continued by another
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Store, open_store
 from cluster.storage.keys import fingerprint, flatten
 from trainer.identity import Identities
-from trainer.responses.make import open_answers
-from trainer.responses.store import AnswerStore, corpus_of_content
 from trainer.spec.losses import LossesSpec
 from trainer.spec.responses import AnswersFile
 from trainer.spec.rules import Sections
 from trainer.spec.sections import DataSpec, SourceSpec, StudentSpec
-from trainer.training.checkpoint_names import DONE, INPUTS, records, step_of
+
+if TYPE_CHECKING:
+    from trainer.responses.store import AnswerStore
 
 # Folders below the storage that all runs share, and the one of a run with a folder per training.
 CORPORA, CACHES, CHECKPOINTS = "_corpora", "_logits", "checkpoints"
@@ -88,6 +87,8 @@ def learnt_data(spec: Sections) -> DataSpec:
 
 def corpus_of(names: Identities, answers: AnswerStore) -> dict[str, Any]:
     """The identity of the corpus of the answers that are there; they must be complete."""
+    from trainer.responses.store import corpus_of_content
+
     manifest = answers.manifest()
     assert manifest is not None
     return corpus_of_content(names.corpus, manifest)
@@ -97,6 +98,8 @@ def find_corpus(names: Identities, root: Store) -> dict[str, Any] | None:
     """The identity of a job's corpus, None while its answers are missing. root: the storage's."""
     if names.responses_spec is None:
         return names.corpus
+    from trainer.responses.make import open_answers
+
     answers = open_answers(root, names.responses)
     return None if answers.manifest() is None else corpus_of(names, answers)
 
@@ -168,53 +171,6 @@ def training_folders(spec: Sections, inputs: Mapping[str, Any]) -> dict[str, str
         stage: f"{stage}-{fingerprint({**inputs, 'losses': _used(each)})[:12]}"
         for stage, each in losses.items()
     }
-
-
-def unfinished_trainings(
-    spec: Sections, inputs: Mapping[str, Any], run: Store
-) -> dict[str, tuple[int, dict[str, Any]]]:
-    """Trainings of `run` that have checkpoints to go on from but are not those of these inputs.
-
-    By the folder's path below `run`: steps that are done, and the inputs it was begun with, empty
-    if it does not say. What is done is not among them.
-    """
-    wanted = training_folders(spec, inputs)
-    found = {}
-    for name in run.list(CHECKPOINTS):
-        stage = name.partition("-")[0]
-        store = run.sub(CHECKPOINTS, name)
-        if stage not in wanted or name == wanted[stage]:
-            continue
-        there = records(store.list())
-        if there and not store.exists(DONE):
-            told = store.read_json(INPUTS) if store.exists(INPUTS) else {}
-            found[f"{CHECKPOINTS}/{name}"] = (step_of(there[-1]), told)
-    return found
-
-
-def unfinished_faults(
-    spec: Sections,
-    inputs: Mapping[str, Any],
-    run: Store,
-    way_out: str = "run with --redo distill to drop it and train anew",
-) -> list[str]:
-    """One line per input that was changed under an unfinished training, which would be passed over.
-
-    inputs: of `training_inputs`, for the spec as it is now. way_out: what a user may do beside
-    putting it back and naming the run anew.
-    """
-    new = json.loads(json.dumps(inputs, default=str))
-    faults = []
-    for path, (step, old) in unfinished_trainings(spec, inputs, run).items():
-        what = f"a training of this run is unfinished at step {step}"
-        rest = f"{way_out.format(path=run.path(path))}, or give the run another name"
-        changed = [
-            f"{key}: {old.get(key)!r} -> {new.get(key)!r} ({what}; put it back to continue, {rest})"
-            for key in sorted({*old, *new} if old else ())
-            if old.get(key) != new.get(key)
-        ]
-        faults += changed or [f"{run.path(path)}: {what}, of other inputs than these; {rest}"]
-    return list(dict.fromkeys(faults))  # student and control have the same inputs
 
 
 def _used(losses: LossesSpec) -> dict[str, Any]:

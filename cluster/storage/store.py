@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.storage import strict_json
 from cluster.storage.keys import HIDDEN, join, matches, split_pattern
 from cluster.storage.local import LocalFolder, walk
-from cluster.storage.remote import RemoteObjects
+
+if TYPE_CHECKING:
+    from cluster.storage.remote import RemoteObjects
 
 # Whichever of these a filesystem reports tells a replaced object from the one fetched before.
 VERSION_KEYS = ("size", "ETag", "etag", "md5Hash", "generation", "VersionId", "created", "mtime")
@@ -291,7 +293,7 @@ class Store:
         if isinstance(backend, LocalFolder):
             LocalFolder(self.url).check_writable()
         else:
-            RemoteObjects(self.url, backend.options).check_writable()
+            type(backend)(self.url, backend.options).check_writable()
 
     def _key(self, *parts: str) -> str:
         return join(self._prefix, *parts)
@@ -335,6 +337,8 @@ def open_store(url: str | os.PathLike[str], **options: Any) -> Store:
     if not mark or protocol in ("file", "local"):
         folder = os.path.abspath(os.path.expanduser(rest if mark else text))
         return Store(LocalFolder(folder))
+    from cluster.storage.remote import RemoteObjects
+
     parts = [part for part in rest.split("/") if part]
     if not parts and protocol != "memory":
         raise ValueError(f"storage: {text} names no bucket; write {protocol}://bucket/prefix")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cluster.capacity import Group
 from cluster.storage.keys import flatten
-from cluster.workers import Group
 from jobs.errors import SpecErrors
 from jobs.forecast import suggestions, time
 from jobs.forecast.dtypes import decide_dtypes, training_device

@@ -18,7 +18,6 @@ from quant.quant_spec import CHANNEL
 from trainer.checks import faults_in
 from trainer.identity import Identities
 from trainer.models.load import check_family, find_model
-from trainer.models.slicing import kept_layers
 
 
 def read_models(spec: JobSpec, names: Identities | None = None) -> Models:
@@ -76,6 +75,8 @@ def _student(spec: JobSpec, names: Identities | None, teacher: Shape | None) -> 
                 f"student.layers: got {student.layers}; may be 1 to {teacher.layers}, the layers "
                 "of the teacher, with init: slice"
             )
+        from trainer.models.slicing import kept_layers
+
         kept = kept_layers(teacher.layers, student.layers)
         raw = {
             key: [value[layer] for layer in kept]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.capacity import Group, NotEnough, fit_group
 from cluster.session import Cluster
-from cluster.workers import Group, NotEnough, fit_group
 from jobs.errors import SpecErrors
 from jobs.spec.job import JobSpec
 from trainer.processor import DtypeName, Kind, cpu_dtype, cpu_kind

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.workers import Group
+from cluster.capacity import Group
 from jobs.forecast import training_memory
 from jobs.forecast.parameters import Matrix, Shape
 from jobs.forecast.place import USABLE, Place
@@ -77,7 +77,8 @@ STRIPS = 3
 CPU_TILE, GPU_TILE = 1 << 20, 1 << 26
 CHUNK_TOKENS = 256
 PREFETCH = 50_000_000
-GPU_WEIGHTS = 100_000_000  # as in `jobs.sweep.resources`, which imports Ray's part of the sweep
+# Below so many weights a CPU core is as quick as a GPU, whose kernels take longer to start.
+GPU_WEIGHTS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def is_online(spec: JobSpec) -> bool:
 
 
 def cell_gpus(models: Models, spec: JobSpec, place: Place) -> tuple[int, float]:
-    """CPUs and GPUs of a cell, `auto` resolved as `jobs.sweep.resources.cell_resources` does."""
+    """CPUs and GPUs of a cell, `auto` resolved as `cluster.capacity.fit_task` does."""
     asked = spec.resources.sweep
     cpus = 1 if asked.cpus_per_cell == "auto" else asked.cpus_per_cell
     if asked.gpus_per_cell != "auto":

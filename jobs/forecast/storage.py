@@ -15,7 +15,7 @@ from jobs.forecast.training_memory import itemsize_of, trained_parameters
 from jobs.spec.job import JobSpec
 from quant.grid import allocated_keys, grid
 from trainer.corpus import files
-from trainer.corpus.corpus import existing_identity, has_all, settings
+from trainer.corpus.identity import has_all, settings
 from trainer.logits.records import EVAL_IDS
 from trainer.spec.sections import CacheSpec, DataSpec, SourceSpec
 from trainer.stage_inputs import CORPORA, learnt_data, train_sequences
@@ -218,7 +218,7 @@ def _bytes(key: str, source: SourceSpec) -> float | None:
 def _given(spec: JobSpec, data: DataSpec) -> int:
     """Sequences of train in the corpus that `data.corpus` names. Raises ValueError, one line, for
     one that is not there or does not fit."""
-    from trainer.corpus.corpus import MANIFEST
+    from trainer.corpus.corpus import MANIFEST, existing_identity
 
     store = open_store(spec.storage).sub(CORPORA, str(data.corpus))
     existing_identity(data, store, _tokenizer(spec), train_sequences(spec))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.workers import Group
+from cluster.capacity import Group
 from jobs.forecast.parameters import Shape
 from jobs.forecast.place import Place
 from jobs.forecast.stage_memory import Models, Sharding, cell_gpus, is_online, swept

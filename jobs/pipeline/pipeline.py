@@ -310,8 +310,6 @@ class _Attempt:
 
 def _run_stage(stage: str, context: Context, log: Path, forced: bool) -> None:
     """One stage, from its start to its record; errors become the user's."""
-    from jobs.stages.worker_group import release
-
     began = time.time()
     inputs = STAGES[stage].inputs(context.job, context.outputs)
     record = context.run.record(stage)
@@ -321,7 +319,7 @@ def _run_stage(stage: str, context: Context, log: Path, forced: bool) -> None:
         context.reporter.say(f"{stage}: done before, skipped")
         return
     context.reporter.waits("", None)
-    release(context, but=stage)
+    context.release(but=stage)
     context.emit("stage_start", stage=stage)
     if context.stop.is_set():
         raise Interrupted(f"stopped before {stage}")

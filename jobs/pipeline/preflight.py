@@ -11,18 +11,17 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from cluster.capacity import NotEnough, fit_group, fit_task
 from cluster.nodes import Answer, Silent, install_seconds, run_on_every_node
 from cluster.session import Cluster, ask_to_grow, refresh
 from cluster.spec import CellResources, WorkerResources
 from cluster.storage import Store
-from cluster.workers import NotEnough, fit_group
 from jobs.errors import Interrupted, SpecErrors
 from jobs.forecast.place import Core, this_core
 from jobs.pipeline.node_check import Model, disk_space, fetch, look, versions
 from jobs.run.directory import RunDir
 from jobs.spec.job import JobSpec
 from jobs.stages import STAGES
-from jobs.sweep.resources import cell_resources
 
 FOLDER = "state/preflight"
 # A node that has not said so long that it sees the storage is given up on.
@@ -49,9 +48,7 @@ def _fits(key: str, asked: WorkerResources | CellResources, cluster: Cluster) ->
         if isinstance(asked, WorkerResources):
             fit_group(key, asked, cluster)
         else:  # only what was asked for: what `auto` becomes, the model decides
-            cell_resources(asked, cluster, weights=0)
-    except SpecErrors as error:
-        return error.faults
+            fit_task(asked, cluster, wants_gpu=False)
     except NotEnough as error:
         return [str(error)]
     return []

@@ -11,7 +11,7 @@ from jobs.run.inputs import Outputs, ResolvedJob, StageInputs
 from jobs.spec.job import JobSpec
 from jobs.stages import STAGES, distill
 from jobs.stages.capture import count_lacking
-from trainer.stage_inputs import CHECKPOINTS, find_corpus, unfinished_faults
+from trainer.stage_inputs import CHECKPOINTS, find_corpus
 
 
 def stages_of(spec: JobSpec) -> list[str]:
@@ -112,6 +112,8 @@ def has_inputs(record: StageRecord, inputs: StageInputs) -> bool:
 def _refuse_passing_over(run: RunDir, job: ResolvedJob, outputs: Outputs) -> None:
     if not run.store.list(CHECKPOINTS):  # models and sources are only looked at where they must
         return
+    from trainer.training.unfinished import unfinished_faults
+
     names = job.names
     expected = {  # of stages to come the names that they will give
         "prepare": {"corpus": fingerprint(find_corpus(names, job.storage) or names.corpus)},

@@ -10,12 +10,11 @@ from cluster.storage import Store
 from jobs.run.context import Context
 from jobs.run.inputs import Outputs, ResolvedJob, StageInputs
 from jobs.spec.job import JobSpec
-from jobs.stages.worker_group import run_ranks
 from trainer.checks import world_faults
 from trainer.stage_inputs import CACHES, CORPORA, capture_inputs
 
 if TYPE_CHECKING:
-    from cluster.workers import Group
+    from cluster.capacity import Group
     from trainer.teacher.job import Capture
 
 
@@ -43,6 +42,7 @@ def resources(spec: JobSpec) -> dict[str, WorkerResources | CellResources]:
 def run(context: Context) -> dict[str, Any]:
     """Adds what the cache lacks; returns the cache's name and the capture's metrics."""
     from cluster.storage.keys import fingerprint
+    from jobs.stages.worker_group import run_ranks
     from trainer.logits.store import open_cache
 
     spec = context.spec

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from cluster.capacity import Group
 from cluster.spec import CellResources, WorkerResources
-from cluster.workers import Group
 from jobs.run.context import Context
 from jobs.run.inputs import Outputs, ResolvedJob, StageInputs
 from jobs.spec.job import JobSpec
 from jobs.stages.capture import devices
-from jobs.stages.worker_group import run_ranks
 from trainer.checks import world_faults
-from trainer.stage_inputs import training_inputs, unfinished_trainings
+from trainer.stage_inputs import training_inputs
 
 
 def is_asked(spec: JobSpec) -> bool:
@@ -42,7 +41,8 @@ def resources(spec: JobSpec) -> dict[str, WorkerResources | CellResources]:
 
 def run(context: Context) -> dict[str, Any]:
     """Trains what is not trained yet, in one launch; returns hashes and metrics of the models."""
-    assert context.spec.distill is not None
+    from jobs.stages.worker_group import run_ranks
+
     # Those that the plan would not have let through unless a stage before was asked for anew.
     for path, step in drop_others(context).items():
         context.reporter.say(
@@ -74,6 +74,8 @@ def reset(context: Context) -> None:
 
 def drop_others(context: Context) -> dict[str, int]:
     """Deletes unfinished trainings of other inputs; returns the steps they had, by folder."""
+    from trainer.training.unfinished import unfinished_trainings
+
     fixed = inputs(context.job, context.outputs).fixed
     store = context.run.store
     others = unfinished_trainings(context.spec, fixed, store)

@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cluster.fanout import Cancelled, Failure, fan_out
 from cluster.spec import CellResources, WorkerResources
 from jobs.errors import Interrupted, SpecErrors
-from jobs.run.context import Context, tasks_wait
+from jobs.run.context import Context
 from jobs.run.inputs import Outputs, ResolvedJob, StageInputs
 from jobs.spec.job import JobSpec
-from jobs.stages.worker_group import run_ranks
 from trainer.checks import world_faults
+from trainer.corpus.identity import TRAIN_SEQUENCES, of_held_out
 
 if TYPE_CHECKING:
     from trainer.responses.store import AnswerStore
@@ -30,8 +29,6 @@ def is_asked(spec: JobSpec) -> bool:
 
 def inputs(job: ResolvedJob, outputs: Outputs) -> StageInputs:
     """The corpus's identity; sequences of train may grow."""
-    from trainer.corpus.corpus import TRAIN_SEQUENCES, of_held_out
-
     identity = job.names.corpus
     asked = identity.get(TRAIN_SEQUENCES)
     at_least = {} if asked is None else {TRAIN_SEQUENCES: asked}
@@ -56,7 +53,7 @@ def run(context: Context) -> dict[str, Any]:
     what the stages after this one are made from, and no corpus that another run has read.
     """
     from cluster.storage.keys import fingerprint
-    from trainer.corpus.corpus import is_complete, of_held_out, open_corpus
+    from trainer.corpus.corpus import is_complete, open_corpus
     from trainer.corpus.prepare import prepare
     from trainer.corpus.tokenizer import load_tokenizer
     from trainer.responses.make import answered, on_answers
@@ -106,6 +103,7 @@ def _answers(context: Context) -> AnswerStore:
 
     When the stage is forced, those that failed before are asked for again.
     """
+    from jobs.stages.worker_group import run_ranks
     from trainer.responses.make import collect, finish, make_job, open_answers
     from trainer.worker import Hooks, Stopped
 
@@ -153,6 +151,9 @@ class _Tasks:
         self.context = context
 
     def __call__(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+        from cluster.fanout import Cancelled, Failure, fan_out
+        from jobs.run.waiting import tasks_wait
+
         context = self.context
         results: dict[str, Any] = {}
 

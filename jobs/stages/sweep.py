@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from cluster.fanout import Cancelled
 from cluster.spec import CellResources, WorkerResources
 from jobs.errors import Interrupted
 from jobs.run.context import Context
 from jobs.run.inputs import Outputs, ResolvedJob, StageInputs
 from jobs.spec.job import JobSpec
-from jobs.sweep import fingerprints
 
 
 def is_asked(spec: JobSpec) -> bool:
@@ -21,6 +19,8 @@ def is_asked(spec: JobSpec) -> bool:
 
 def inputs(job: ResolvedJob, outputs: Outputs) -> StageInputs:
     """Nothing is fixed: each cell has a fingerprint of its own."""
+    from jobs.sweep import fingerprints
+
     return StageInputs({}, fingerprints.of_sweep(job, outputs))
 
 
@@ -38,6 +38,7 @@ def resources(spec: JobSpec) -> dict[str, WorkerResources | CellResources]:
 
 def run(context: Context) -> dict[str, Any]:
     """Runs what is missing or failed; a failing cell is a recorded result, the others go on."""
+    from cluster.fanout import Cancelled
     from jobs.sweep.scheduler import Sweep
 
     began = time.time()

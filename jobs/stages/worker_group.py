@@ -8,13 +8,15 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from cluster.capacity import Group, NotEnough, fit_group
 from cluster.nodes import Draining
 from cluster.spec import WorkerResources
 from cluster.storage import Fenced, Store
-from cluster.workers import Group, Launch, NotEnough, fit_group
+from cluster.workers import Launch
 from jobs.errors import Interrupted, SpecErrors
-from jobs.run.context import Context, Placement, WaitingGroup
+from jobs.run.context import Context, WaitingGroup
 from jobs.run.requests import ask_save, ask_stop
+from jobs.run.waiting import Placement
 from jobs.stages.rank import Ranks, rank_main, report_loss
 
 # Stages whose workers may stay for the one after, and that.
@@ -49,7 +51,7 @@ def run_ranks(
         launch.hand(None)
         found, failure = _watch(context, stage, launch, group, outcome, stays=False)
     if not found and failure is None:  # none was there, or it has given up waiting just now
-        release(context)
+        context.release()
         follower = _follower(context, stage, group)
         launch = _launch(context, stage, ranks, group, follower)
         stays = follower is not None
@@ -68,18 +70,6 @@ def run_ranks(
     if follower is not None:
         context.waiting = WaitingGroup(launch, group, follower)
     return found["results"], group
-
-
-def release(context: Context, but: str | None = None) -> None:
-    """Ends the group that waits for work, unless it is for the stage `but`."""
-    there = context.waiting
-    if there is None or there.stage == but:
-        return
-    context.waiting = None
-    there.launch.hand(None)
-    while not there.launch.wait(0.3):
-        context.pump()
-    there.launch.error()
 
 
 def _fit(context: Context, key: str, asked: WorkerResources) -> Group:

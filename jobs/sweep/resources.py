@@ -7,10 +7,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cluster.capacity import NotEnough, fit_task
 from cluster.resources import ResourceRequest
 from cluster.session import Cluster
 from cluster.spec import CellResources
 from jobs.errors import SpecErrors
+from jobs.forecast.stage_memory import GPU_WEIGHTS
 from jobs.run.context import Context
 from jobs.sweep.shared import Source
 from quant.evaluation.memory_forecast import MemoryEstimate
@@ -20,34 +22,9 @@ from quant.spec import SweepSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Below so many weights a CPU core is as quick as a GPU, whose kernels take longer to start.
-GPU_WEIGHTS = 100_000_000
 # A pass of a model of fewer weights gains little from more than one core.
 SPREAD_WEIGHTS = 10_000_000
 RECOVERY = 10.0  # times as long as the cell alone, for the order of tasks
-
-
-def cell_resources(
-    asked: CellResources, cluster: Cluster, weights: int | None = None
-) -> tuple[int, float]:
-    """CPUs and GPUs of one cell, `auto` resolved. Raises SpecErrors if none could ever start.
-
-    weights: of the largest model that cells are made of; None: enough to want a GPU.
-    """
-    cpus = 1 if asked.cpus_per_cell == "auto" else asked.cpus_per_cell
-    wants = weights is None or weights >= GPU_WEIGHTS
-    gpus: float = 1 if cluster.gpus and wants else 0
-    if asked.gpus_per_cell != "auto":
-        gpus = asked.gpus_per_cell
-    if not cluster.capacity(cpus, gpus):
-        there = ", ".join(f"{c} CPUs and {g} GPUs" for c, g in cluster.nodes)
-        raise SpecErrors(
-            [
-                f"resources.sweep: a cell of {cpus} CPUs and {gpus:g} GPUs fits no node ({there}); "
-                "set cpus_per_cell or gpus_per_cell lower"
-            ]
-        )
-    return cpus, gpus
 
 
 @dataclass
@@ -72,7 +49,10 @@ class CellRequests:
         asked = spec.resources.sweep
         models: dict[str, Any] = {role: _model(sources[role]) for role in spec.sweep.models}
         weights = max(parameter_count(model) for model in models.values())
-        cpus, gpus = cell_resources(asked, context.cluster, weights)
+        try:
+            cpus, gpus = fit_task(asked, context.cluster, wants_gpu=weights >= GPU_WEIGHTS)
+        except NotEnough as error:
+            raise SpecErrors([str(error)]) from error
         length = spec.data.sequence_length
         return CellRequests(spec.sweep, asked, context.cluster, length, cpus, gpus, models)
 

@@ -9,7 +9,8 @@ from typing import Any
 from cluster.fanout import Failure, FanOut, Progress
 from cluster.resources import ResourceRequest
 from cluster.storage.keys import fingerprint
-from jobs.run.context import Context, tasks_wait
+from jobs.run.context import Context
+from jobs.run.waiting import tasks_wait
 from jobs.sweep import fingerprints
 from jobs.sweep.allocation import Allocations, Item
 from jobs.sweep.fingerprints import cell_fingerprint, extra_fingerprint, model_fingerprint

@@ -7,7 +7,8 @@ from typing import Any
 
 from cluster.fanout import Failure, FanOut, Progress
 from cluster.resources import ResourceRequest
-from jobs.run.context import Context, tasks_wait
+from jobs.run.context import Context
+from jobs.run.waiting import tasks_wait
 from jobs.sweep.progress import NAMED, Running
 from jobs.sweep.resources import CellRequests
 from jobs.sweep.shared import SharedContext, Source

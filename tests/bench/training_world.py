@@ -126,7 +126,8 @@ def make(root: Path) -> World:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trainer.corpus.prepare import corpus_identity, prepare
+    from trainer.corpus.identity import corpus_identity
+    from trainer.corpus.prepare import prepare
     from trainer.corpus.tokenizer import load_tokenizer
     from trainer.models.load import new_config
     from trainer.spec.sections import TokenizerSpec

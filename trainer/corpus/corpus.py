@@ -20,14 +20,13 @@ from numpy.typing import ArrayLike, NDArray
 from cluster.storage import Store
 from cluster.storage.keys import fingerprint
 from trainer.corpus.arrow import Table, read_table
+from trainer.corpus.identity import FORMAT, has_all, settings
 from trainer.corpus.packing import position_ids
 from trainer.spec.sections import DataSpec
 
-FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 PARTS = ("train", "select", "report")
-TRAIN_SEQUENCES = "train_sequences"  # in the identity: at least so many sequences of train
 
 
 @dataclass(frozen=True)
@@ -222,18 +221,3 @@ def existing_identity(
             f"(data.corpus) was made of {len(sources)}; give those, or remove data.corpus"
         )
     return found
-
-
-def of_held_out(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a corpus's identity decides the sequences of select and report."""
-    return {key: value for key, value in identity.items() if key != TRAIN_SEQUENCES}
-
-
-def has_all(manifest: Mapping[str, Any]) -> bool:
-    """Whether a corpus has all documents of its sources, so that no other one has more of train."""
-    return bool(manifest.get("whole", True))
-
-
-def settings(data: DataSpec) -> dict[str, Any]:
-    """What of `data`, beside its sources, decides the sequences."""
-    return data.model_dump(exclude={"max_tokens", "train", "corpus"})

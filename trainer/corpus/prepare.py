@@ -23,7 +23,7 @@ alone: of no number, order or place of tasks.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +32,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.storage import Store
-from trainer.corpus import arrow, sources
+from trainer.corpus import arrow
 from trainer.corpus import packing as pack
 from trainer.corpus import tokenizer as tokenizers_
 from trainer.corpus.chat_template import chat_faults
-from trainer.corpus.corpus import FORMAT, MANIFEST, PARTS, TOKENIZER, TRAIN_SEQUENCES, settings
-from trainer.corpus.sources import Document, Shard
+from trainer.corpus.corpus import MANIFEST, PARTS, TOKENIZER
+from trainer.corpus.identity import FORMAT, SEED, TRAIN_SEQUENCES
+from trainer.corpus.size import too_small
+from trainer.corpus.sources import Document, Shard, resolve_all
 from trainer.corpus.splits import Documents, merge, read_in_order, read_rows, scan
 from trainer.spec.sections import DataSpec, TokenizerSpec
 
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
 
 Each = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
 
-SEED = 0  # fixed, so that jobs with other seeds share the corpus and are judged on the same report
 BYTES_PER_TOKEN = 5.0  # first guess of how much text the held-out parts need; exact counts follow
 SPARE = 1.05  # of the text that is estimated to suffice for train
 NEARLY_ALL = 0.8  # where train needs more than this of the text, it gets all
@@ -56,25 +57,6 @@ TOKENIZER_BYTES = 128 << 20  # a tokenizer is trained on at most so much text
 def serial(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
     """The plain way to map: one call after the other."""
     return [function(*call) for call in calls]
-
-
-def corpus_identity(
-    data: DataSpec, tokenizer: Mapping[str, Any], train_sequences: int | None = None
-) -> dict[str, Any]:
-    """Everything that decides the sequences, flat, so that two can be compared key by key.
-
-    `tokenizer`: its identity, flat. train_sequences: as many of train as will be read; None: all
-    that there are. Weights and max_tokens are not in it: they decide how often sequences are read.
-    """
-    identity: dict[str, Any] = {"format": FORMAT, "seed": SEED}
-    if train_sequences is not None:
-        identity[TRAIN_SEQUENCES] = train_sequences
-    for key, value in settings(data).items():
-        identity[f"data.{key}"] = value
-    for index, source in enumerate(data.train):
-        for key, value in sources.fingerprint(source, index).items():
-            identity[f"data.train.{index}.{key}"] = value
-    return {**identity, **{f"tokenizer.{key}": value for key, value in tokenizer.items()}}
 
 
 def prepare(
@@ -126,19 +108,6 @@ def prepare(
     return manifest
 
 
-def resolve_all(data: DataSpec) -> list[Shard]:
-    """The shards of all sources, in order. Raises ValueError as `sources.resolve`."""
-    measured = data.min_chars > 1 or data.max_chars is not None
-    if measured and all(source.format == "input_ids" for source in data.train):
-        raise ValueError(
-            "data.min_chars and data.max_chars count characters of text, and every source has "
-            "format: input_ids; remove them"
-        )
-    return [
-        shard for index, source in enumerate(data.train) for shard in sources.resolve(source, index)
-    ]
-
-
 def write_train(
     shard: Shard,
     name: str,
@@ -158,17 +127,6 @@ def write_train(
         return None, packed.cut
     origin = np.full(len(packed), shard.source, dtype=np.int16)
     return arrow.write_table(store, name, packed, origin), packed.cut
-
-
-def too_small(data: DataSpec, found: str) -> ValueError:
-    """The error for a corpus that cannot fill its parts."""
-    need = (data.select_sequences + data.report_sequences) * data.sequence_length
-    return ValueError(
-        f"corpus too small: data.select_sequences ({data.select_sequences}) and "
-        f"data.report_sequences ({data.report_sequences}) of data.sequence_length "
-        f"({data.sequence_length}) need {need:,} tokens and train needs some too, but {found}; "
-        "lower them, or add sources to data.train"
-    )
 
 
 @dataclass(frozen=True)

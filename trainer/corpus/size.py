@@ -10,8 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from trainer.corpus.chat_template import chat_faults
-from trainer.corpus.prepare import resolve_all, too_small
-from trainer.corpus.sources import WHOLE, Shard, read_documents
+from trainer.corpus.sources import WHOLE, Shard, read_documents, resolve_all
 from trainer.corpus.splits import TOKEN_BYTES, measure
 from trainer.corpus.tokenizer import encode
 from trainer.spec.sections import DataSpec, TokenizerSpec
@@ -70,3 +69,14 @@ def tokens_per_byte(shard: Shard, tokenizer: PreTrainedTokenizerBase) -> float:
     size = sum(size for _, _, size, kept in first if kept)
     tokens = sum(map(len, encode(tokenizer, sample, shard.label)))
     return padded * MARGIN * tokens / size if size else padded
+
+
+def too_small(data: DataSpec, found: str) -> ValueError:
+    """The error for a corpus that cannot fill its parts."""
+    need = (data.select_sequences + data.report_sequences) * data.sequence_length
+    return ValueError(
+        f"corpus too small: data.select_sequences ({data.select_sequences}) and "
+        f"data.report_sequences ({data.report_sequences}) of data.sequence_length "
+        f"({data.sequence_length}) need {need:,} tokens and train needs some too, but {found}; "
+        "lower them, or add sources to data.train"
+    )

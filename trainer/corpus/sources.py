@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from trainer.corpus import files, python_docs
 from trainer.corpus.conversations import COMPLETION, PROMPT, Row, conversation, prompt_completion
-from trainer.spec.sections import SourceSpec
+from trainer.spec.sections import DataSpec, SourceSpec
 
 
 def hub_ranges(
@@ -178,6 +178,17 @@ def resolve(source: SourceSpec, index: int) -> list[Shard]:
               name=source.name, split=source.split, fingerprint=fingerprint)
         for number, (start, stop) in enumerate(ranges)
     ]  # fmt: skip
+
+
+def resolve_all(data: DataSpec) -> list[Shard]:
+    """The shards of all sources, in order. Raises ValueError as `resolve`."""
+    measured = data.min_chars > 1 or data.max_chars is not None
+    if measured and all(source.format == "input_ids" for source in data.train):
+        raise ValueError(
+            "data.min_chars and data.max_chars count characters of text, and every source has "
+            "format: input_ids; remove them"
+        )
+    return [shard for index, source in enumerate(data.train) for shard in resolve(source, index)]
 
 
 def read_documents(shard: Shard) -> Iterator[Document]:

@@ -250,7 +250,7 @@ def corpus_of_answers(
 
     Which answers there are is known once they are made: `corpus_of_content` has both.
     """
-    from trainer.corpus.prepare import corpus_identity
+    from trainer.corpus.identity import corpus_identity
 
     without = data.model_copy(update={"train": []})
     corpus = corpus_identity(without, tokenizer, train_sequences)

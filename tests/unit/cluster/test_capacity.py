@@ -1,4 +1,4 @@
-"""How worker groups are fitted to a cluster: every worker on one node, or told at once."""
+"""How groups of workers and tasks are fitted to a cluster: each on one node, or told at once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from cluster.capacity import Group, NotEnough, fit_group, fit_task
 from cluster.session import Cluster
-from cluster.spec import CaptureResources, ResourcesSpec, WorkerResources
-from cluster.workers import Group, NotEnough, fit_group
+from cluster.spec import CaptureResources, CellResources, ResourcesSpec, WorkerResources
 
 
 def fit(nodes: list[tuple[int, int]], **asked: Any) -> Group:
@@ -77,3 +77,23 @@ def test_only_training_is_elastic() -> None:
     assert ResourcesSpec(distill={"workers": [2, 8]}).distill.workers == (2, 8)
     with pytest.raises(ValidationError):
         CaptureResources(workers=[2, 8])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "wants_gpu", "fits"),
+    [
+        ([(8, 2)], {}, True, (1, 1)),
+        ([(8, 2)], {}, False, (1, 0)),
+        ([(8, 0)], {}, True, (1, 0)),
+        ([(8, 2)], {"gpus_per_cell": 0.5, "cpus_per_cell": 4}, False, (4, 0.5)),
+    ],
+)
+def test_a_task_has_what_is_asked_or_what_its_model_wants(
+    nodes: list[tuple[int, int]], asked: dict[str, Any], wants_gpu: bool, fits: tuple[int, float]
+) -> None:
+    assert fit_task(CellResources(**asked), Cluster("local", tuple(nodes), True), wants_gpu) == fits
+
+
+def test_a_task_that_fits_no_node_is_told_with_the_numbers() -> None:
+    with pytest.raises(NotEnough, match="resources.sweep: a cell of 3 CPUs and 0 GPUs .*2 CPUs"):
+        fit_task(CellResources(cpus_per_cell=3), Cluster("local", ((2, 0), (2, 0)), True), True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cluster.resources import GPU_TYPE, ResourceRequest
-from cluster.session import Cluster
+from cluster.resources import ResourceRequest
+from cluster.session import GPU_TYPE, Cluster
 from jobs.sweep.resources import CellRequests
 
 H100 = {"CPU": 8.0, "GPU": 4.0, GPU_TYPE + "H100": 1.0}

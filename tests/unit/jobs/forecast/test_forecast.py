@@ -15,7 +15,7 @@ from jobs.forecast.place import named_place
 from jobs.forecast.storage import PREPARED, bytes_per_token
 from jobs.spec.load import spec_of
 from tests.fixtures.forecast_models import plan_of, spec_data
-from trainer.corpus.corpus import settings
+from trainer.corpus.identity import settings
 from trainer.models.load import tokenizer_identity
 
 READ = 1000 * 1048576

@@ -120,7 +120,6 @@ def test_adapters_are_counted_as_peft_makes_them() -> None:
 def test_sizes_are_those_of_the_code_that_works_with_them() -> None:
     """Copied here, as a plan must not wait for torch."""
     from jobs.forecast import stage_memory
-    from jobs.sweep import resources as cells
     from trainer.losses import fused_linear
     from trainer.teacher import forward, sharded
     from trainer.training import evaluation, loader
@@ -143,10 +142,7 @@ def test_sizes_are_those_of_the_code_that_works_with_them() -> None:
     )
     assert training_memory.KEPT_BYTES == evaluation.KEPT_BYTES
     assert stage_memory.CHUNK_TOKENS == forward.CHUNK_TOKENS
-    assert (stage_memory.PREFETCH, stage_memory.GPU_WEIGHTS) == (
-        sharded.PREFETCH,
-        cells.GPU_WEIGHTS,
-    )
+    assert stage_memory.PREFETCH == sharded.PREFETCH
 
 
 def test_workers_fill_one_node_after_the_other() -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from cluster.capacity import Group
 from cluster.resources import ResourceRequest
 from cluster.session import Resources
-from cluster.workers import Group
-from jobs.run import context as module
-from jobs.run.context import NotPlaced, Placement, tasks_wait
+from jobs.run import waiting as module
+from jobs.run.waiting import NotPlaced, Placement, tasks_wait
 
 
 class World:

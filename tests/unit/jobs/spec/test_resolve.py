@@ -15,13 +15,9 @@ from jobs.spec.load import spec_of
 from jobs.stages import capture, distill, prepare
 from trainer.processor import DtypeName
 from trainer.resolve_auto import resolve
-from trainer.stage_inputs import (
-    train_sequences,
-    training_folders,
-    unfinished_faults,
-    unfinished_trainings,
-)
+from trainer.stage_inputs import train_sequences, training_folders
 from trainer.tasks import make_capture, make_trainings
+from trainer.training.unfinished import unfinished_faults, unfinished_trainings
 
 
 @pytest.fixture

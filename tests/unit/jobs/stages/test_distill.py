@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.workers import Group
+from cluster.capacity import Group
 from jobs.stages.distill import _costs
 
 

@@ -15,7 +15,8 @@ from tests.fixtures.corpora import CHATML, CHATML_MARKED, chat_tokenizer, write_
 from trainer.corpus.chat_template import chat_faults, prompt_ids, render
 from trainer.corpus.conversations import Pair, conversation, prompt_completion
 from trainer.corpus.corpus import open_corpus
-from trainer.corpus.prepare import corpus_identity, prepare
+from trainer.corpus.identity import corpus_identity
+from trainer.corpus.prepare import prepare
 from trainer.corpus.size import check_size
 from trainer.corpus.sources import read_documents, resolve
 from trainer.corpus.tokenizer import load_tokenizer, train_tokenizer

@@ -13,7 +13,8 @@ import pytest
 
 from cluster.storage import Store, open_store
 from trainer.corpus.corpus import Corpus, is_complete, open_corpus
-from trainer.corpus.prepare import corpus_identity, prepare, serial
+from trainer.corpus.identity import corpus_identity
+from trainer.corpus.prepare import prepare, serial
 from trainer.corpus.size import check_size
 from trainer.corpus.sources import resolve
 from trainer.corpus.splits import merge, mix, scan

@@ -15,8 +15,9 @@ import pytest
 from cluster.storage import Store, open_store
 from cluster.storage.keys import fingerprint
 from trainer.corpus import packing as pack
-from trainer.corpus.corpus import Corpus, existing_identity, has_all, open_corpus
-from trainer.corpus.prepare import corpus_identity, prepare, serial, write_train
+from trainer.corpus.corpus import Corpus, existing_identity, open_corpus
+from trainer.corpus.identity import corpus_identity, has_all
+from trainer.corpus.prepare import prepare, serial, write_train
 from trainer.corpus.splits import read_in_order
 from trainer.corpus.tokenizer import load_tokenizer, train_tokenizer
 from trainer.spec.sections import DataSpec, SourceSpec, TokenizerSpec
