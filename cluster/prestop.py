@@ -66,11 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.prestop")
     parser.add_argument("--seconds", type=float, required=True, help="wait no longer")
     parser.add_argument("entrypoint", nargs="*", help="on the head: the job's command, after --")
-    given = parser.parse_args(arguments)
-    if given.entrypoint:
-        wait_while(partial(_any_runs, terminate(given.entrypoint)), given.seconds)
+    options = parser.parse_args(arguments)
+    if options.entrypoint:
+        wait_while(partial(_any_runs, terminate(options.entrypoint)), options.seconds)
     else:
-        wait_while(ray_at_work, given.seconds)
+        wait_while(ray_at_work, options.seconds)
     return 0
 
 

@@ -156,12 +156,12 @@ def quantize(
         return _sweep(model, grid, layer, data, name, storage, revision, device, overrides or [])
     faults = [
         f"{option}: has no meaning with --out, which measures nothing; leave one of them away"
-        for option, given in (
+        for option, has_value in (
             ("--data", data is not None),
             ("--name", name is not None),
             *((f"override {text}", True) for text in overrides or []),
         )
-        if given
+        if has_value
     ]
     if faults:
         raise SpecErrors(faults)

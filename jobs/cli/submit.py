@@ -123,10 +123,10 @@ def submit(
     return watch_run(run)
 
 
-def _address(given: str | None) -> str:
+def _address(address: str | None) -> str:
     from urllib.parse import urlsplit
 
-    url = given or os.environ.get("RAY_API_SERVER_ADDRESS", "")
+    url = address or os.environ.get("RAY_API_SERVER_ADDRESS", "")
     if not url:
         raise SpecErrors(
             ["--address: missing; may be the dashboard of a cluster, e.g. http://HOST:8265"]

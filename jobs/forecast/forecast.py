@@ -241,14 +241,14 @@ def _placed(asked: JobSpec, stages: dict[str, Any]) -> dict[str, Any]:
     if asked.teacher is not None and asked.teacher.sharding == "auto":
         kind = stages["capture"].get("sharding")
         found |= {} if kind is None else {"teacher.sharding": kind}
-    given = asked.resources.model_dump()
+    sections = asked.resources.model_dump()
     for name, stage in stages.items():
         keys = {f"{key}_per_worker" if key != "workers" else key: value
                 for key, value in stage.get("group", {}).items()}  # fmt: skip
         cell = stage.get("cell", {})
         keys |= {f"{key}_per_cell": cell[key] for key in ("cpus", "gpus") if key in cell}
         for key, value in keys.items():
-            if given[name][key] == "auto":
+            if sections[name][key] == "auto":
                 found[f"resources.{name}.{key}"] = value
     return found
 

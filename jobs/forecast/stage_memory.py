@@ -71,9 +71,9 @@ class MemoryNeed:
         }
 
 
-# Float32 tensors of a strip of logits that a capture holds at once, and elements of a strip: as in
+# Float32 tensors of a tile of logits that a capture holds at once, and elements of a tile: as in
 # `trainer.teacher.forward`. Elements that ZeRO-3 gathers ahead: as in `trainer.teacher.sharded`.
-STRIPS = 3
+TILES = 3
 CPU_TILE, GPU_TILE = 1 << 20, 1 << 26
 CHUNK_TOKENS = 256
 PREFETCH = 50_000_000
@@ -168,13 +168,13 @@ def capture_need(models: Models, spec: JobSpec, place: Place, group: Group) -> M
     assert teacher is not None and asked is not None
     itemsize, cuda = training_memory.itemsize_of(asked.dtype), group.gpus > 0
     tokens, cache = capture_tokens(spec, teacher, cuda), spec.cache
-    strip = min(GPU_TILE if cuda else CPU_TILE, tokens * teacher.vocab)
-    chunk = min(tokens, max(CHUNK_TOKENS, strip // teacher.vocab if cuda else CHUNK_TOKENS))
+    tile = min(GPU_TILE if cuda else CPU_TILE, tokens * teacher.vocab)
+    chunk = min(tokens, max(CHUNK_TOKENS, tile // teacher.vocab if cuda else CHUNK_TOKENS))
     kept = cache.draws * cache.redraws if cache.method == "sample" else cache.k
     sharding = teacher_sharding(models, spec, place, group, "capture")
     parts = teacher_parts(teacher, itemsize, sharding)
     parts["activations"] = forward_bytes(teacher, tokens, itemsize)
-    parts["logits"] = float(chunk * teacher.vocab * itemsize + STRIPS * 4 * strip)
+    parts["logits"] = float(chunk * teacher.vocab * itemsize + TILES * 4 * tile)
     parts["records"] = 12.0 * tokens * max(kept, EVAL_IDS)
     if not cuda:  # a sharded teacher makes the allocator give back what is freed
         pieces = 0.0 if sharding.over > 1 else training_memory.CPU_FRAGMENTS - 1

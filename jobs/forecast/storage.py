@@ -186,7 +186,7 @@ def corpus_tokens(spec: JobSpec, vocab: int, storage: Store | None = None) -> Co
     length = data.sequence_length
     held_out = (data.select_sequences + data.report_sequences) * length
     if data.corpus is not None:
-        return Corpus(_given(spec, data) * length, held_out, PREPARED)
+        return Corpus(_existing_sequences(spec, data) * length, held_out, PREPARED)
     sizes = [_bytes(f"data.train.{index}", source) for index, source in enumerate(data.train)]
     found = _prepared(spec, data, storage)
     if found is not None:
@@ -215,7 +215,7 @@ def _bytes(key: str, source: SourceSpec) -> float | None:
     return sum(path.stat().st_size * UNPACKED.get(path.suffix.lower(), 1.0) for path in found)
 
 
-def _given(spec: JobSpec, data: DataSpec) -> int:
+def _existing_sequences(spec: JobSpec, data: DataSpec) -> int:
     """Sequences of train in the corpus that `data.corpus` names. Raises ValueError, one line, for
     one that is not there or does not fit."""
     from trainer.corpus.corpus import MANIFEST, existing_identity

@@ -17,10 +17,10 @@ ITEMSIZE: dict[DtypeName, int] = {"bfloat16": 2, "float32": 4}
 # elements that ZeRO-3 holds gathered at most.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
 # As in `trainer.losses.fused_linear`, which must not be imported for torch's sake: bytes of a chunk
-# of logits, and elements of a strip of it in float32, of which about six are held at once.
+# of logits, and elements of a tile of it in float32, of which about six are held at once.
 CPU_CHUNK, GPU_CHUNK = 16 << 20, 512 << 20
 CPU_TILE, GPU_TILE = 1 << 19, 1 << 25
-STRIPS = 6
+TILES = 6
 # glibc keeps what was freed of blocks below 32 MiB, in pieces that the next pass does not quite
 # fit: measured 1.3 to 1.5 times the activations, at four shapes.
 CPU_FRAGMENTS = 1.4
@@ -174,7 +174,7 @@ def activations(student: Shape, distill: DistillSpec, tokens: int) -> float:
 
 
 def loss_bytes(student: Shape, distill: DistillSpec, tokens: int, cuda: bool, dense: bool) -> float:
-    """Bytes of the fused head and loss: a chunk of logits, strips of it, gradients of head and
+    """Bytes of the fused head and loss: a chunk of logits, tiles of it, gradients of head and
     hidden states. dense: the teacher's logits of the chunk are there too."""
     itemsize = itemsize_of(distill.dtype)
     models = 2 if dense else 1
@@ -183,9 +183,9 @@ def loss_bytes(student: Shape, distill: DistillSpec, tokens: int, cuda: bool, de
     if itemsize < 4:
         size = max(size, min(-(-tokens // 8), student.hidden))
     size = min(size, tokens)
-    strip = min(size * student.vocab, GPU_TILE if cuda else CPU_TILE)
+    tile = min(size * student.vocab, GPU_TILE if cuda else CPU_TILE)
     gradients = student.head * itemsize + 2 * tokens * student.hidden * itemsize
-    return size * student.vocab * itemsize * models + 4.0 * STRIPS * models * strip + gradients
+    return size * student.vocab * itemsize * models + 4.0 * TILES * models * tile + gradients
 
 
 def kept_by_allocator(student: Shape, passing: float, itemsize: int) -> float:

@@ -27,13 +27,13 @@ ENDS = {  # by what `quant.generation.stream` calls it
 }
 
 
-def read_prompt(given: str | None) -> str:
+def read_prompt(argument: str | None) -> str:
     """The prompt: as given, else all of stdin without its last line end.
 
     Raises SpecErrors, one line: there is none.
     """
-    if given is not None:
-        text = given
+    if argument is not None:
+        text = argument
     elif sys.stdin.isatty():
         raise SpecErrors(["--prompt: is missing; give a text, or pipe one in"])
     else:

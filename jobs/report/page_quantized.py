@@ -92,10 +92,10 @@ class _Layer:
 def _layers(layers: Mapping[str, Any]) -> str:
     """A table with a line per block and a column per kind of layer, coloured by width."""
     found = []
-    for name, given in layers.items():
+    for name, choice in layers.items():
         parts = NUMBERED.match(name)
         row, column = (parts["block"], parts["name"]) if parts else ("", name)
-        bits, group = (given["bits"], given["group_size"]) if given else (16, None)
+        bits, group = (choice["bits"], choice["group_size"]) if choice else (16, None)
         found.append(_Layer(row, column, bits, group))
     if len({layer.column for layer in found}) > COLUMNS:  # experts: as one
         found = [

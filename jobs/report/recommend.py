@@ -88,9 +88,9 @@ def recommend(
     Cells of student and teacher together are compared in KL to the teacher. Raises ValueError, one
     line per fault, for limits that are not above 0.
     """
-    given = {"--max-mb": max_mb, "--min-retention": min_retention, "--min-speed": min_speed}
+    options = {"--max-mb": max_mb, "--min-retention": min_retention, "--min-speed": min_speed}
     wrong = [
-        f"{name} {v:g}: must be above 0" for name, v in given.items() if v is not None and v <= 0
+        f"{name} {v:g}: must be above 0" for name, v in options.items() if v is not None and v <= 0
     ]
     if wrong:
         raise ValueError("\n".join(wrong))

@@ -14,12 +14,12 @@ LINE = 13.0
 
 def element(tag: str, text: str | None = None, **attributes: object) -> str:
     """One SVG element; `text` and attribute values are escaped, `class_` becomes class."""
-    given = "".join(
+    pairs = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{escape(_short(value))}"'
         for name, value in attributes.items()
         if value is not None
     )
-    return f"<{tag}{given}/>" if text is None else f"<{tag}{given}>{escape(text)}</{tag}>"
+    return f"<{tag}{pairs}/>" if text is None else f"<{tag}{pairs}>{escape(text)}</{tag}>"
 
 
 def group(children: list[str], title: str | None = None, class_: str = "") -> str:

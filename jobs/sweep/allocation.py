@@ -316,7 +316,7 @@ def sensitivity_task(
 
     assert part.reference is not None
     reference = open_reference(part.reference, folder, shared_context.device, shared_context.vocab)
-    model = shared_context.setting().load(folder)
+    model = shared_context.evaluation_config().load(folder)
     return sensitivity(
         model, reference, part.batches, pieces, shared_context.device, shared_context.vocab, notify
     )
@@ -335,7 +335,7 @@ def candidate_task(shared_context: SharedContext, source: Source, cell: Cell) ->
         cell,
         source.folder(),
         shared_context.part("select", source, advance),
-        setting=shared_context.setting(),
+        config=shared_context.evaluation_config(),
         keep_16bit=shared_context.sweep.keep_16bit,
         progress=advance.quantized,
     )

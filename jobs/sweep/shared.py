@@ -127,7 +127,7 @@ class SharedContext:
         progress = None if advance is None else advance.part(name, self.sequences(name))
         return EvaluationData(partial(self.batches, name), records, reference, progress)
 
-    def setting(self, advance: Advance | None = None) -> EvaluationConfig:
+    def evaluation_config(self, advance: Advance | None = None) -> EvaluationConfig:
         """How models are evaluated. advance: hears how far benchmark tasks are."""
         from quant.evaluation.measure import EvaluationConfig
 

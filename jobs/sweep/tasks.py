@@ -62,7 +62,7 @@ def model_task(
             shared_context.part("select", advance=advance),
             source.role,  # type: ignore[arg-type]
             source.name,
-            setting=shared_context.setting(advance),
+            config=shared_context.evaluation_config(advance),
             references=to_run,
         )
         for part, folder in to_run.items():
@@ -85,7 +85,7 @@ def teacher_task(
         shared_context.part("select"),
         "teacher",
         name,
-        setting=shared_context.setting(advance),
+        config=shared_context.evaluation_config(advance),
     )
     result["fingerprint"] = own_fingerprint
     shared_context.attempt.write_json("evaluations/teacher.json", result)
@@ -106,7 +106,7 @@ def extra_task(
         shared_context.part("report", source, advance),
         shared_context.part("select", source, advance),
         extra.label,
-        setting=shared_context.setting(advance),
+        config=shared_context.evaluation_config(advance),
         reference_tasks=_reference_tasks(shared_context, source),
     )
     result["fingerprint"] = own_fingerprint
@@ -154,7 +154,7 @@ def cell_task(
             shared_context.part("report", source, advance),
             shared_context.part("select", source, advance),
             out,
-            setting=shared_context.setting(advance),
+            config=shared_context.evaluation_config(advance),
             keep_16bit=shared_context.sweep.keep_16bit,
             recover=recover,
             reference_tasks=_reference_tasks(shared_context, source),

@@ -26,14 +26,16 @@ def resolve(mode: str, environment: Mapping[str, str] = os.environ) -> str:
     """
     if mode not in MODES:
         raise ValueError(f"tracking.mode: {mode!r} is no mode; may be {', '.join(MODES)}")
-    given = environment.get("WANDB_MODE", "").strip().lower()
-    given = SYNONYMS.get(given, given)
-    if given and given not in MODES:
-        raise ValueError(f"WANDB_MODE: {given!r} is no mode; may be {', '.join(MODES[1:])}")
+    from_environment = environment.get("WANDB_MODE", "").strip().lower()
+    from_environment = SYNONYMS.get(from_environment, from_environment)
+    if from_environment and from_environment not in MODES:
+        raise ValueError(
+            f"WANDB_MODE: {from_environment!r} is no mode; may be {', '.join(MODES[1:])}"
+        )
     off = environment.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "yes", "on")
-    if off or "disabled" in (mode, given):
+    if off or "disabled" in (mode, from_environment):
         return "disabled"
-    chosen = given if given not in ("", "auto") else mode
+    chosen = from_environment if from_environment not in ("", "auto") else mode
     if chosen == "auto":
         return "online" if has_login(environment) else "offline"
     return chosen

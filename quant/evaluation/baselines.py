@@ -40,7 +40,7 @@ def evaluate_model(
     role: Role,
     name: str | None = None,
     *,
-    setting: EvaluationConfig | None = None,
+    config: EvaluationConfig | None = None,
     references: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The result of an unquantized model, as in `evaluations/<role>.json`.
@@ -51,19 +51,19 @@ def evaluate_model(
     of 16-bit weights. Retention and top1_agreement are against the teacher. Raises ValueError for
     a teacher without records.
     """
-    setting = setting or EvaluationConfig()
-    torch.set_num_threads(setting.threads)
+    config = config or EvaluationConfig()
+    torch.set_num_threads(config.threads)
     parts = {"report": report, "select": select}
     model = None
-    if role != "teacher" or references or setting.tasks:
-        model = setting.load(model_folder)
+    if role != "teacher" or references or config.tasks:
+        model = config.load(model_folder)
     stored: dict[str, Any] = {}
     for part_name, folder in (references or {}).items():
         part = parts[part_name]
         assert part is not None and model is not None
-        meta = write_reference(model, part.batches(), folder, setting.device, part.on("reference"))
+        meta = write_reference(model, part.batches(), folder, config.device, part.on("reference"))
         if meta["kind"] == "hidden":  # its answers, without running it a second time
-            stored[part_name] = StoredReference(folder, model_folder, setting.device)
+            stored[part_name] = StoredReference(folder, model_folder, config.device)
     found: dict[str, dict[str, Any] | None] = {}
     for part_name, part in parts.items():
         if part is None:
@@ -80,15 +80,15 @@ def evaluate_model(
                     part.batches(),
                     None,
                     part.records() if part.records is not None else None,
-                    setting.device,
-                    vocab=setting.vocab,
+                    config.device,
+                    vocab=config.vocab,
                     progress=part.on("evaluation"),
                 ),
                 None,
             )
     assert found["report"] is not None
     result = {**found["report"], "select": found["select"]}
-    tasks = None if model is None else tasks_of(model, model_folder, setting, None)
+    tasks = None if model is None else tasks_of(model, model_folder, config, None)
     compute_dtype = None if model is None else dtype_name(model.dtype)
     if model is None:
         with torch.device("meta"):
@@ -115,7 +115,7 @@ def evaluate_extra(
     select: EvaluationData | None,
     name: str,
     *,
-    setting: EvaluationConfig | None = None,
+    config: EvaluationConfig | None = None,
     reference_tasks: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The result of a model that was quantized elsewhere, beside the student in `model_folder`.
@@ -124,20 +124,20 @@ def evaluate_extra(
     which knows the quantizer that its config names. Bytes are those of its weight files. Raises
     ValueError (one line) for a folder that neither loads.
     """
-    setting = setting or EvaluationConfig()
-    torch.set_num_threads(setting.threads)
+    config = config or EvaluationConfig()
+    torch.set_num_threads(config.threads)
     start = time.perf_counter()
-    with Peak(setting.device) as peak:
-        model, how = load_extra(extra_folder, setting)
+    with Peak(config.device) as peak:
+        model, how = load_extra(extra_folder, config)
         with dense_weights(model, model.dtype):
-            found = measure(model, model_folder, "student", report, select, setting)
-            tasks = tasks_of(model, model_folder, setting, reference_tasks)
+            found = measure(model, model_folder, "student", report, select, config)
+            tasks = tasks_of(model, model_folder, config, reference_tasks)
     files = sum(path.stat().st_size for path in Path(extra_folder).glob("*.safetensors"))
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(extra_folder, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        weights = parameter_count(AutoModelForCausalLM.from_config(config))
+        model_config = AutoConfig.from_pretrained(extra_folder, trust_remote_code=False)
+        if hasattr(model_config, "quantization_config"):
+            del model_config.quantization_config
+        weights = parameter_count(AutoModelForCausalLM.from_config(model_config))
     return {
         "role": "extra",
         "name": name,
@@ -158,17 +158,17 @@ def evaluate_extra(
     }
 
 
-def load_extra(folder: str, setting: EvaluationConfig) -> tuple[PreTrainedModel, str]:
+def load_extra(folder: str, config: EvaluationConfig) -> tuple[PreTrainedModel, str]:
     """A model quantized elsewhere and how it was, in words. Raises ValueError, one line."""
     from quant.artifact.description import DESCRIPTION
 
     if (Path(folder) / DESCRIPTION).is_file():
-        model = load_quantized(folder, setting.device, prefer="plain")
-        cast_stored(model, setting.compute_dtype(model))
+        model = load_quantized(folder, config.device, prefer="plain")
+        cast_stored(model, config.compute_dtype(model))
         spec: QuantSpec = model.quant_spec  # type: ignore[assignment]
         return model, f"quantized elsewhere ({spec.key})"
     try:
-        model = setting.load(folder)
+        model = config.load(folder)
     except Exception as error:  # transformers and quantizers raise many kinds
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}: transformers cannot load it ({why})") from error

@@ -109,7 +109,7 @@ def run_cell(
     select: EvaluationData | None = None,
     out_folder: str | None = None,
     *,
-    setting: EvaluationConfig | None = None,
+    config: EvaluationConfig | None = None,
     keep_16bit: Sequence[str] = (),
     recover: Callable[[PreTrainedModel], dict[str, Any]] | None = None,
     reference_tasks: Mapping[str, Any] | None = None,
@@ -132,24 +132,24 @@ def run_cell(
     on_saved: called once the model is in `out_folder`, before the evaluation, with what is known of
     it until then. made: that of an earlier start, whose model is in `out_folder`: it is evaluated.
     """
-    setting = setting or EvaluationConfig()
-    torch.set_num_threads(setting.threads)
-    with Peak(setting.device) as peak:
+    config = config or EvaluationConfig()
+    torch.set_num_threads(config.threads)
+    with Peak(config.device) as peak:
         if made is None:
-            model, made = _made(cell, model_folder, setting, keep_16bit, recover, progress)
+            model, made = _made(cell, model_folder, config, keep_16bit, recover, progress)
             if out_folder is not None:
                 save_quantized(model, out_folder, cell.spec, {"versions": versions()})
                 if on_saved is not None:
                     on_saved(made)
         else:
             assert out_folder is not None
-            model = load_quantized(out_folder, setting.device, prefer="plain")
+            model = load_quantized(out_folder, config.device, prefer="plain")
         size = {"bits_per_weight": true_bits_per_weight(model), "bytes": true_bytes(model)}
-        cast_stored(model, setting.compute_dtype(model))
+        cast_stored(model, config.compute_dtype(model))
         start = time.perf_counter()
         with dense_weights(model, model.dtype):
-            found = measure(model, model_folder, cell.model, report, select, setting)
-            tasks = tasks_of(model, model_folder, setting, reference_tasks)
+            found = measure(model, model_folder, cell.model, report, select, config)
+            tasks = tasks_of(model, model_folder, config, reference_tasks)
     return {
         **_identity(cell),
         "status": "done",
@@ -174,13 +174,13 @@ def run_cell(
 def _made(
     cell: Cell,
     model_folder: str,
-    setting: EvaluationConfig,
+    config: EvaluationConfig,
     keep_16bit: Sequence[str],
     recover: Callable[[PreTrainedModel], dict[str, Any]] | None,
     progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The cell's model as it is stored, and what is known of it before its evaluation."""
-    model = load_for_inference(model_folder, setting.device)
+    model = load_for_inference(model_folder, config.device)
     load_method(cell.spec.method)  # importing it is no part of the time
     start = time.perf_counter()
     kept = stored_dtype(model)
@@ -189,7 +189,7 @@ def _made(
     quantize_s = time.perf_counter() - start
     recovered = None
     if recover is not None and cell.recovered:
-        cast_stored(model, setting.compute_dtype(model))
+        cast_stored(model, config.compute_dtype(model))
         recovered = recover(model)
         cast_stored(model, kept)
     return model, {"quantize_s": quantize_s, "recovered": recovered}
@@ -200,7 +200,7 @@ def select_kl(
     model_folder: str,
     select: EvaluationData,
     *,
-    setting: EvaluationConfig | None = None,
+    config: EvaluationConfig | None = None,
     keep_16bit: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -208,19 +208,19 @@ def select_kl(
 
     Returns kl (mean, nats per token), sums and tokens of every sequence.
     """
-    setting = setting or EvaluationConfig()
-    torch.set_num_threads(setting.threads)
-    model, _ = _made(cell, model_folder, setting, keep_16bit, None, progress)
-    cast_stored(model, setting.compute_dtype(model))
-    reference = reference_of(select, model_folder, setting)
+    config = config or EvaluationConfig()
+    torch.set_num_threads(config.threads)
+    model, _ = _made(cell, model_folder, config, keep_16bit, None, progress)
+    cast_stored(model, config.compute_dtype(model))
+    reference = reference_of(select, model_folder, config)
     with dense_weights(model, model.dtype):
         found = evaluate(
             model,
             select.batches(),
             reference,
             None,
-            setting.device,
-            vocab=setting.vocab,
+            config.device,
+            vocab=config.vocab,
             progress=select.on("evaluation"),
         )
     each = found["per_sequence"]

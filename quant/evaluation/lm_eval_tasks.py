@@ -134,11 +134,11 @@ def _settle(config: dict[str, Any], bases: Sequence[Path], cache: Path) -> None:
         config["dataset_path"] = home
     if not _loads_files(config):
         return
-    given = dict(config.get("dataset_kwargs") or {})
+    arguments = dict(config.get("dataset_kwargs") or {})
     for key in ("data_files", "data_dir"):
-        if key in given:
-            given[key] = _map_files(given[key], bases)
-    config["dataset_kwargs"] = {"cache_dir": str(cache), **given}
+        if key in arguments:
+            arguments[key] = _map_files(arguments[key], bases)
+    config["dataset_kwargs"] = {"cache_dir": str(cache), **arguments}
 
 
 def _loads_files(config: Mapping[str, Any]) -> bool:

@@ -117,7 +117,7 @@ def measure(
     of: str,
     report: EvaluationData,
     select: EvaluationData | None,
-    setting: EvaluationConfig,
+    config: EvaluationConfig,
 ) -> dict[str, Any]:
     """The metrics of a model on `report`, and under `select` those on select.
 
@@ -131,10 +131,10 @@ def measure(
         found = evaluate(
             model,
             part.batches(),
-            reference_of(part, model_folder, setting),
+            reference_of(part, model_folder, config),
             part.records() if part.records is not None else None,
-            setting.device,
-            vocab=setting.vocab,
+            config.device,
+            vocab=config.vocab,
             progress=part.on("evaluation"),
         )
         result[name] = metrics(found, of)
@@ -142,12 +142,12 @@ def measure(
 
 
 def reference_of(
-    part: EvaluationData, folder: str, setting: EvaluationConfig
+    part: EvaluationData, folder: str, config: EvaluationConfig
 ) -> PreTrainedModel | StoredReference:
     """The 16-bit model that a part is compared with: stored, or loaded."""
     if part.reference is None:
-        return setting.load(folder)
-    return open_reference(part.reference, folder, setting.device, setting.vocab)
+        return config.load(folder)
+    return open_reference(part.reference, folder, config.device, config.vocab)
 
 
 def metrics(found: Mapping[str, Any], of: str | None) -> dict[str, Any]:
@@ -172,11 +172,11 @@ def metrics(found: Mapping[str, Any], of: str | None) -> dict[str, Any]:
 def tasks_of(
     model: PreTrainedModel,
     model_folder: str,
-    setting: EvaluationConfig,
+    config: EvaluationConfig,
     reference: Mapping[str, Any] | None,
 ) -> dict[str, Any] | None:
     """Results of the benchmark tasks, with flips against the reference's where there are any."""
-    if not setting.tasks:
+    if not config.tasks:
         return None
     from transformers import AutoTokenizer
 
@@ -184,7 +184,7 @@ def tasks_of(
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     found = run_tasks(
-        model, tokenizer, setting.tasks, setting.batch_sequences, progress=setting.answered
+        model, tokenizer, config.tasks, config.batch_sequences, progress=config.answered
     )
     if reference is None:
         return found

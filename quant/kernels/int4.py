@@ -153,13 +153,15 @@ class Int4(Kernel):
         # The kernel's own bfloat16 path is 50 times as fast as its float32 and float16 ones.
         narrow = x if x.dtype is torch.bfloat16 else x.to(torch.bfloat16)
         if self.planes == 2:
-            given = torch.cat((narrow, narrow), 1)
+            stacked = torch.cat((narrow, narrow), 1)
         elif self.summed:
             sums = narrow.unflatten(1, (self.scale.shape[1], -1)).sum(-1)
-            given = torch.cat((narrow, F.pad(sums, (0, self.summed - sums.shape[1]))), 1)
+            stacked = torch.cat((narrow, F.pad(sums, (0, self.summed - sums.shape[1]))), 1)
         else:
-            given = narrow.contiguous()
-        y = torch._weight_int4pack_mm_for_cpu(given, self.packed, self.group, self.scales_and_zeros)
+            stacked = narrow.contiguous()
+        y = torch._weight_int4pack_mm_for_cpu(
+            stacked, self.packed, self.group, self.scales_and_zeros
+        )
         if self.padded != self.rows:
             y = y[:, : self.rows].contiguous()
         return y if x.dtype is torch.bfloat16 else y.to(x.dtype)

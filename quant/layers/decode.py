@@ -37,9 +37,9 @@ IDLE: dict[str, tuple[Any, ...]] = {
 SPACE = 256  # positions that a buffer of keys and values grows by, or a half of what it has
 
 
-def decode_step(model: PreTrainedModel, given: dict[str, Any]) -> CausalLMOutputWithPast | None:
+def decode_step(model: PreTrainedModel, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:
     """The output of `model.forward(**given)`, or None where the ordinary way has to be taken."""
-    ids, cache = given.get("input_ids"), given.get("past_key_values")
+    ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
     if (
         not isinstance(ids, Tensor)
         or ids.shape != (1, 1)
@@ -50,7 +50,7 @@ def decode_step(model: PreTrainedModel, given: dict[str, Any]) -> CausalLMOutput
         or model.training
     ):
         return None
-    for name, value in given.items():
+    for name, value in arguments.items():
         if name not in READ and value is not None:
             allowed = IDLE.get(name)
             if allowed is None or (allowed and not any(value is each for each in allowed)):
@@ -62,7 +62,9 @@ def decode_step(model: PreTrainedModel, given: dict[str, Any]) -> CausalLMOutput
         object.__setattr__(base, "_decoder", decoder)
     if decoder.reason or any(decoder.hooks):
         return None
-    logits = decoder.step(ids, cache, given.get("attention_mask"), given.get("position_ids"))
+    logits = decoder.step(
+        ids, cache, arguments.get("attention_mask"), arguments.get("position_ids")
+    )
     return None if logits is None else CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
 

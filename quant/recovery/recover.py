@@ -221,18 +221,18 @@ def _loader(
 
 def _measure(
     select: EvaluationData,
-    beside: PreTrainedModel | None,
+    unquantized: PreTrainedModel | None,
     folder: str | None,
     vocab: int,
     device: torch.device,
 ) -> Callable[[PreTrainedModel], float]:
     """What gives a model's KL on `select` to what is learnt from, measured as a cell's is.
 
-    beside: the 16-bit model in `folder`, None where the teacher's records are learnt. Where there
-    are stored answers of it, it is not run again.
+    unquantized: the 16-bit model in `folder`, None where the teacher's records are learnt. Where
+    there are stored answers of it, it is not run again.
     """
-    reference: Any = beside
-    if beside is not None and select.reference is not None:
+    reference: Any = unquantized
+    if unquantized is not None and select.reference is not None:
         assert folder is not None
         reference = open_reference(select.reference, folder, device, vocab)
 

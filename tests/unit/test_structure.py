@@ -22,7 +22,7 @@ NO_RAY = ("trainer", "quant")
 PRIVATE = re.compile(
     r"(?i)(^|_)(beside|leftovers?|untouched|headed|foretold|foretell|drawing|wording|faultlines|"
     r"untaught|room|rooms|homeless|flights?|hear|everywhere|todo|material|beacon|patience|news|"
-    r"logprobs?|land)(_|$)"
+    r"logprobs?|land|given|strips?)(_|$)"
 )
 GRAPH = dict[str, dict[str, set[str]]]
 

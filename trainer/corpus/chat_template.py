@@ -176,13 +176,13 @@ class Chat:
         """The text and the assistant's spans by the template's own marks."""
         text, spans = self._rendered(row.where, row.dicts())
         turns = [i for i, (role, _) in enumerate(row.messages) if role == "assistant"]
-        given = sum(turn < row.prompt for turn in turns)
-        if given and len(spans) != len(turns):
+        prompt_turns = sum(turn < row.prompt for turn in turns)
+        if prompt_turns and len(spans) != len(turns):
             raise ValueError(
                 f"{row.where}: the chat template marks {len(spans)} spans of {len(turns)} turns of "
                 "the assistant, so the prompt's cannot be told from the completion's"
             )
-        return text, [(start, self._end(text, start, stop)) for start, stop in spans[given:]]
+        return text, [(start, self._end(text, start, stop)) for start, stop in spans[prompt_turns:]]
 
     def _end(self, text: str, start: int, stop: int) -> int:
         """Where a marked span ends, with its end-of-turn token, which may be right behind it."""

@@ -145,17 +145,17 @@ def _messages(where: str, value: object, name: str) -> list[tuple[str, str]]:
 def _message(where: str, item: object) -> tuple[str, str]:
     if not isinstance(item, dict):
         raise ValueError(f"{where} is {_kind(item)}; may be {{role, content}}")
-    given = {key: value for key, value in item.items() if value is not None}
+    filled = {key: value for key, value in item.items() if value is not None}
     for key in ("role", "content"):
-        if key not in given:
-            keys = ", ".join(given) or "nothing"
+        if key not in filled:
+            keys = ", ".join(filled) or "nothing"
             raise ValueError(f"{where} has no {key}, it has {keys}; may be {{role, content}}")
-    role, content = given["role"], given["content"]
+    role, content = filled["role"], filled["content"]
     if role not in ROLES:
         raise ValueError(f"{where} has role {role!r}; may be {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise ValueError(f"{where} has {_kind(content)} as content; may be a text")
-    others = [key for key in given if key not in ("role", "content")]
+    others = [key for key in filled if key not in ("role", "content")]
     if others:
         raise ValueError(
             f"{where} has {', '.join(others)}, which is not rendered; may be role and content "

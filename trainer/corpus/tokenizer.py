@@ -168,8 +168,8 @@ def encode(
             if not isinstance(document, (str, list)):
                 result.append(chat.labelled(document))
                 continue
-            given = next(encoded).ids if isinstance(document, str) else document
-            ids = np.array(given, dtype=np.int64)
+            raw = next(encoded).ids if isinstance(document, str) else document
+            ids = np.array(raw, dtype=np.int64)
             if not isinstance(document, str) and (ids.min() < 0 or ids.max() >= size):
                 wrong = int(ids[(ids < 0) | (ids >= size)][0])
                 raise ValueError(

@@ -6,7 +6,7 @@ The idea is Liger Kernel's fused linear cross-entropy (Hsu et al., 2024); here o
 losses of `trainer.losses.divergences`, against a dense or a sparse teacher.
 
 A chunk is large, for the matrix products, and in the dtype of the weights; what comes between the
-products runs in float32 on strips of it, which on a CPU stay in the processor's cache. The
+products runs in float32 on tiles of it, which on a CPU stay in the processor's cache. The
 gradient of the logits takes the place of the logits.
 """
 
@@ -23,7 +23,7 @@ from trainer.models.head import Head, head_of
 
 __all__ = ["Head", "chunk_tokens", "fused_loss", "head_of"]
 
-# Bytes of a chunk of logits, and elements of a float32 strip of it.
+# Bytes of a chunk of logits, and elements of a float32 tile of it.
 CPU_CHUNK, GPU_CHUNK = 16 << 20, 512 << 20
 CPU_TILE, GPU_TILE = 1 << 19, 1 << 25
 # Fewer tokens than this make slow matrix products, however large the vocabulary.
@@ -165,27 +165,27 @@ def _measure_chunk(
     step = max(1, (CPU_TILE if product.device.type == "cpu" else GPU_TILE) // vocab)
     sums = torch.zeros(len(losses), dtype=torch.float64, device=product.device)
     for start in range(0, len(product), step):
-        strip = slice(start, start + step)
-        logits, teacher = _working_copy(product[strip, :vocab]), None
+        tile = slice(start, start + step)
+        logits, teacher = _working_copy(product[tile, :vocab]), None
         slope = head.finish_(logits, needs_grad)
         if of_teacher is not None and other is not None:
-            teacher = _working_copy(of_teacher[strip, :vocab])
+            teacher = _working_copy(of_teacher[tile, :vocab])
             other.finish_(teacher)
         values, grad = loss_and_gradient(
-            logits, target.at(strip), teacher, weights[strip], losses, needs_grad
+            logits, target.at(tile), teacher, weights[tile], losses, needs_grad
         )
-        sums += (values * weights[strip]).sum(dim=1)
+        sums += (values * weights[tile]).sum(dim=1)
         if needs_grad:
-            place = product[strip, :vocab]
+            place = product[tile, :vocab]
             if head.back_(grad, slope).data_ptr() != place.data_ptr():
                 place.copy_(grad)
     product[:, vocab:] = 0.0
     return sums
 
 
-def _working_copy(strip: Tensor) -> Tensor:
-    """Contiguous and at least float32: the strip itself where it is so."""
-    return strip.to(torch.promote_types(strip.dtype, torch.float32)).contiguous()
+def _working_copy(tile: Tensor) -> Tensor:
+    """Contiguous and at least float32: the tile itself where it is so."""
+    return tile.to(torch.promote_types(tile.dtype, torch.float32)).contiguous()
 
 
 class _Gradients:

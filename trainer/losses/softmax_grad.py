@@ -1,4 +1,4 @@
-"""All losses of a strip of logits, and the gradient of their sum.
+"""All losses of a tile of logits, and the gradient of their sum.
 
 Losses of one temperature share one softmax. Of a sparse teacher only the kept ids and the tail
 have a logarithm taken; the rest of the vocabulary is one softmax over the ids that are not kept,

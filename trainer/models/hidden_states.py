@@ -131,7 +131,7 @@ def collected(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[in
     states: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:  # noqa: ANN401
-        def hook(module: nn.Module, given: object, output: Any) -> None:  # noqa: ANN401
+        def hook(module: nn.Module, inputs: object, output: Any) -> None:  # noqa: ANN401
             states[layer] = output[0] if isinstance(output, (tuple, list)) else output
 
         return hook

@@ -112,8 +112,8 @@ class AnswerStore:
                     "responses.max_new_tokens; of chats those that were cut are left out)"
                 )
             files += self._write(source, [places[key][1:] for key in keys])
-        given = facts.get("counts", {})
-        return self.seal({**facts, "counts": {**given, **counts}, "files": files})
+        known = facts.get("counts", {})
+        return self.seal({**facts, "counts": {**known, **counts}, "files": files})
 
     def write_file(self, source: int, number: int, lines: Sequence[bytes]) -> dict[str, Any]:
         """Publishes one file of answers; returns its entry in the manifest."""

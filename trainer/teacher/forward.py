@@ -1,7 +1,7 @@
 """The teacher's logits made into records, a few tokens at a time on the device.
 
 No [tokens, vocabulary] tensor is kept. Logits are made for a chunk of tokens that is large enough
-for the matrix product, and worked on in strips that stay in the processor's cache, in buffers that
+for the matrix product, and worked on in tiles that stay in the processor's cache, in buffers that
 are used again: on a CPU fresh memory costs more than the arithmetic.
 """
 
@@ -82,7 +82,7 @@ def log_tails(
     return torch.cat(result, dim=-1)
 
 
-# Tokens of one product with the output head, and elements of one float32 strip of its logits.
+# Tokens of one product with the output head, and elements of one float32 tile of its logits.
 CHUNK_TOKENS = 256
 CPU_TILE, GPU_TILE = 1 << 20, 1 << 26
 
@@ -118,7 +118,7 @@ class TeacherWithRecords(nn.Module):
         head = head_of(self.model, self.vocab)
         length = input_ids.shape[1]
         parts = []
-        for tokens, logits, probabilities in strips(head, hidden, places):
+        for tokens, logits, probabilities in tiles(head, hidden, places):
             torch.softmax(logits, dim=-1, out=probabilities)
             # One logit that is NaN or infinite makes its whole row NaN; so do none but -infinity.
             usable = ~probabilities[:, 0].isnan()
@@ -131,10 +131,10 @@ class TeacherWithRecords(nn.Module):
         return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
-def strips(
+def tiles(
     head: Head, hidden: Tensor, places: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(tokens, logits, room for as many numbers) strip by strip; each overwrites the one before.
+    """(tokens, logits, room for as many numbers) tile by tile; each overwrites the one before.
 
     hidden: [all tokens, hidden]. places: int64 [some], the tokens that are wanted (None: all).
     tokens: int64 [n], some of those; logits: float32 [n, width], width being the vocabulary rounded
@@ -144,11 +144,11 @@ def strips(
     total, rows = hidden.shape[0], head.weight.shape[0]
     width = -(-head.vocab // BLOCK) * BLOCK
     on_cpu = hidden.device.type == "cpu"
-    strip = max(8, (CPU_TILE if on_cpu else GPU_TILE) // width // 8 * 8)
-    chunk = min(total, CHUNK_TOKENS if on_cpu else max(CHUNK_TOKENS, strip))
-    strip = min(strip, chunk)
+    tile = max(8, (CPU_TILE if on_cpu else GPU_TILE) // width // 8 * 8)
+    chunk = min(total, CHUNK_TOKENS if on_cpu else max(CHUNK_TOKENS, tile))
+    tile = min(tile, chunk)
     raw = torch.empty(chunk, rows, dtype=hidden.dtype, device=hidden.device)
-    logits = torch.full((strip, width), -torch.inf, dtype=torch.float32, device=hidden.device)
+    logits = torch.full((tile, width), -torch.inf, dtype=torch.float32, device=hidden.device)
     space = torch.empty_like(logits)
     numbers = torch.arange(total, device=hidden.device)
     if places is not None:
@@ -164,8 +164,8 @@ def strips(
             torch.mm(states, weight, out=raw)
         else:
             torch.addmm(head.bias, states, weight, out=raw)
-        for low in range(start, min(start + chunk, total), strip):
-            high = min(low + strip, start + chunk, total)
+        for low in range(start, min(start + chunk, total), tile):
+            high = min(low + tile, start + chunk, total)
             part = logits[: high - low]
             _finish(head, raw[low - first : high - first], part[:, : head.vocab])
             yield numbers[low:high], part, space[: high - low]

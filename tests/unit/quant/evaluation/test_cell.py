@@ -281,14 +281,14 @@ def test_layers_of_their_own_bits_are_a_cell(student, tmp_path, batches):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_cells_and_references_are_computed_in_one_dtype(student, tmp_path, batches, dtype):
     """Whatever the model's own is; a cell's 16-bit parts are 16-bit on disk all the same."""
-    setting, out = EvaluationConfig(dtype=dtype), tmp_path / "cell"
+    config, out = EvaluationConfig(dtype=dtype), tmp_path / "cell"
     reference = str(tmp_path / "reference")
     references = {"report": reference}
     model = evaluate_model(
-        student, part(batches), None, "student", setting=setting, references=references
+        student, part(batches), None, "student", config=config, references=references
     )
     beside = part(batches, reference=reference)
-    cell = run_cell(CELL, student, beside, part(batches), str(out), setting=setting)
+    cell = run_cell(CELL, student, beside, part(batches), str(out), config=config)
     assert cell["compute_dtype"] == model["compute_dtype"] == dtype
     assert cell["evaluated_with"].endswith(dtype)
     stored = load_quantized(out, prefer="plain")
@@ -298,7 +298,7 @@ def test_cells_and_references_are_computed_in_one_dtype(student, tmp_path, batch
     truth = load_for_inference(student, dtype=getattr(torch, dtype))
     found = evaluate(computed, batches, truth)
     assert found["kl_to_reference"] == pytest.approx(cell["kl_to_student"], rel=1e-3, abs=1e-7)
-    chosen = select_kl(CELL, student, part(batches), setting=setting)
+    chosen = select_kl(CELL, student, part(batches), config=config)
     assert chosen["kl"] == pytest.approx(cell["select"]["kl_to_student"], rel=1e-3, abs=1e-7)
 
 

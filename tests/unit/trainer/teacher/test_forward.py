@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trainer.logits.records import Coding
 from trainer.losses.fused_linear import Head
 from trainer.teacher import forward
-from trainer.teacher.forward import BLOCK, TeacherWithRecords, largest, log_tails, strips
+from trainer.teacher.forward import BLOCK, TeacherWithRecords, largest, log_tails, tiles
 from trainer.teacher.sampling import draw, stream, uniforms
 
 VOCAB = 1000
@@ -169,7 +169,7 @@ def test_ids_beyond_the_vocabulary_have_no_part(coding) -> None:
 @pytest.mark.parametrize("coding", [TOPK, EXACT, DRAWN])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sequence_gets_the_same_whatever_is_beside_it(coding, dtype, monkeypatch) -> None:
-    """To the last bit, at every place in the batch, with products and strips that end in it.
+    """To the last bit, at every place in the batch, with products and tiles that end in it.
 
     (torch computes whole vectors and what is left of a tensor by different code: hence a sequence
     length at which the model's own activations are whole vectors.)
@@ -250,7 +250,7 @@ def test_no_tensor_of_all_tokens_and_the_vocabulary_is_made(monkeypatch) -> None
 @pytest.mark.parametrize("bias", [False, True])
 def test_strips_are_the_heads_logits(bias, monkeypatch) -> None:
     monkeypatch.setattr(forward, "CHUNK_TOKENS", 10)
-    monkeypatch.setattr(forward, "CPU_TILE", 1)  # strips of 8
+    monkeypatch.setattr(forward, "CPU_TILE", 1)  # tiles of 8
     torch.manual_seed(0)
     head = Head(torch.randn(90, 6), torch.randn(90) if bias else None, 70, scale=0.3, softcap=1.5)
     hidden = torch.randn(37, 6)
@@ -265,7 +265,7 @@ def test_strips_are_the_heads_logits(bias, monkeypatch) -> None:
             return func(*args, **(kwargs or {}))
 
     with Products():
-        made = [tuple(value.clone() for value in strip) for strip in strips(head, hidden)]
+        made = [tuple(value.clone() for value in tile) for tile in tiles(head, hidden)]
     assert products == [10] * 4  # also the last one
     for tokens, logits, space in made:
         assert logits.shape == space.shape == (len(tokens), 96)
@@ -275,7 +275,7 @@ def test_strips_are_the_heads_logits(bias, monkeypatch) -> None:
 
 
 def test_draws_of_a_strip_are_those_of_the_whole() -> None:
-    """`draw` on probabilities of a padded strip and of the vocabulary itself."""
+    """`draw` on probabilities of a padded tile and of the vocabulary itself."""
     torch.manual_seed(0)
     p = torch.softmax(torch.randn(20, 3 * BLOCK), dim=-1)
     padded = torch.cat([p, torch.zeros(20, 2 * BLOCK)], dim=-1)
